@@ -1,0 +1,215 @@
+"""The data that flows through the house: profile, model card and device become a plan; the plan becomes a service and a receipt.
+
+Every quantity carries its unit in its name. `_bytes` are bytes, `_mib` are MiB (2**20 bytes, what NVML and nvidia-smi print),
+`_gib` are GiB, `_gb_per_s` are 10**9 bytes per second (what datasheets print), `_ms` are milliseconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, computed_field
+
+Bytes = Annotated[int, Field(description="bytes")]
+Scalar = bool | int | float | str
+Verdict = Literal["fits", "slow", "impossible"]
+
+VLLM_VERSION = "0.32.0"
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors: a mistyped name must never be a silent default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Quantization(Strict):
+    """How the linear layers of a checkpoint are stored."""
+
+    method: Literal["none", "awq", "compressed-tensors", "gptq", "auto-round", "fp8"] = "none"
+    bits: int = Field(16, ge=1, le=16)
+    group_size: int = Field(128, description="weights sharing one scale; -1: a whole input row")
+    zero_point: bool = True
+    ignored: tuple[str, ...] = Field((), description="module names or patterns left at 16 bits")
+
+
+class Load(Strict):
+    """The closed-loop load that latency and `max_requests` speak of; defaults are the source article's."""
+
+    clients: int = Field(8, ge=1, le=100_000)
+    input_tokens: int = Field(1024, ge=1)
+    output_tokens: int = Field(256, ge=1)
+
+
+class Limits(Strict):
+    """What the deployed service is held to."""
+
+    memory_bytes: Bytes = Field(gt=0, description="per GPU as NVML shows it under load; on a CPU: resident set of the service")
+    tpot_p99_ms: float = Field(gt=0)
+    ttft_p99_ms: float = Field(gt=0)
+
+
+class Knob(Strict):
+    """One start parameter of a profile, with the reason it has this value."""
+
+    value: Scalar
+    why: str
+
+
+class Profile(Strict):
+    """A named set of start parameters; see `profiles/*.yml`. Knobs carry vLLM's flag names in snake_case."""
+
+    name: str
+    summary: str
+    device: str = Field(description="device the profile is written for; a name of the device table")
+    device_count: int = Field(1, ge=1)
+    model: str = Field(description="model card the profile is written for; a built-in name")
+    quantization: Quantization
+    limits: Limits
+    load: Load = Load()
+    knobs: dict[str, Knob]
+    environment: dict[str, Knob] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Argument(Strict):
+    """One argument of `vllm serve`; `value` None is a bare flag. A flag of "" is the positional model."""
+
+    flag: str
+    value: str | None = None
+    why: str
+
+    def tokens(self) -> list[str]:
+        return [t for t in (self.flag, self.value) if t]
+
+
+class EnvironmentVariable(Strict):
+    name: str
+    value: str
+    why: str
+
+
+class Latency(Strict):
+    """Milliseconds. Floors are physics (bytes over bandwidth, operations over rate); expectations add calibration."""
+
+    decode_floor: float
+    decode_expected: float
+    prefill_floor: float
+    prefill_expected: float
+    terms: dict[str, float] = Field(default_factory=dict, description="each floor by name, in ms")
+
+
+class ServiceLimits(Strict):
+    """What the service manager is told."""
+
+    timeout_start_s: int
+    timeout_stop_s: int
+    memory_max_bytes: Bytes = Field(description="cgroup limit: host RAM of the plan with headroom")
+    memlock: Literal["infinity", "default"]
+
+
+class Deploy(Strict):
+    """Where this deployment's server listens and finds its model."""
+
+    model_path: str
+    served_model_name: str
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+
+
+class Plan(Strict):
+    """Everything that is known before a host is touched. Serialised by `lowmem plan --json`; the only input of the templates."""
+
+    schema_version: Literal[1] = 1
+    vllm_version: str = VLLM_VERSION
+    profile: str
+    model: str
+    parameters: int
+    weight_bytes: Bytes = Field(description="all tensors of the checkpoint as stored")
+    quantization: Quantization
+    device: str
+    device_kind: Literal["cuda", "cpu"]
+    device_count: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int = 1
+    load: Load
+    limits: Limits
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    limit_bytes: Bytes
+    per_gpu: dict[str, Bytes] = Field(description="term -> bytes, with 'total'; on a CPU the 'GPU' is the engine's resident set")
+    host_ram: dict[str, Bytes]
+    kv_tokens: int
+    max_requests: int
+    latency_ms: Latency
+    arguments: tuple[Argument, ...]
+    environment: tuple[EnvironmentVariable, ...]
+    service: ServiceLimits
+    deploy: Deploy | None = None
+    nearest: str | None = None
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def argv(self) -> list[str]:
+        """As given to `vllm serve`."""
+        return [t for a in self.arguments for t in a.tokens()]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def host_ram_bytes(self) -> int:
+        return sum(self.host_ram.values())
+
+
+class Percentiles(Strict):
+    """Milliseconds over the requests (TTFT, TPOT, E2E) or the pooled gaps (ITL) of one load run."""
+
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+
+
+class LoadResult(Strict):
+    """One closed-loop run of `vllm bench serve`."""
+
+    load: Load
+    requests: int
+    failed: int
+    duration_s: float
+    request_throughput_per_s: float
+    output_tokens_per_s: float
+    ttft_ms: Percentiles
+    tpot_ms: Percentiles
+    itl_ms: Percentiles
+    e2e_ms: Percentiles
+
+
+class Term(Strict):
+    """A planned quantity beside what was measured; measured None: the engine did not say."""
+
+    name: str
+    planned_bytes: Bytes | None
+    measured_bytes: Bytes | None
+    source: str = Field(description="where the measured value comes from, e.g. the engine's log line")
+
+
+class Receipt(Strict):
+    """What was measured on the deployed service, the plan beside it, and the verdict."""
+
+    schema_version: Literal[1] = 1
+    created_utc: str
+    plan: Plan
+    versions: dict[str, str]
+    hardware: dict[str, str]
+    argv: tuple[str, ...]
+    terms: tuple[Term, ...]
+    memory_before_bytes: tuple[Bytes, ...] = Field(description="per GPU, before the engine started")
+    memory_idle_bytes: tuple[Bytes, ...]
+    memory_peak_bytes: tuple[Bytes, ...] = Field(description="per GPU, highest sample over start and load; on a CPU the engine's resident set")
+    memory_peak_start_bytes: tuple[Bytes, ...] = Field((), description="the part of the peak seen before the service was ready")
+    ready_s: float | None
+    loads: tuple[LoadResult, ...]
+    engine_log: tuple[str, ...] = Field((), description="the lines that the terms were read from")
+    findings: tuple[str, ...] = Field((), description="limits missed, each with its term; physics broken; empty when all is well")
+    checks: dict[str, Any] = Field(default_factory=dict, description="outcome of the pytest-testinfra suites by name")
+    verdict: Literal["passed", "failed"]
