@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
 Bytes = Annotated[int, Field(description="bytes")]
 Scalar = bool | int | float | str
@@ -21,6 +21,12 @@ class Strict(BaseModel):
     """Unknown keys are errors: a mistyped name must never be a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_computed(cls, data: Any) -> Any:
+        # What is computed is written for readers in other languages; read back, it is computed again.
+        return {k: v for k, v in data.items() if k not in cls.model_computed_fields} if isinstance(data, dict) else data
 
 
 class Quantization(Strict):
