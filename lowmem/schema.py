@@ -211,7 +211,9 @@ class Receipt(Strict):
     terms: tuple[Term, ...]
     memory_before_bytes: tuple[Bytes, ...] = Field(description="per GPU, before the engine started")
     memory_idle_bytes: tuple[Bytes, ...]
-    memory_peak_bytes: tuple[Bytes, ...] = Field(description="per GPU, highest sample over start and load; on a CPU the engine's resident set")
+    memory_peak_bytes: tuple[Bytes, ...] = Field(
+        description="per GPU, highest sample over start and load; on a CPU the engine's resident set"
+    )
     memory_peak_start_bytes: tuple[Bytes, ...] = Field((), description="the part of the peak seen before the service was ready")
     ready_s: float | None
     loads: tuple[LoadResult, ...]
