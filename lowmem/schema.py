@@ -188,6 +188,7 @@ class LoadResult(Strict):
     tpot_ms: Percentiles
     itl_ms: Percentiles
     e2e_ms: Percentiles
+    memory_peak_bytes: tuple[Bytes, ...] = Field((), description="highest samples while this load ran, as in Receipt")
 
 
 class Term(Strict):
@@ -200,24 +201,46 @@ class Term(Strict):
 
 
 class Receipt(Strict):
-    """What was measured on the deployed service, the plan beside it, and the verdict."""
+    """What was measured on the deployed service, the plan beside it, and the verdict.
+
+    Memory is per GPU as NVML shows it (all processes); on a CPU one figure, the engine's processes. `before` is what was in use
+    before the engine started (by others, by ballast): limits hold for what came on top of it, `service_peak_bytes`.
+    """
 
     schema_version: Literal[1] = 1
     created_utc: str
     plan: Plan
+    mode: Literal["start", "attach"] = Field("start", description="started for this measurement, or found running")
     versions: dict[str, str]
     hardware: dict[str, str]
-    argv: tuple[str, ...]
+    argv: tuple[str, ...] = Field(description="of the running process; of the launcher where none ran")
+    environment: dict[str, str] = Field(default_factory=dict, description="variables of the engine that bear on the result; no secrets")
     terms: tuple[Term, ...]
-    memory_before_bytes: tuple[Bytes, ...] = Field(description="per GPU, before the engine started")
+    memory_source: str = ""
+    memory_before_bytes: tuple[Bytes, ...]
     memory_idle_bytes: tuple[Bytes, ...]
-    memory_peak_bytes: tuple[Bytes, ...] = Field(
-        description="per GPU, highest sample over start and load; on a CPU the engine's resident set"
-    )
+    memory_peak_bytes: tuple[Bytes, ...] = Field(description="highest sample over loading, start and load")
     memory_peak_start_bytes: tuple[Bytes, ...] = Field((), description="the part of the peak seen before the service was ready")
-    ready_s: float | None
+    memory_phases_bytes: dict[str, tuple[Bytes, ...]] = Field(default_factory=dict, description="highest sample of each phase")
+    host_memory_bytes: dict[str, Bytes] = Field(
+        default_factory=dict, description="peak of the process tree, and of RAM taken from the machine"
+    )
+    sample_interval_ms: float = 0
+    ready_s: float | None = Field(description="start to first completion; None: did not start, or was running already")
     loads: tuple[LoadResult, ...]
+    engine_values: dict[str, tuple[float, ...]] = Field(default_factory=dict, description="see lowmem.enginelog")
+    engine_words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     engine_log: tuple[str, ...] = Field((), description="the lines that the terms were read from")
+    error: str | None = Field(None, description="the engine's own words, where it did not start or died")
+    advice: str | None = None
     findings: tuple[str, ...] = Field((), description="limits missed, each with its term; physics broken; empty when all is well")
+    notes: tuple[str, ...] = Field((), description="what a reader must know and what is no failure")
     checks: dict[str, Any] = Field(default_factory=dict, description="outcome of the pytest-testinfra suites by name")
     verdict: Literal["passed", "failed"]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def service_peak_bytes(self) -> tuple[int, ...]:
+        """Per GPU, above what was in use before; the figure that the memory limit holds for."""
+        before = self.memory_before_bytes or (0,) * len(self.memory_peak_bytes)
+        return tuple(peak - base for peak, base in zip(self.memory_peak_bytes, before, strict=True))
