@@ -92,7 +92,7 @@ def limit_findings(plan: Plan, service_peak_bytes: Sequence[int], loads: Sequenc
 def physics_findings(plan: Plan, loads: Sequence[LoadResult], same_device: bool) -> list[str]:
     """Results that cannot be: faster than the plan's floors (only on the device they are for), or against Little's law.
 
-    Little's law in a closed loop: clients = throughput × mean E2E. The last wave of requests does not fill all clients, so
+    Little's law in a closed loop: clients = throughput x mean E2E. The last wave of requests does not fill all clients, so
     a lower product is normal; a higher one, or one far lower, means that the clock or the count is wrong.
     """
     findings = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -44,7 +45,7 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _TELLING = re.compile(r"^(VLLM_|CUDA_|NCCL_|TORCH|PYTORCH_|OMP_|HF_HUB_OFFLINE|LD_PRELOAD|MALLOC)")
 
 
-class Bad(Exception):
+class BadInputError(Exception):
     """Bad input; the message is the one line that the user gets."""
 
 
@@ -113,11 +114,12 @@ class Api:
         self.key = key
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 600) -> Any:
-        request = urllib.request.Request(self.url + path, data=json.dumps(body).encode() if body is not None else None)
+        # the scheme is http or https: checked in _check_words, or built by base_url
+        request = urllib.request.Request(self.url + path, data=json.dumps(body).encode() if body is not None else None)  # noqa: S310
         request.add_header("Content-Type", "application/json")
         if self.key:
             request.add_header("Authorization", f"Bearer {self.key}")
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
             return json.loads(response.read())
 
     def model(self) -> tuple[str, str]:
@@ -152,7 +154,7 @@ def read_environment(path: Path) -> dict[str, str]:
             continue
         name, equals, value = line.partition("=")
         if not equals or not name.isidentifier():
-            raise Bad(f"{path}:{number}: expected NAME=VALUE, found {name!r}")
+            raise BadInputError(f"{path}:{number}: expected NAME=VALUE, found {name!r}")
         variables[name] = shlex.split(value)[0] if value[:1] in "\"'" and len(value) > 1 else value
     return variables
 
@@ -160,9 +162,9 @@ def read_environment(path: Path) -> dict[str, str]:
 def base_url(words: Sequence[str]) -> str:
     """Where `vllm serve` with these arguments listens; the last --host and --port win, as in vLLM."""
     host, port = "127.0.0.1", "8000"
-    for before, word in zip(words, words[1:], strict=False):
+    for before, word in itertools.pairwise(words):
         if before == "--host":
-            host = word if word not in ("0.0.0.0", "::") else "127.0.0.1"
+            host = word if word not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 - read, not bound
         elif before == "--port":
             port = word
     return f"http://{host}:{port}"
@@ -189,7 +191,7 @@ def listener_pid(url: str) -> int:
     for connection in connections:
         if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,) and connection.pid:
             return int(connection.pid)
-    raise Bad(f"--url {url}: no process of yours listens on port {port}: name it with --pid or --pid-file, or run as its owner or root")
+    raise BadInputError(f"--url {url}: no process of yours listens on port {port}: name it with --pid, or run as its owner")
 
 
 @contextlib.contextmanager
@@ -235,7 +237,7 @@ def memory_now(sampler: Sampler) -> str:
 
 def warm_up(api: Api, model: str, load: Load) -> None:
     """One request per client with the load's prompt length, so that no kernel is compiled and no cache is filled while measuring."""
-    rng = random.Random(7)
+    rng = random.Random(7)  # noqa: S311 - prompts, not secrets
     prompts = [[rng.randrange(10, 1000) for _ in range(load.input_tokens)] for _ in range(load.clients)]
     with ThreadPoolExecutor(load.clients) as pool:
         list(pool.map(lambda prompt: api.complete(model, prompt, min(8, load.output_tokens)), prompts))
@@ -341,7 +343,7 @@ def same_device(plan: Plan, hardware: dict[str, str]) -> bool:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    typer.echo(text, err=True)
 
 
 def write_json(path: Path, text: str) -> None:
@@ -356,10 +358,10 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate_json(path.read_text())
     except OSError as error:
-        raise Bad(f"--plan {path}: {error.strerror}") from None
+        raise BadInputError(f"--plan {path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise Bad(
+        raise BadInputError(
             f"--plan {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']} (write it with `lowmem plan --json`)"
         ) from None
 
@@ -370,7 +372,7 @@ def parse_clients(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise Bad(f"--clients {text}: a comma-separated list of whole numbers of at least 1 is wanted, such as 8,1,4")
+        raise BadInputError(f"--clients {text}: a comma-separated list of whole numbers of at least 1 is wanted, such as 8,1,4")
     return counts
 
 
@@ -408,15 +410,7 @@ def measure(
     """
     try:
         plan_ = read_plan(plan)
-        modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
-        if len(modes) != 1:
-            raise Bad(f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given")
-        if start is not None and not start.is_file():
-            raise Bad(f"--start {start}: no such file")
-        if env_file is None and start is not None and (start.parent / "vllm.env").is_file():
-            env_file = start.parent / "vllm.env"
-        if env_file is not None and not env_file.is_file():
-            raise Bad(f"--env-file {env_file}: no such file")
+        env_file = _check_words(start, serve, url, env_file)
         variables = {v.name: v.value for v in plan_.environment} if serve else {}
         variables |= read_environment(env_file) if env_file else {}
         variables |= {"VLLM_LOGGING_LEVEL": "DEBUG"} if debug else {}
@@ -426,7 +420,7 @@ def measure(
             launcher=start,
             url=url,
             pid=pid if pid or not pid_file else int(pid_file.read_text()),
-            log=log or (None if url else out.with_suffix(".log")),
+            log=log,
             variables=variables,
             extra=tuple(arg or ()),
             loads=tuple(
@@ -441,13 +435,29 @@ def measure(
             start_timeout_s=start_timeout_s or plan_.service.timeout_start_s,
         )
         receipt = run(options)
-    except Bad as error:
+    except BadInputError as error:
         say(f"lowmem measure: {error}")
         raise typer.Exit(1) from None
     say(f"{receipt.verdict}: {out}")
     for finding in receipt.findings:
         say(f"  {finding}")
     raise typer.Exit(0 if receipt.verdict == "passed" else 2)
+
+
+def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Path | None) -> Path | None:
+    """Refuses what does not go together; returns the environment file to read."""
+    modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
+    if len(modes) != 1:
+        raise BadInputError(f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given")
+    if url is not None and not re.fullmatch(r"https?://[^/:]+:\d+/?", url):
+        raise BadInputError(f"--url {url}: http://HOST:PORT is wanted")
+    if start is not None and not start.is_file():
+        raise BadInputError(f"--start {start}: no such file")
+    if env_file is None and start is not None and (start.parent / "vllm.env").is_file():
+        return start.parent / "vllm.env"
+    if env_file is not None and not env_file.is_file():
+        raise BadInputError(f"--env-file {env_file}: no such file")
+    return env_file
 
 
 @dataclass(frozen=True)
@@ -470,7 +480,7 @@ class Options:
 
 
 def run(options: Options) -> Receipt:
-    """Measures and writes the receipt, also for a service that does not start; raises Bad when there is nothing to measure."""
+    """Measures and writes the receipt, also for a service that does not start; raises BadInputError when there is nothing to measure."""
     plan = options.plan
     # The key goes into environments only, never into an argument list, where every user of the machine reads it.
     key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
@@ -478,7 +488,7 @@ def run(options: Options) -> Receipt:
     try:
         gpus = Gpus(plan.device_count) if plan.device_kind == "cuda" else None
     except RuntimeError as error:
-        raise Bad(str(error)) from None
+        raise BadInputError(str(error)) from None
     hardware = host_facts() | (gpus.describe() if gpus else {})
     available_before = psutil.virtual_memory().available
     findings: list[str] = []
@@ -503,7 +513,7 @@ def run(options: Options) -> Receipt:
         if options.url:
             engine = Engine(options.pid or listener_pid(options.url), options.log)
             if not psutil.pid_exists(engine.pid or 0):
-                raise Bad(f"--pid {engine.pid}: no such process")
+                raise BadInputError(f"--pid {engine.pid}: no such process")
         else:
             _refuse_port_in_use(api.url)
             command = [str(options.launcher)] if options.launcher else [*vllm_command(), "serve", *plan.argv]
@@ -513,8 +523,7 @@ def run(options: Options) -> Receipt:
             time.sleep(1)  # a few samples of what is in use before
             sampler.phase = "loading"
             say(f"starting {shlex.join([*command, *options.extra])[:200]}")
-            assert options.log is not None
-            engine = start_engine([*command, *options.extra], variables, options.log)
+            engine = start_engine([*command, *options.extra], variables, options.log or options.out.with_suffix(".log"))
         began = time.monotonic()
         tree = ProcessTree(engine.pid or 0, pss=gpus is None)
         before = sampler.peak("gpu", "before") if gpus else (0,)
@@ -556,7 +565,6 @@ def run(options: Options) -> Receipt:
         except (RuntimeError, OSError) as error:
             findings.append(f"load: {error}" if engine.alive() else f"load: the engine died ({error})")
         finally:
-            finished = sampler.phase
             sampler.phase = "stopping"
             if not options.url:
                 killed = engine.stop(plan.service.timeout_stop_s)
@@ -620,7 +628,7 @@ def run(options: Options) -> Receipt:
         verdict="failed" if findings else "passed",
     )
     write_json(options.out, receipt.model_dump_json(indent=1))
-    if served is None or finished.startswith("load") and len(results) < len(options.loads):
+    if served is None or len(results) < len(options.loads):
         say("\n".join(["the engine's last lines:", *engine.log_lines()[-25:]]))
     if receipt.advice:
         say(f"advice: {receipt.advice}")
@@ -648,7 +656,7 @@ def _refuse_port_in_use(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe:
         if probe.connect_ex((host, int(port))) == 0:
-            raise Bad(f"{url}: something listens there already: stop it, or measure it with --url {url}")
+            raise BadInputError(f"{url}: something listens there already: stop it, or measure it with --url {url}")
 
 
 def _left_behind(gpus: Gpus, before: Sequence[int]) -> list[str]:

@@ -8,10 +8,12 @@ torch's libraries once per process.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,19 +26,19 @@ class Gpus:
 
     def __init__(self, count: int) -> None:
         try:
-            import pynvml
+            nvml: Any = importlib.import_module("pynvml")
         except ImportError:
             raise RuntimeError("nvidia-ml-py is not installed: `pip install nvidia-ml-py` into this environment") from None
-        self._nvml: Any = pynvml
+        self._nvml = nvml
         try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
+            nvml.nvmlInit()
+        except nvml.NVMLError as error:
             raise RuntimeError(f"NVML does not start ({error}): look at nvidia-smi") from None
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
         if visible:
             handles = [self._handle(name.strip()) for name in visible.split(",")]
         else:
-            handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
         if len(handles) < count:
             raise RuntimeError(f"the plan is for {count} GPUs, {len(handles)} are visible")
         self._handles = handles[:count]
@@ -120,7 +122,7 @@ class ProcessTree:
 
 
 def _pss_bytes(pid: int) -> int:
-    with open(f"/proc/{pid}/smaps_rollup") as rollup:
+    with Path(f"/proc/{pid}/smaps_rollup").open() as rollup:
         for line in rollup:
             if line.startswith("Pss:"):
                 return int(line.split()[1]) * 1024
