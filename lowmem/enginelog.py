@@ -15,7 +15,7 @@ GB = 10**9
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s*)?")
-_RUN_BEGINS = re.compile(r"vLLM server version|non-default args:| version \S+$")  # entrypoints/serve/utils/api_utils.py
+_RUN_BEGINS = re.compile(r"vLLM server version|non-default args:")  # entrypoints/serve/utils/api_utils.py
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _VALUES: tuple[tuple[str, re.Pattern[str], float], ...] = tuple(

@@ -41,6 +41,7 @@ from lowmem.schema import Load, LoadResult, Percentiles, Plan, Receipt
 
 FREED_WITHIN_MIB = 64
 IDLE_S = 3.0
+_LOADED = re.compile(r"(?:Model loading|Loading weights) took")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _TELLING = re.compile(r"^(VLLM_|CUDA_|NCCL_|TORCH|PYTORCH_|OMP_|HF_HUB_OFFLINE|LD_PRELOAD|MALLOC)")
 
@@ -217,7 +218,7 @@ def wait_ready(engine: Engine, api: Api, sampler: Sampler, timeout_s: float) -> 
             engine.seen |= ProcessTree(engine.pid, pss=False).pids()
         if not engine.alive():
             return None
-        if sampler.phase == "loading" and any("Model loading took" in line for line in engine.log_lines()):
+        if sampler.phase == "loading" and any(_LOADED.search(line) for line in engine.log_lines()):
             sampler.phase = "start"
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             name, root = api.model()
