@@ -78,6 +78,71 @@ class Profile(Strict):
     notes: tuple[str, ...] = ()
 
 
+class WeightGroup(Strict):
+    """`count` equal tensors of a checkpoint: `out_features` x `in_features` weights (a norm or a bias is out_features x 1).
+
+    `split` says what tensor parallelism does to it: `column` cuts out_features, `row` cuts in_features, `kv` cuts key/value heads (and
+    repeats them once there are more cards than heads), `vocab` cuts the padded vocabulary, `none` copies it to every card.
+    """
+
+    name: str
+    kind: Literal["linear", "embedding", "lm_head", "norm", "bias", "router"]
+    count: int = Field(ge=1)
+    out_features: int = Field(ge=1)
+    in_features: int = Field(ge=1)
+    split: Literal["column", "row", "kv", "vocab", "none"]
+    quantized: bool = False
+    layered: bool = Field(True, description="part of a decoder layer (what weight offload can move), not of the ends")
+
+    @property
+    def parameters(self) -> int:
+        return self.count * self.out_features * self.in_features
+
+
+class ModelCard(Strict):
+    """What config.json and the safetensors headers say of a checkpoint. Groups inside a layer stand in the engine's loading order."""
+
+    name: str
+    source: str = Field(description="where the card comes from: built-in, a directory, a Hugging Face id")
+    model_type: str
+    layers: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    max_position_embeddings: int = Field(ge=1)
+    experts: int = Field(0, ge=0)
+    experts_per_token: int = Field(0, ge=0)
+    tied: bool = False
+    dtype: str = "float16"
+    quantization: Quantization = Quantization()
+    groups: tuple[WeightGroup, ...]
+    header_bytes: Bytes | None = Field(None, description="sum of the tensors as the safetensors headers give it; None: not read")
+
+    @property
+    def parameters(self) -> int:
+        return sum(g.parameters for g in self.groups)
+
+
+class Device(Strict):
+    """One accelerator (or the CPU) as its maker or the driver describes it; `source` names where each figure comes from."""
+
+    name: str
+    title: str
+    kind: Literal["cuda", "cpu"] = "cuda"
+    capability: str = Field("", description="CUDA compute capability, e.g. 8.0")
+    nvml_total_mib: int = Field(gt=0, description="memory.total of nvidia-smi; on a CPU the machine's RAM")
+    torch_total_mib: int = Field(gt=0, description="what cudaMemGetInfo reports: the base of --gpu-memory-utilization")
+    hbm_gb_per_s: float = Field(gt=0)
+    link_gb_per_s: float = Field(gt=0, description="host to device, pinned copy")
+    fp16_tflops: float = Field(gt=0, description="dense, tensor cores")
+    peer_gb_per_s: float = Field(gt=0, description="card to card, one direction: NVLink where there is one, else the host link")
+    sm_count: int = Field(ge=0)
+    source: dict[str, str]
+
+
 class Argument(Strict):
     """One argument of `vllm serve`; `value` None is a bare flag. A flag of "" is the positional model."""
 

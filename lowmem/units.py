@@ -1,0 +1,38 @@
+"""Bytes in and out. MiB and GiB are powers of two, GB and MB powers of ten; the names never mix."""
+
+from __future__ import annotations
+
+import re
+
+MIB = 2**20
+GIB = 2**30
+GB = 10**9
+
+# vLLM's human_readable_int: lower case is decimal, upper case binary (0.32.0, vllm/utils/argparse_utils.py).
+_SUFFIX = {
+    "": 1,
+    "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+    "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
+    "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40,
+    "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+}  # fmt: skip
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """`256M`, `2GiB`, `1.5G` or a plain number to bytes. ValueError for anything else."""
+    if isinstance(text, int | float) and not isinstance(text, bool):
+        return int(text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    if not match or match[2] not in _SUFFIX:
+        raise ValueError(f"{text!r} is not a size; write bytes, or a number with M, MiB, G, GiB (binary) or m, MB, g, GB (decimal)")
+    return int(float(match[1]) * _SUFFIX[match[2]])
+
+
+def mib(value: int | float) -> str:
+    """Bytes as MiB with thousands separators, the unit of nvidia-smi."""
+    return f"{value / MIB:,.0f} MiB"
+
+
+def gib(value: int | float) -> str:
+    """Bytes as GiB with two decimals, the unit of vLLM's log."""
+    return f"{value / GIB:.2f} GiB"
