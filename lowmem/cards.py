@@ -285,11 +285,24 @@ def card_from_directory(folder: Path) -> ModelCard:
 def card_from_hub(repo: str) -> ModelCard:
     """Card of a Hugging Face id: config.json and the safetensors headers only. BadInput when the hub cannot be reached or has no such model."""
     try:
-        from huggingface_hub import HfApi, hf_hub_download
+        import logging
+        import socket
+        from urllib.parse import urlsplit
 
-        path = hf_hub_download(repo, "config.json")
+        from huggingface_hub import HfApi, constants, hf_hub_download
+
+        logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries would be more lines on stderr than the one we print
+        place = urlsplit(constants.ENDPOINT)
+        try:
+            socket.getaddrinfo(place.hostname, place.port or 443)
+            offline = False
+        except OSError:
+            offline = True  # the local cache may still have it, without seconds of retries
+        path = hf_hub_download(repo, "config.json", local_files_only=offline)
         config = _read_json(Path(path))
         try:
+            if offline:
+                raise OSError("offline")
             meta = HfApi().get_safetensors_metadata(repo)
             header = {n: {"dtype": t.dtype, "shape": t.shape} for f in meta.files_metadata.values() for n, t in f.tensors.items()}
         except Exception:  # config.json alone is enough: a repository without safetensors, or a cached config while offline

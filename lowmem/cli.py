@@ -8,12 +8,19 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from lowmem.errors import BadInput
+
 COMMANDS = {
+    "plan": "lowmem.plan_cli:plan",
     "measure": "lowmem.measure:measure",
     "receipt": "lowmem.receipt:receipt",
     "report": "lowmem.report:report",
 }
 """Subcommand -> `module:function`; the function is an ordinary typer command."""
+
+
+USAGE_ERRORS: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""The root of typer's own usage errors, which it does not export."""
 
 
 class LazyGroup(TyperGroup):
@@ -29,6 +36,17 @@ class LazyGroup(TyperGroup):
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command(cmd_name)(getattr(importlib.import_module(module), function))
         return typer.main.get_command(single)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Bad input of any kind is one line on stderr and exit 1; typer's own usage errors would exit 2, which here means impossible."""
+        try:
+            return super().invoke(ctx)
+        except BadInput as e:
+            message = str(e)
+        except USAGE_ERRORS as e:
+            message = e.format_message()
+        typer.echo("lowmem: " + " ".join(message.split()), err=True)
+        raise typer.Exit(1)
 
 
 app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -209,7 +209,14 @@ class Plan(Strict):
     reasons: tuple[str, ...]
     limit_bytes: Bytes
     per_gpu: dict[str, Bytes] = Field(description="term -> bytes, with 'total'; on a CPU the 'GPU' is the engine's resident set")
+    weight_terms: dict[str, Bytes] = Field(
+        default_factory=dict, description="per_gpu['weights'] in parts: sharded, replicated, padding, repacking, less offloaded"
+    )
+    load_growth: dict[str, Bytes] = Field(default_factory=dict, description="per GPU, what a full load adds to per_gpu['total'], term -> bytes")
+    peak_bytes: Bytes = Field(0, description="per GPU under load: per_gpu['total'] + load_growth; this is what the limit is held against")
     host_ram: dict[str, Bytes]
+    stage_ram: dict[str, Bytes] = Field(default_factory=dict, description="RAM of the stages before the service runs, stage -> bytes")
+    kv_available_bytes: int = Field(0, description="what the engine's budget leaves for KV; negative: it does not start")
     kv_tokens: int
     max_requests: int
     latency_ms: Latency

@@ -1,0 +1,333 @@
+"""Start parameters: which exist in which vLLM version, their types and limits, and what the engine makes of them together."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lowmem.data import load_yaml
+from lowmem.errors import BadInput
+from lowmem.schema import Device, Knob, ModelCard, Scalar
+from lowmem.units import GIB, parse_bytes
+
+KV_BLOCK_TOKENS = 16
+OLDEST = (0, 17, 0)
+# CUDA compute capability a KV type needs: FlashAttention takes fp8 on 9.0 and 10.0 only, Triton's fp8 wants 8.9, the per-token-head integer types
+# and TurboQuant's integer keys run in Triton on any (0.32.0: v1/attention/backends/{flash_attn,triton_attn,turboquant_attn}.py).
+KV_DTYPES: dict[str, tuple[str, str]] = {
+    "auto": ("8.0", "0.0"),
+    "float16": ("8.0", "0.14.0"),
+    "bfloat16": ("8.0", "0.0"),
+    "fp8": ("8.9", "0.0"),
+    "fp8_e4m3": ("8.9", "0.0"),
+    "fp8_e5m2": ("8.9", "0.0"),
+    "int8_per_token_head": ("8.0", "0.20.0"),
+    "int4_per_token_head": ("8.0", "0.21.0"),
+    "fp8_per_token_head": ("8.9", "0.20.0"),
+    "turboquant_k8v4": ("8.9", "0.20.0"),
+    "turboquant_4bit_nc": ("8.0", "0.20.0"),
+    "turboquant_k3v4_nc": ("8.0", "0.20.0"),
+    "turboquant_3bit_nc": ("8.0", "0.20.0"),
+}
+
+
+def version(text: str) -> tuple[int, int, int]:
+    """`0.32.0` as a tuple. BadInput for anything else, and for versions before the V1 engine's offload options."""
+    match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:[.+-].*)?", text)
+    if not match:
+        raise BadInput(f"vllm_version {text!r} is not a version; write it like 0.32.0")
+    found = (int(match[1]), int(match[2]), int(match[3] or 0))
+    if found < OLDEST:
+        raise BadInput(f"vllm_version {text} is older than 0.17.0, the first this planner knows; use 0.17.0 or later")
+    return found
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, _, minor = text.partition(".")
+    return int(major or 0), int(minor or 0)
+
+
+def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "--set") -> dict[str, Scalar]:
+    """`knob=value` strings to a table; values stay text until `checked`. BadInput for a missing `=`, an unknown or repeated knob."""
+    found: dict[str, Scalar] = {}
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        name = name.strip().lstrip("-").replace("-", "_")
+        if not sign or not name:
+            raise BadInput(f"{option} {text!r} is not of the form knob=value, e.g. {'max_num_seqs=8' if option == '--set' else 'NCCL_DEBUG=WARN'}")
+        if name in found:
+            raise BadInput(f"{option} {name} is given twice ({found[name]!r} and {value!r}); give it once")
+        found[name] = value.strip()
+    return found
+
+
+def checked(name: str, value: Scalar) -> Scalar:
+    """One knob's value as its type, within its limits. BadInput names knob, value, limit and what to do."""
+    spec = load_yaml("knobs.yml").get(name)
+    if spec is None:
+        close = [k for k in load_yaml("knobs.yml") if k.startswith(name[:6])]
+        raise BadInput(f"knob {name!r} is unknown; knobs are vLLM's flags in snake_case{', did you mean ' + ' or '.join(close) if close else ''}")
+    if spec.get("auto") and value == "auto":
+        return "auto"
+    kind = spec["type"]
+    try:
+        result = _typed(kind, value)
+    except (ValueError, OverflowError):
+        what = {"int": "a whole number", "float": "a number", "bool": "true or false", "bytes": "a size such as 2GiB or 2147483648"}.get(kind, "text")
+        raise BadInput(f"{name}={value!r} is not {what}; correct it") from None
+    if isinstance(result, int | float) and not isinstance(result, bool):
+        low, high = spec.get("min"), spec.get("max")
+        if not math.isfinite(result) or (low is not None and (result < low or (spec.get("exclusive_min") and result == low))):
+            raise BadInput(f"{name}={value} is below its least value {'(more than) ' if spec.get('exclusive_min') else ''}{low}; raise it")
+        if high is not None and result > high:
+            raise BadInput(f"{name}={value} is above its greatest value {high}; {spec.get('why_max', 'lower it')}")
+    if "choices" in spec and result not in spec["choices"]:
+        raise BadInput(f"{name}={value!r} is not one of {', '.join(spec['choices'])}")
+    return result
+
+
+def _typed(kind: str, value: Scalar) -> Scalar:
+    if kind == "bool":
+        text = str(value).lower()
+        if text in ("true", "1", "yes", "on", ""):
+            return True
+        if text in ("false", "0", "no", "off"):
+            return False
+        raise ValueError(text)
+    if kind == "int":
+        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+            raise ValueError(value)
+        return int(value)
+    if kind == "float":
+        if isinstance(value, bool):
+            raise ValueError(value)
+        return float(value)
+    if kind == "bytes":
+        return parse_bytes(value) if not str(value).lstrip().startswith("-") else int(value)
+    if isinstance(value, bool):
+        raise ValueError(value)
+    if kind == "list":
+        return " ".join(str(value).replace(",", " ").split())
+    return str(value)
+
+
+def missing_flags(knobs: Mapping[str, Knob], vllm: tuple[int, int, int]) -> list[str]:
+    """One reason per knob that this version's parser does not know."""
+    reasons = []
+    for name in knobs:
+        spec, flag = load_yaml("knobs.yml")[name], flag_of(name)
+        if spec.get("never"):
+            reasons.append(f"unrecognized arguments: {flag}: no vLLM version has it; use {spec['instead']}")
+        elif "removed" in spec and vllm >= version_tuple(spec["removed"]):
+            reasons.append(f"unrecognized arguments: {flag}: removed in vLLM {spec['removed'].removesuffix('.0')}; use {spec['instead']}")
+        elif "since" in spec and vllm < version_tuple(spec["since"]):
+            reasons.append(f"unrecognized arguments: {flag}: needs vLLM {spec['since']} or later")
+    return reasons
+
+
+def version_tuple(text: str) -> tuple[int, int, int]:
+    """`0.18.0` of the tables as a tuple."""
+    parts = [int(x) for x in text.split(".")]
+    return parts[0], parts[1] if len(parts) > 1 else 0, parts[2] if len(parts) > 2 else 0
+
+
+def flag_of(name: str) -> str:
+    """A knob's command line flag."""
+    return "--" + name.replace("_", "-")
+
+
+def tokens_of(name: str, value: Scalar) -> tuple[str, str | None] | None:
+    """Flag and value as given to `vllm serve`; None when the knob asks for what the engine does without being told."""
+    spec = load_yaml("knobs.yml")[name]
+    if spec["type"] == "bool":
+        if value:
+            return flag_of(name), None
+        return ("--no-" + name.replace("_", "-"), None) if spec.get("negation") else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return flag_of(name), str(value)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What vLLM makes of the knobs: every value decided, defaults filled in."""
+
+    vllm: tuple[int, int, int]
+    tp: int
+    dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    utilization: float
+    kv_bytes: int | None  # --kv-cache-memory-bytes
+    kv_auto: bool  # the plan decides the pool
+    kv_blocks_override: int | None
+    kv_dtype: str
+    block_tokens: int
+    eager: bool
+    graph_sizes: tuple[int, ...]
+    custom_all_reduce: bool
+    offload: str  # none, uva, prefetch
+    uva_bytes: int
+    group_size: int
+    num_in_group: int
+    prefetch_step: int
+    offload_params: tuple[str, ...]
+    kv_offload_bytes: int
+    dummy: bool
+    prefix_caching: bool
+    marlin: bool  # the kernel for 4-bit layers: Marlin, or Machete on Hopper
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def graph_sizes(max_num_seqs: int, batched: int, wanted: Scalar | None, largest: Scalar | None) -> tuple[int, ...]:
+    """Batch sizes to capture, as vLLM 0.32.0 chooses them (config/vllm.py, _set_cudagraph_sizes)."""
+    if wanted:
+        return tuple(sorted({int(x) for x in str(wanted).split()}))
+    top = int(largest) if largest is not None else min(max_num_seqs * 2, 512)
+    top = min(top, batched)
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+    return tuple(s for s in sizes if s <= top)
+
+
+def resolve(knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: int, vllm_version: str, environment: Mapping[str, str]) -> Engine:
+    """Knobs to engine settings. BadInput where values contradict one another, the model or the card count."""
+    vllm = version(vllm_version)
+    v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
+    tp = int(v.get("tensor_parallel_size", 1))
+    if tp > count:
+        raise BadInput(f"tensor_parallel_size={tp} is more than the {count} card(s); lower it or raise --count")
+    if card.heads % tp:
+        raise BadInput(f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use a divisor")
+    if card.kv_heads % tp and tp % card.kv_heads:
+        raise BadInput(f"tensor_parallel_size={tp} and the {card.kv_heads} key/value heads of {card.name} do not divide one another; use a divisor")
+    for g in card.groups:
+        side = g.out_features if g.split in ("column", "kv") else g.in_features
+        if g.split in ("column", "row") and side % tp:
+            raise BadInput(f"tensor_parallel_size={tp} does not divide the {side} features of {g.name} in {card.name}; use a divisor")
+        group = card.quantization.group_size
+        if g.quantized and g.split == "row" and group > 0 and (side // tp) % group:
+            raise BadInput(
+                f"tensor_parallel_size={tp} leaves {side // tp} inputs of {g.name} a card, no multiple of the quantization group {group}; use a divisor or a smaller group"
+            )
+    dtype = str(v.get("dtype", "auto"))
+    if dtype in ("auto", "half", "float"):
+        dtype = {"half": "float16", "float": "float32"}.get(dtype, "float16" if card.dtype == "float32" else card.dtype)
+    if dtype == "float32" and card.quantization.method in ("awq", "gptq"):
+        raise BadInput(f"dtype=float32 is not supported for quantization method {card.quantization.method}; use float16 or bfloat16")
+    if "quantization" in v and v["quantization"] not in ("awq", "awq_marlin", "auto_awq", "gptq", "gptq_marlin", "auto_gptq", "compressed-tensors", "auto-round", "inc", "fp8"):
+        raise BadInput(f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from the checkpoint")
+    if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
+        raise BadInput(f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none; quantize it first or leave the knob out")
+    max_len = int(v.get("max_model_len", card.max_position_embeddings))
+    if max_len > card.max_position_embeddings:
+        raise BadInput(
+            f"max_model_len={max_len} is more than the {card.max_position_embeddings} positions of {card.name} (max_position_embeddings); lower it"
+        )
+    roomy = device.kind == "cuda" and device.torch_total_mib >= 70 * 1024 and "a100" not in device.name
+    seqs_given, batched_given = "max_num_seqs" in v, "max_num_batched_tokens" in v
+    seqs = int(v.get("max_num_seqs", 1024 if roomy else 256))
+    batched = int(v.get("max_num_batched_tokens", 8192 if roomy else 2048))
+    if not batched_given:
+        batched = max(batched, seqs) if seqs_given else batched
+        if v.get("enable_chunked_prefill") is False:
+            batched = max(batched, max_len)
+    elif not seqs_given:
+        seqs = min(seqs, batched)
+    if batched < seqs:
+        raise BadInput(f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}; each sequence needs one token of a step: raise it")
+    if v.get("enable_chunked_prefill") is False and batched < max_len:
+        raise BadInput(
+            f"max_num_batched_tokens={batched} is smaller than max_model_len={max_len} and enable_chunked_prefill is false; raise it or leave chunked prefill on"
+        )
+    kv_dtype = str(v.get("kv_cache_dtype", "auto"))
+    if kv_dtype not in KV_DTYPES:
+        raise BadInput(f"kv_cache_dtype={kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+    kv = v.get("kv_cache_memory_bytes")
+    block = int(v.get("block_size", KV_BLOCK_TOKENS if device.kind == "cuda" else 128))
+    if block % 16:
+        raise BadInput(f"block_size={block} is not a multiple of 16; use 16, 32, 64 or 128")
+    uva = float(v.get("cpu_offload_gb", 0))
+    group, num, step = int(v.get("offload_group_size", 0)), int(v.get("offload_num_in_group", 1)), int(v.get("offload_prefetch_step", 1))
+    backend = str(v.get("offload_backend", "auto"))
+    if uva > 0 and group > 0:
+        raise BadInput(f"cpu_offload_gb={uva:g} and offload_group_size={group} ask for two offload back ends; set one of them to 0")
+    if backend == "uva" and group > 0 or backend == "prefetch" and uva > 0:
+        raise BadInput(f"offload_backend={backend} contradicts {'offload_group_size' if group else 'cpu_offload_gb'}, which would be ignored; set it to 0")
+    if backend == "prefetch" and group == 0:
+        raise BadInput("offload_backend=prefetch needs offload_group_size of 1 or more; set it")
+    if group:
+        if num > group:
+            raise BadInput(f"offload_num_in_group={num} is more than offload_group_size={group}; lower it")
+        if step < 1:
+            raise BadInput(f"offload_prefetch_step={step} must be 1 or more with offload_group_size={group}; raise it")
+        if group > card.layers:
+            raise BadInput(f"offload_group_size={group} is more than the {card.layers} layers of {card.name}; lower it")
+    elif "offload_num_in_group" in v or "offload_prefetch_step" in v:
+        if backend == "prefetch" or num > 1:
+            raise BadInput("offload_num_in_group and offload_prefetch_step do nothing without offload_group_size; set it")
+    params = str(v.get("offload_params" if group else "cpu_offload_params", "")).split()
+    eager = bool(v.get("enforce_eager", False)) or device.kind == "cpu" or v.get("optimization_level") == 0
+    disabled = environment.get("VLLM_DISABLED_KERNELS", "")
+    hopper = _capability(device.capability) == (9, 0) if device.kind == "cuda" else False
+    return Engine(
+        vllm=vllm,
+        tp=tp,
+        dtype=dtype,
+        max_model_len=max_len,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        utilization=float(v.get("gpu_memory_utilization", 0.92)),
+        kv_bytes=int(kv) if kv is not None and kv != "auto" else None,
+        kv_auto=kv == "auto",
+        kv_blocks_override=int(v["num_gpu_blocks_override"]) if "num_gpu_blocks_override" in v else None,
+        kv_dtype=kv_dtype,
+        block_tokens=block,
+        eager=eager,
+        graph_sizes=() if eager else graph_sizes(seqs, batched, v.get("cudagraph_capture_sizes"), v.get("max_cudagraph_capture_size")),
+        custom_all_reduce=not v.get("disable_custom_all_reduce", False),
+        offload="prefetch" if group else "uva" if uva else "none",
+        uva_bytes=int(uva * GIB),
+        group_size=group,
+        num_in_group=num,
+        prefetch_step=step,
+        offload_params=tuple(params),
+        kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
+        dummy=v.get("load_format") == "dummy",
+        prefix_caching=bool(v.get("enable_prefix_caching", True)),
+        marlin=not hopper or "MacheteLinearKernel" in disabled,
+        environment=dict(environment),
+    )
+
+
+def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
+    """What this version or this capability cannot run, each with what it needs."""
+    reasons = []
+    if device.kind == "cpu":
+        if engine.kv_dtype not in ("auto", "float16", "bfloat16"):
+            reasons.append(f"kv_cache_dtype={engine.kv_dtype}: the CPU back end needs AVX-512 for it; use auto")
+        if engine.kv_offload_bytes or engine.offload == "prefetch":
+            reasons.append("KV offload and prefetch offload do not exist on a CPU; leave them out")
+        return reasons
+    needs, since = KV_DTYPES[engine.kv_dtype]
+    have = _capability(device.capability)
+    if have < _capability(needs):
+        instead = "int8_per_token_head or int4_per_token_head"
+        reasons.append(
+            f"kv_cache_dtype={engine.kv_dtype} needs compute capability {needs} and {device.title} has {device.capability}; use {instead}"
+        )
+    if engine.vllm < version_tuple(since):
+        reasons.append(f"kv_cache_dtype={engine.kv_dtype} needs vLLM {since} or later")
+    q = card.quantization
+    if q.method == "auto-round" and q.bits in (2, 3) and engine.vllm < (0, 30, 0):
+        reasons.append(f"{q.bits}-bit auto-round weights need vLLM 0.30 or later (Humming kernels)")
+    if q.method in ("gptq",) and q.bits in (2, 3):
+        reasons.append(f"{q.bits}-bit GPTQ has no loader (4 and 8 bits only); use auto-round for {q.bits} bits")
+    if q.method == "fp8" and have < (8, 9) and engine.vllm < (0, 17, 0):
+        reasons.append("fp8 weights need compute capability 8.9 or weight-only Marlin")
+    if engine.dtype == "bfloat16" and have < (8, 0):
+        reasons.append(f"dtype=bfloat16 needs compute capability 8.0 and {device.title} has {device.capability}; use float16")
+    return reasons

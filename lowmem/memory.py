@@ -1,0 +1,350 @@
+"""The memory model: what each card and the host will hold, in bytes. Pure functions; docs/planning.md has the formulas in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.cards import DTYPE_BYTES
+from lowmem.data import load_yaml
+from lowmem.knobs import Engine
+from lowmem.schema import Device, ModelCard, Quantization, WeightGroup
+from lowmem.units import MIB
+
+SCALE_BYTES = 2  # scales are stored in 16 bits by every method planned here
+VOCAB_MULTIPLE = 64  # vLLM pads the vocabulary to this before it splits it (0.32.0, vocab_parallel_embedding.py)
+
+
+def constant(section: str, name: str) -> Any:
+    """One value of data/calibration.yml."""
+    return load_yaml("calibration.yml")[section][name]["value"]
+
+
+def _mib(name: str) -> int:
+    return round(float(constant("memory", name)) * MIB)
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+def stored_bytes(card: ModelCard) -> int:
+    """All tensors of the checkpoint on disk: the headers' sum, or counted from the card."""
+    if card.header_bytes is not None:
+        return card.header_bytes
+    return sum(g.count * sum(_parts(g, card.quantization, g.out_features, g.in_features, DTYPE_BYTES[card.dtype], stored=True).values()) for g in card.groups)
+
+
+def _parts(g: WeightGroup, q: Quantization, out: int, inp: int, dtype_bytes: int, stored: bool = False) -> dict[str, int]:
+    """Bytes of one tensor of a group, by part: weight, zeros, scales. `stored`: as on disk, else as the engine loads it."""
+    if not g.quantized:
+        return {"weight": out * inp * dtype_bytes}
+    if q.method == "fp8":
+        return {"weight": out * inp, "scales": 4}
+    groups = 1 if q.group_size == -1 else math.ceil(inp / q.group_size)
+    parts = {"weight": out * inp * q.bits // 8}
+    gptq_like = q.method in ("gptq", "auto-round")
+    if q.zero_point or (stored and gptq_like):  # the GPTQ layout stores zero points even when they are all the same
+        parts["zeros"] = groups * out * q.bits // 8
+    parts["scales"] = groups * out * SCALE_BYTES
+    if stored and q.method == "gptq":
+        parts["g_idx"] = inp * 4
+    return parts
+
+
+# ---------------------------------------------------------------- one card's weights
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of one decoder layer as the engine registers it, on one card."""
+
+    name: str
+    loaded: int  # bytes as loaded
+    grown: int  # bytes the kernel's own layout adds on the card
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One card's weights in bytes. `sharded` is cut by TP, `replicated` is on every card, `padding` fills the vocabulary and short allocations."""
+
+    sharded: int
+    replicated: int
+    padding: int
+    repacking: int
+    offloaded: int
+    layers: tuple[tuple[Parameter, ...], ...]
+
+    @property
+    def on_card(self) -> int:
+        """What the engine logs as "Model loading took"."""
+        return self.sharded + self.replicated + self.padding + self.repacking - self.offloaded
+
+
+def _cut(g: WeightGroup, card: ModelCard, tp: int) -> tuple[int, int]:
+    """Rows and columns of a tensor on one card."""
+    if g.split == "column":
+        return g.out_features // tp, g.in_features
+    if g.split == "row":
+        return g.out_features, g.in_features // tp
+    if g.split == "kv":
+        return max(1, card.kv_heads // tp) * card.head_dim, g.in_features
+    if g.split == "vocab":
+        return math.ceil(g.out_features / tp), g.in_features
+    return g.out_features, g.in_features
+
+
+# The loader merges these into one parameter each, in this order.
+_MERGED = {
+    "self_attn.q_proj": "qkv_proj", "self_attn.k_proj": "qkv_proj", "self_attn.v_proj": "qkv_proj",
+    "mlp.gate_proj": "gate_up_proj", "mlp.up_proj": "gate_up_proj",
+    "block_sparse_moe.experts.w1": "experts.w13", "block_sparse_moe.experts.w3": "experts.w13", "block_sparse_moe.experts.w2": "experts.w2",
+}  # fmt: skip
+_PART_ORDER = ("weight", "zeros", "scales")
+
+
+def layer_parameters(card: ModelCard, engine: Engine) -> tuple[Parameter, ...]:
+    """The parameters of one decoder layer on one card, merged and ordered as vLLM registers them (the order UVA offload takes them in)."""
+    q, dtype = card.quantization, DTYPE_BYTES[engine.dtype]
+    merged: dict[tuple[str, str], list[int]] = {}
+    for g in (g for g in card.groups if g.layered):
+        out, inp = _cut(g, card, engine.tp)
+        times = g.count // card.layers
+        stem, _, bias = g.name.partition(".bias")
+        name = _MERGED.get(stem, stem) + ("." + "bias" if bias or g.name.endswith(".bias") else "")
+        parts = _parts(g, q, out, inp, dtype)
+        for part in sorted(parts, key=_PART_ORDER.index):
+            extra = 0
+            if part == "zeros" and not engine.marlin and q.bits == 4:  # Machete keeps scale x zero point in 16 bits
+                extra = parts[part] * 16 // q.bits - parts[part]
+            entry = merged.setdefault((name, part), [0, 0])
+            entry[0] += times * parts[part]
+            entry[1] += times * extra
+    return tuple(Parameter(f"{n}.{p}", a, b) for (n, p), (a, b) in merged.items())
+
+
+def weights(card: ModelCard, engine: Engine) -> Weights:
+    """One card's weights: sharded, replicated, padded, repacked, and what offload takes away."""
+    dtype = DTYPE_BYTES[engine.dtype]
+    sharded = replicated = padding = 0
+    for g in card.groups:
+        out, inp = _cut(g, card, engine.tp)
+        size = g.count * sum(_parts(g, card.quantization, out, inp, dtype).values())
+        if g.split == "none":
+            replicated += size
+        else:
+            sharded += size
+        if g.split == "vocab":
+            padded = math.ceil(g.out_features / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+            padding += (math.ceil(padded / engine.tp) - out) * inp * dtype * g.count
+    layer = layer_parameters(card, engine)
+    layers = (layer,) * card.layers
+    taken = offloaded_parameters(engine, layers)
+    offloaded = sum(p.loaded for l, which in zip(layers, taken, strict=True) for i, p in enumerate(l) if i in which)
+    repacking = sum(p.grown for l, which in zip(layers, taken, strict=True) for i, p in enumerate(l) if i not in which)
+    resident = sum(len(which) < len(l) for l, which in zip(layers, taken, strict=True))
+    if any(g.quantized for g in card.groups):
+        padding += round(resident * float(constant("memory", "allocator_slack_mib_per_layer")) * MIB)
+    return Weights(sharded, replicated, padding, repacking, offloaded, layers)
+
+
+def offloaded_parameters(engine: Engine, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:
+    """Per layer, the indices of the parameters that live in host RAM. UVA: in order until the budget is met; prefetch: the last N of every G layers.
+
+    vLLM 0.24 to 0.27 take `--cpu-offload-gb` and the prefetch options for Llama models and do nothing (reference runs uva20, pre20 of 0.26.0).
+    """
+    taken: list[set[int]] = [set() for _ in layers]
+    if engine.offload == "none" or ignores_offload(engine):
+        return taken
+    if engine.offload == "uva":
+        total = 0
+        for which, layer in zip(taken, layers, strict=True):
+            for i, p in enumerate(layer):
+                if total >= engine.uva_bytes:
+                    return taken
+                if _wanted(p.name, engine.offload_params):
+                    which.add(i)
+                    total += p.loaded
+        return taken
+    for n, (which, layer) in enumerate(zip(taken, layers, strict=True)):
+        if n % engine.group_size >= engine.group_size - engine.num_in_group:
+            which.update(i for i, p in enumerate(layer) if _wanted(p.name, engine.offload_params))
+    return taken
+
+
+def ignores_offload(engine: Engine) -> bool:
+    """True for the versions whose default model runner drops weight offload without a word."""
+    return (0, 24, 0) <= engine.vllm < (0, 28, 0)
+
+
+def _wanted(name: str, segments: tuple[str, ...]) -> bool:
+    return not segments or any(f".{s}." in f".{name}." for s in segments)
+
+
+# ---------------------------------------------------------------- the other terms
+
+
+def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
+    """Keys and values of one token on one card, all layers, in bytes."""
+    heads = max(1, card.kv_heads // engine.tp)
+    full = 2 * card.head_dim * DTYPE_BYTES[engine.dtype]
+    slot = {
+        "auto": full,
+        "float16": 2 * card.head_dim * 2,
+        "bfloat16": 2 * card.head_dim * 2,
+        "int8_per_token_head": 2 * card.head_dim + 8,
+        "fp8_per_token_head": 2 * card.head_dim + 8,
+        "int4_per_token_head": card.head_dim + 8,
+    }.get(engine.kv_dtype)
+    if slot is not None:
+        return card.layers * heads * slot
+    if engine.kv_dtype.startswith("fp8"):
+        return card.layers * heads * 2 * card.head_dim
+    key_bits, value_bits = {"turboquant_k8v4": (8, 4), "turboquant_4bit_nc": (4, 4), "turboquant_k3v4_nc": (3, 4), "turboquant_3bit_nc": (3, 3)}[engine.kv_dtype]
+    key = card.head_dim if key_bits == 8 else math.ceil(card.head_dim * key_bits / 8) + 2
+    small = key + math.ceil(card.head_dim * value_bits / 8) + 4
+    small += small % 2
+    ends = min(4, card.layers)  # the first two and last two layers stay at 16 bits (turboquant/config.py, get_boundary_skip_layers)
+    return heads * (ends * full + (card.layers - ends) * small)
+
+
+def peak_activations(card: ModelCard, engine: Engine) -> int:
+    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, and the logits of the sampled rows."""
+    e = DTYPE_BYTES[engine.dtype]
+    tokens, tp = engine.max_num_batched_tokens, engine.tp
+    if card.experts:
+        mlp = card.experts_per_token * (3 * card.intermediate_size // tp + card.hidden_size) * e
+    else:
+        mlp = 3 * card.intermediate_size // tp * e
+    attention = (2 * card.heads + 2 * max(card.kv_heads, tp)) * card.head_dim // tp * e
+    per_token = 2 * card.hidden_size * e + max(mlp, attention)
+    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + 3 * 4)
+    return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
+
+
+def graphs(engine: Engine) -> int:
+    """CUDA graphs of the captured sizes."""
+    if not engine.graph_sizes:
+        return 0
+    return _mib("graph_base_mib") + len(engine.graph_sizes) * _mib("graph_mib_per_size")
+
+
+def offload_buffers(engine: Engine, w: Weights) -> int:
+    """Prefetch back end: `prefetch_step` slots of one layer's offloaded parameters on the card."""
+    if engine.offload != "prefetch" or ignores_offload(engine):
+        return 0
+    layer = sum(p.loaded for p in w.layers[0] if _wanted(p.name, engine.offload_params))
+    return engine.prefetch_step * layer
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """One card. `terms` add up to what NVML shows at idle; `load` is what a full load adds; `reserved` is what the engine takes off its budget before KV."""
+
+    terms: dict[str, int]
+    load: dict[str, int]
+    weights: Weights
+    kv_available: int  # what is left for KV; negative: the engine does not start
+    kv_tokens: int
+    kv_block_bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def peak(self) -> int:
+        return self.total + sum(self.load.values())
+
+
+def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int) -> CardMemory:
+    """Memory of one GPU. The KV pool follows the utilization, the given size, or (auto) what the limit leaves."""
+    w = weights(card, engine)
+    act = peak_activations(card, engine)
+    graph = graphs(engine)
+    growth = _mib("growth_mib") if engine.tp == 1 else _mib("growth_with_nccl_mib")
+    compiled = 0 if engine.eager else _mib("compile_growth_mib")
+    terms = {
+        "weights": w.on_card,
+        "kv_cache": 0,
+        "activations": _mib("idle_cache_mib"),
+        "cuda_context": _mib("cuda_context_mib") + growth + compiled,
+        "nccl": nccl(engine),
+        "cuda_graphs": graph,
+        "offload_buffers": offload_buffers(engine, w),
+    }
+    load = {"activations": act, "lazy_kernels": _mib("load_lazy_mib")}
+    block = kv_bytes_per_token(card, engine) * engine.block_tokens
+    if engine.kv_bytes is not None:
+        available = engine.kv_bytes
+    elif engine.kv_auto:
+        available = limit_bytes - sum(terms.values()) - sum(load.values()) - _mib("margin_mib")
+        useful = engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1  # block 0 is the engine's own
+        available = min(available, useful * block)
+    else:
+        budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
+        profiled = 0 if engine.eager else _mib("compile_profile_mib") + graph
+        available = budget - w.on_card - terms["offload_buffers"] - act - growth - profiled
+    blocks = max(0, available // block)
+    if engine.kv_blocks_override is not None and blocks:
+        blocks = engine.kv_blocks_override
+    terms["kv_cache"] = blocks * block
+    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block)
+
+
+def nccl(engine: Engine) -> int:
+    """NCCL's buffers and the custom all-reduce's, 0 on a single card."""
+    if engine.tp == 1:
+        return 0
+    return _mib("nccl_mib") + (_mib("custom_all_reduce_mib") if engine.custom_all_reduce else 0)
+
+
+def cpu_memory(card: ModelCard, engine: Engine) -> CardMemory:
+    """The resident set of the service on a CPU."""
+    w = weights(card, engine)
+    block = kv_bytes_per_token(card, engine) * engine.block_tokens
+    available = engine.kv_bytes if engine.kv_bytes is not None else 0
+    blocks = available // block
+    terms = {
+        "weights": w.on_card,
+        "kv_cache": blocks * block,
+        "runtime": round(float(constant("cpu", "runtime_mib")) * MIB),
+    }
+    return CardMemory(terms, {"activations": peak_activations(card, engine)}, w, available, blocks * engine.block_tokens, block)
+
+
+# ---------------------------------------------------------------- host
+
+
+def next_power_of_two(n: int) -> int:
+    """The size PyTorch's pinned host allocator gives for `n` bytes."""
+    return 1 if n <= 1 else 1 << (n - 1).bit_length()
+
+
+def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> dict[str, int]:
+    """Host RAM of the running service by term, in bytes. On a CPU the service itself is the host's use."""
+    if device.kind == "cpu":
+        return {"service": memory.peak}
+    w = memory.weights
+    taken = offloaded_parameters(engine, w.layers)
+    pinned = sum(next_power_of_two(p.loaded) for l, which in zip(w.layers, taken, strict=True) for i, p in enumerate(l) if i in which)
+    terms = {
+        "api_server": round(float(constant("service", "api_host_mib")) * MIB),
+        "workers": engine.tp * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
+        "pinned_offload": engine.tp * pinned,
+        "kv_offload": engine.kv_offload_bytes,
+    }
+    return {k: v for k, v in terms.items() if v}
+
+
+def stage_ram(card: ModelCard) -> dict[str, int]:
+    """RAM that stages before the service need: the 16-bit model for quantization (swap can back most of it), page cache for loading (droppable)."""
+    sixteen = card.parameters * 2
+    return {"quantize": sixteen if card.quantization.method != "none" else 0, "load_page_cache": stored_bytes(card)}
+
+
+def term_shares(terms: Mapping[str, int]) -> dict[str, float]:
+    """Each term's share of the sum."""
+    total = sum(terms.values()) or 1
+    return {k: v / total for k, v in terms.items()}

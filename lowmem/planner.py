@@ -1,0 +1,387 @@
+"""Profile + model card + device -> Plan. Pure: everything it needs is passed in or is a table of this package."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lowmem import cards, devices, knobs, profiles
+from lowmem.errors import BadInput
+from lowmem.knobs import Engine
+from lowmem.latency import latency
+from lowmem.memory import CardMemory, card_memory, cpu_memory, host_ram, ignores_offload, kv_bytes_per_token, stage_ram, stored_bytes
+from lowmem.schema import (
+    VLLM_VERSION,
+    Argument,
+    Deploy,
+    Device,
+    EnvironmentVariable,
+    Knob,
+    Latency,
+    Limits,
+    Load,
+    ModelCard,
+    Plan,
+    Profile,
+    Scalar,
+    ServiceLimits,
+    Verdict,
+)
+from lowmem.units import MIB, gib, mib
+
+# The pool's size is set one way only: an override of one way takes the profile's other way out.
+_POOL_KNOBS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a plan is a function of."""
+
+    profile: Profile
+    card: ModelCard
+    device: Device
+    count: int
+    knobs: Mapping[str, Knob]
+    environment: Mapping[str, Knob]
+    load: Load
+    limits: Limits
+    vllm_version: str
+    deploy: Deploy | None = None
+
+
+def gather(
+    profile: str | Profile,
+    model: str | ModelCard | None = None,
+    device: str | Device | None = None,
+    count: int | None = None,
+    overrides: Mapping[str, Scalar] | None = None,
+    deploy: Deploy | Mapping[str, object] | None = None,
+    *,
+    clients: int | None = None,
+    input_tokens: int | None = None,
+    output_tokens: int | None = None,
+    memory_limit_bytes: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    vllm_version: str = VLLM_VERSION,
+) -> Inputs:
+    """Names to data, overrides checked. BadInput for anything that cannot be planned."""
+    p = profiles.load_profile(profile) if isinstance(profile, str) else profile
+    d = devices.load_device(device or p.device) if not isinstance(device, Device) else device
+    c = cards.load_card(model or p.model) if not isinstance(model, ModelCard) else model
+    n = p.device_count if count is None else count
+    if not 1 <= n <= 64:
+        raise BadInput(f"count={n} is not from 1 to 64; give the number of cards of one host")
+    if d.kind == "cpu" and n != 1:
+        raise BadInput(f"count={n} with device {d.name}: a CPU is one device; use --count 1")
+    merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in p.knobs.items()}
+    given = {name: knobs.checked(name, value) for name, value in (overrides or {}).items()}
+    if any(name in given for name in _POOL_KNOBS):
+        merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
+    merged.update({name: Knob(value=v, why=f"set by the operator (profile {p.name}: {_before(p, name)})") for name, v in given.items()})
+    env = dict(p.environment)
+    env.update({name: Knob(value=v, why="set by the operator") for name, v in (environment or {}).items()})
+    asked = {"clients": clients, "input_tokens": input_tokens, "output_tokens": output_tokens}
+    for name, value in asked.items():
+        if value is not None and not 1 <= value <= 10_000_000:
+            raise BadInput(f"{name}={value} is not from 1 to 10,000,000; correct it")
+    if clients is not None and clients > 100_000:
+        raise BadInput(f"clients={clients} is more than 100,000; correct it")
+    load = p.load.model_copy(update={k: v for k, v in asked.items() if v is not None})
+    limits = p.limits
+    if memory_limit_bytes is not None:
+        if memory_limit_bytes < MIB:
+            raise BadInput(f"memory limit {memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g. 20GiB")
+        limits = limits.model_copy(update={"memory_bytes": memory_limit_bytes})
+    c = cards.quantized(c, p.quantization)
+    place = Deploy.model_validate(deploy) if deploy is not None and not isinstance(deploy, Deploy) else deploy
+    return Inputs(p, c, d, n, merged, env, load, limits, vllm_version, place)
+
+
+def _before(profile: Profile, name: str) -> str:
+    return f"{profile.knobs[name].value}" if name in profile.knobs else "not set"
+
+
+def make_plan(
+    profile: str | Profile,
+    model: str | ModelCard | None = None,
+    device: str | Device | None = None,
+    count: int | None = None,
+    overrides: Mapping[str, Scalar] | None = None,
+    deploy: Deploy | Mapping[str, object] | None = None,
+    *,
+    clients: int | None = None,
+    input_tokens: int | None = None,
+    output_tokens: int | None = None,
+    memory_limit_bytes: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    vllm_version: str = VLLM_VERSION,
+    search: bool = True,
+) -> Plan:
+    """The plan of a profile for a model on `count` devices; None takes the profile's own. `overrides`: knob -> value, as `--set`.
+
+    Never raises for a plan that does not fit (the verdict says so); BadInput, one line, for input that cannot be planned.
+    `search=False` leaves `nearest` out.
+    """
+    inputs = gather(
+        profile, model, device, count, overrides, deploy, clients=clients, input_tokens=input_tokens, output_tokens=output_tokens,
+        memory_limit_bytes=memory_limit_bytes, environment=environment, vllm_version=vllm_version,
+    )  # fmt: skip
+    plan = compute(inputs)
+    if not search or plan.verdict == "fits":
+        return plan
+    found = nearest(inputs, plan)
+    if found is None:
+        return plan
+    return plan.model_copy(update={"nearest": found[0], "reasons": (*plan.reasons, found[1])})
+
+
+def compute(inputs: Inputs) -> Plan:
+    """The plan without a search for alternatives."""
+    p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
+    env = {name: str(k.value) for name, k in inputs.environment.items()}
+    engine = knobs.resolve(inputs.knobs, card, device, inputs.count, inputs.vllm_version, env)
+    if load.input_tokens + load.output_tokens > engine.max_model_len:
+        raise BadInput(
+            f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than max_model_len={engine.max_model_len}; "
+            "shorten the request or raise max_model_len"
+        )
+    memory = cpu_memory(card, engine) if device.kind == "cpu" else card_memory(card, engine, device, min(limits.memory_bytes, device.nvml_total_mib * MIB))
+    speed = latency(card, engine, device, memory, load)
+    requests = memory.kv_tokens // (math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens)
+    blocked = knobs.missing_flags(inputs.knobs, engine.vllm) + knobs.refusals(engine, card, device) + memory_reasons(engine, card, device, memory, limits)
+    if not blocked and requests < 1:
+        need = kv_bytes_per_token(card, engine) * (load.input_tokens + load.output_tokens)
+        blocked = [f"kv_cache: the pool of {mib(memory.terms['kv_cache'])} holds no request of the load; one needs {mib(need)}"]
+    slow = slow_reasons(engine, speed, load, limits, requests)
+    notes = fit_notes(engine, card, memory, limits, requests, load)
+    verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
+    arguments = arguments_of(inputs, engine, memory)
+    host = host_ram(card, engine, device, memory)
+    w = memory.weights
+    return Plan(
+        vllm_version=inputs.vllm_version,
+        profile=p.name,
+        model=card.name,
+        parameters=card.parameters,
+        weight_bytes=stored_bytes(card),
+        quantization=card.quantization,
+        device=device.name,
+        device_kind=device.kind,
+        device_count=inputs.count,
+        tensor_parallel_size=engine.tp,
+        load=load,
+        limits=limits,
+        verdict=verdict,
+        reasons=tuple(blocked or slow or notes),
+        limit_bytes=limits.memory_bytes,
+        per_gpu={**memory.terms, "total": memory.total},
+        weight_terms={"sharded": w.sharded, "replicated": w.replicated, "padding": w.padding, "repacking": w.repacking, "offloaded": w.offloaded},
+        load_growth=memory.load,
+        peak_bytes=memory.peak,
+        host_ram=host,
+        stage_ram=stage_ram(card),
+        kv_available_bytes=memory.kv_available,
+        kv_tokens=memory.kv_tokens,
+        max_requests=requests,
+        latency_ms=speed,
+        arguments=arguments,
+        environment=environment_of(inputs, device),
+        service=service_limits(engine, device, host, card),
+        deploy=inputs.deploy,
+    )
+
+
+# ---------------------------------------------------------------- verdict
+
+
+def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: CardMemory, limits: Limits) -> list[str]:
+    """Why the engine would not start, or would pass the limit: the term and by how many bytes."""
+    reasons = []
+    if engine.offload != "none" and ignores_offload(engine):
+        reasons.append(f"weight offload is silently ignored by vLLM 0.24 to 0.27 (asked for {engine.offload}); use 0.28 or later")
+    total = device.torch_total_mib * MIB
+    fixed = sum(v for k, v in memory.terms.items() if k != "kv_cache")
+    if device.kind == "cuda" and fixed > device.nvml_total_mib * MIB:
+        over = fixed - device.nvml_total_mib * MIB
+        reasons.append(f"weights: CUDA out of memory: {gib(memory.terms['weights'])} of weights and the engine itself are {mib(over)} ({over} bytes) more than {device.title} has")
+    elif memory.kv_available <= 0:
+        reasons.append(
+            f"kv_cache: No available memory for the cache blocks: Available KV cache memory: {gib(memory.kv_available)}; "
+            f"short by {-memory.kv_available} bytes ({_pool_advice(engine)})"
+        )
+    elif memory.kv_tokens < engine.max_model_len:
+        need = math.ceil(engine.max_model_len / engine.block_tokens) * memory.kv_block_bytes
+        short = need - memory.terms["kv_cache"]
+        reasons.append(
+            f"kv_cache: to serve one request of max_model_len {engine.max_model_len}, {gib(need)} KV cache is needed, larger than the available "
+            f"{gib(memory.terms['kv_cache'])}; short by {short} bytes ({_pool_advice(engine)}, or lower max_model_len)"
+        )
+    if device.kind == "cuda" and engine.kv_bytes is None and not engine.kv_auto:
+        before = memory.terms["nccl"] + memory.terms["cuda_context"]
+        if engine.utilization * total > total - before:
+            most = math.floor((total - before) / total * 100) / 100
+            reasons.append(
+                f"gpu_memory_utilization={engine.utilization:g}: free memory at start ({gib(total - before)} of {gib(total)}) is less than the budget "
+                f"({gib(engine.utilization * total)}); use at most {most:.2f}"
+            )
+    over = memory.peak - min(limits.memory_bytes, device.nvml_total_mib * MIB)
+    if over > 0 and not any(r.startswith("kv_cache: No") for r in reasons):
+        term = max(memory.terms, key=lambda k: memory.terms[k])
+        what = "the limit" if limits.memory_bytes <= device.nvml_total_mib * MIB else f"what {device.title} has"
+        reasons.append(f"total: {mib(memory.peak)} under load is {mib(over)} ({over} bytes) over {what} of {mib(memory.peak - over)}; largest term {term}: {mib(memory.terms[term])}")
+    return reasons
+
+
+def _pool_advice(engine: Engine) -> str:
+    return "raise the memory limit" if engine.kv_auto else "raise kv_cache_memory_bytes" if engine.kv_bytes is not None else "raise gpu_memory_utilization"
+
+
+def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, requests: int) -> list[str]:
+    """Which latency limit is missed, by how much, and which term it is."""
+    reasons = []
+    terms = speed.terms
+    if speed.decode_expected > limits.tpot_p99_ms:
+        parts = {k: terms[k] for k in ("hbm_weights", "hbm_kv", "link_offload", "flops", "all_reduce", "launches", "prefill_interference")}
+        worst = max(parts, key=lambda k: parts[k])
+        reasons.append(
+            f"tpot: {speed.decode_expected:.0f} ms a token expected (floor {speed.decode_floor:.0f}) at {load.clients} clients, "
+            f"{speed.decode_expected - limits.tpot_p99_ms:.0f} ms over the limit of {limits.tpot_p99_ms:g}; largest term {worst}: {parts[worst]:.0f} ms"
+        )
+    ttft = terms["ttft_all_at_once"]
+    if ttft > limits.ttft_p99_ms:
+        reasons.append(
+            f"ttft: {ttft:.0f} ms expected for the last of {load.clients} prompts of {load.input_tokens} tokens, "
+            f"{ttft - limits.ttft_p99_ms:.0f} ms over the limit of {limits.ttft_p99_ms:g}; term prefill: {terms['chunk_step']:.0f} ms a step of {min(engine.max_num_batched_tokens, load.input_tokens)} tokens"
+        )
+    wanted = min(load.clients, engine.max_num_seqs)
+    if requests < wanted:
+        reasons.append(
+            f"kv_cache: the pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens and the load has {load.clients}: {load.clients - requests} wait; "
+            "a larger pool, shorter requests or a smaller kv_cache_dtype would hold them"
+        )
+    if engine.max_num_seqs < load.clients:
+        reasons.append(f"max_num_seqs={engine.max_num_seqs} is less than the load's {load.clients} clients: {load.clients - engine.max_num_seqs} wait; raise it")
+    return reasons
+
+
+def fit_notes(engine: Engine, card: ModelCard, memory: CardMemory, limits: Limits, requests: int, load: Load) -> list[str]:
+    """What a plan that fits has to say for itself."""
+    room = limits.memory_bytes - memory.peak
+    return [
+        f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limits.memory_bytes)}; "
+        f"the KV pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens"
+    ]
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Argument, ...]:
+    """The arguments of `vllm serve`, each with its reason, in the profile's order."""
+    place, card = inputs.deploy, inputs.card
+    made = "" if card.quantization.method == "none" or card.source.endswith(card.quantization.method) else f"-{card.quantization.method}"
+    model = place.model_path if place else (card.source if "/" in card.source and not made else f"{card.name}{made}")
+    found = [Argument(flag="", value=model, why="the checkpoint")]
+    if place:
+        found += [
+            Argument(flag="--served-model-name", value=place.served_model_name, why="the name clients ask for"),
+            Argument(flag="--host", value=place.host, why="the address the server listens on"),
+            Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
+        ]
+    for name, knob in inputs.knobs.items():
+        value = knob.value
+        if name == "kv_cache_memory_bytes" and value == "auto":
+            value = memory.terms["kv_cache"]
+            if value <= 0:
+                continue
+        pair = knobs.tokens_of(name, value)
+        if pair is None:
+            continue
+        flag, text = pair
+        words = text.split() if text and name in _LISTS else [text]
+        found.append(Argument(flag=flag, value=words[0], why=knob.why))
+        found += [Argument(flag="", value=w, why="") for w in words[1:]]
+    return tuple(found)
+
+
+_LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
+
+
+def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable, ...]:
+    """The service's environment: what every deployment needs, then the profile's."""
+    always = {
+        "HF_HUB_OFFLINE": Knob(value="1", why="serve the local checkpoint only; never download while starting"),
+        "VLLM_NO_USAGE_STATS": Knob(value="1", why="no usage report leaves the host"),
+        "DO_NOT_TRACK": Knob(value="1", why="the same for libraries that heed it"),
+    }
+    return tuple(EnvironmentVariable(name=n, value=str(k.value), why=k.why) for n, k in {**always, **inputs.environment}.items())
+
+
+def service_limits(engine: Engine, device: Device, host: Mapping[str, int], card: ModelCard) -> ServiceLimits:
+    """What the service manager is told: start-up by checkpoint size, RAM with a quarter of headroom, locked memory for pinned buffers."""
+    read_s = stored_bytes(card) / 200e6  # a slow disk
+    headroom = 1.25
+    return ServiceLimits(
+        timeout_start_s=int(300 + read_s + (0 if engine.eager else 300)),
+        timeout_stop_s=60,
+        memory_max_bytes=math.ceil(sum(host.values()) * headroom / MIB) * MIB,
+        memlock="infinity" if engine.offload != "none" or engine.kv_offload_bytes or device.kind == "cuda" else "default",
+    )
+
+
+# ---------------------------------------------------------------- alternatives
+
+
+def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Plan]:
+    """Plans of the other profiles for the same model and device, with the same load where it fits the profile, best first."""
+    base = inputs.card if inputs.profile.quantization.method == "none" or inputs.card.header_bytes is not None else None
+    found = []
+    for name in names or profiles.names():
+        if name == inputs.profile.name:
+            continue
+        try:
+            p = profiles.load_profile(name)
+            if devices.load_device(p.device).kind != inputs.device.kind:
+                continue
+            model = base or _unquantized(inputs)
+            for count in sorted({inputs.count, p.device_count}):
+                try:
+                    plan = compute(
+                        gather(
+                            p, model, inputs.device, count, None, clients=inputs.load.clients, input_tokens=inputs.load.input_tokens,
+                            output_tokens=inputs.load.output_tokens, vllm_version=inputs.vllm_version,
+                        )
+                    )  # fmt: skip
+                except BadInput:
+                    continue
+                found.append(plan)
+        except BadInput:
+            continue
+    return sorted(found, key=lambda q: _rank(q, inputs))
+
+
+def _unquantized(inputs: Inputs) -> ModelCard:
+    """The card as it was before the profile's quantization was applied."""
+    if inputs.profile.quantization.method == "none" or inputs.card.quantization != inputs.profile.quantization:
+        return inputs.card
+    entry = cards.builtin().get(inputs.card.name)
+    return cards.load_card(inputs.card.name) if entry else inputs.card
+
+
+def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
+    order = {"fits": 0, "slow": 1, "impossible": 2}
+    return (order[plan.verdict], plan.peak_bytes > inputs.limits.memory_bytes, plan.device_count != inputs.count, plan.latency_ms.decode_expected)
+
+
+def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
+    """The profile to use instead, and a sentence about it; None when no profile does better."""
+    better = {"impossible": ("fits", "slow"), "slow": ("fits",), "fits": ()}[plan.verdict]
+    for other in alternatives(inputs):
+        if other.verdict in better:
+            cards_ = f"{other.device_count} card{'s' if other.device_count > 1 else ''}"
+            return other.profile, (
+                f"nearest: profile {other.profile} {'fits' if other.verdict == 'fits' else 'starts but is slow'} on {cards_} at {mib(other.peak_bytes)} a card, "
+                f"{other.latency_ms.decode_expected:.0f} ms a token expected"
+            )
+    return None
