@@ -47,8 +47,11 @@ def terms(plan: Plan, log: EngineLog, service_idle_bytes: int | None, service_pe
     if service_idle_bytes is not None:
         source = "idle memory less the terms above that the engine reports"
         rows.append(Term(name="rest", planned_bytes=planned_rest, measured_bytes=service_idle_bytes - reported_bytes, source=source))
+    rows.append(Term(name="total", planned_bytes=plan.per_gpu.get("total"), measured_bytes=service_idle_bytes, source="idle sample"))
+    growth = None if service_idle_bytes is None or service_peak_bytes is None else service_peak_bytes - service_idle_bytes
+    rows.append(Term(name="load_growth", planned_bytes=sum(plan.load_growth.values()), measured_bytes=growth, source="peak less idle"))
     rows.append(
-        Term(name="total", planned_bytes=plan.per_gpu.get("total"), measured_bytes=service_peak_bytes, source="highest sample under load")
+        Term(name="peak", planned_bytes=plan.peak_bytes or None, measured_bytes=service_peak_bytes, source="highest sample, start and load")
     )
     offloaded = log.values.get("cpu_offload") or log.values.get("prefetch_offload")
     planned_pinned = next((plan.host_ram[n] for n in ("pinned_offload", "offload") if n in plan.host_ram), None)

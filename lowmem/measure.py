@@ -36,6 +36,7 @@ import typer
 from pydantic import ValidationError
 
 from lowmem import enginelog, judge
+from lowmem.errors import BadInput
 from lowmem.sampler import MIB, Gpus, ProcessTree, Sampler
 from lowmem.schema import Load, LoadResult, Percentiles, Plan, Receipt
 
@@ -44,10 +45,6 @@ IDLE_S = 3.0
 _LOADED = re.compile(r"(?:Model loading|Loading weights) took")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 _TELLING = re.compile(r"^(VLLM_|CUDA_|NCCL_|TORCH|PYTORCH_|OMP_|HF_HUB_OFFLINE|LD_PRELOAD|MALLOC)")
-
-
-class BadInputError(Exception):
-    """Bad input; the message is the one line that the user gets."""
 
 
 class Engine:
@@ -155,7 +152,7 @@ def read_environment(path: Path) -> dict[str, str]:
             continue
         name, equals, value = line.partition("=")
         if not equals or not name.isidentifier():
-            raise BadInputError(f"{path}:{number}: expected NAME=VALUE, found {name!r}")
+            raise BadInput(f"{path}:{number}: expected NAME=VALUE, found {name!r}")
         variables[name] = shlex.split(value)[0] if value[:1] in "\"'" and len(value) > 1 else value
     return variables
 
@@ -192,7 +189,7 @@ def listener_pid(url: str) -> int:
     for connection in connections:
         if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,) and connection.pid:
             return int(connection.pid)
-    raise BadInputError(f"--url {url}: no process of yours listens on port {port}: name it with --pid, or run as its owner")
+    raise BadInput(f"--url {url}: no process of yours listens on port {port}: name it with --pid, or run as its owner")
 
 
 @contextlib.contextmanager
@@ -359,10 +356,10 @@ def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate_json(path.read_text())
     except OSError as error:
-        raise BadInputError(f"--plan {path}: {error.strerror}") from None
+        raise BadInput(f"--plan {path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInputError(
+        raise BadInput(
             f"--plan {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']} (write it with `lowmem plan --json`)"
         ) from None
 
@@ -373,7 +370,7 @@ def parse_clients(text: str) -> list[int]:
     except ValueError:
         counts = []
     if not counts or min(counts) < 1:
-        raise BadInputError(f"--clients {text}: a comma-separated list of whole numbers of at least 1 is wanted, such as 8,1,4")
+        raise BadInput(f"--clients {text}: a comma-separated list of whole numbers of at least 1 is wanted, such as 8,1,4")
     return counts
 
 
@@ -409,36 +406,30 @@ def measure(
 
     Exit 0: within the plan's limits. 2: not, or did not start. 1: bad input.
     """
-    try:
-        plan_ = read_plan(plan)
-        env_file = _check_words(start, serve, url, env_file)
-        variables = {v.name: v.value for v in plan_.environment} if serve else {}
-        variables |= read_environment(env_file) if env_file else {}
-        variables |= {"VLLM_LOGGING_LEVEL": "DEBUG"} if debug else {}
-        options = Options(
-            plan=plan_,
-            out=out,
-            launcher=start,
-            url=url,
-            pid=pid if pid or not pid_file else int(pid_file.read_text()),
-            log=log,
-            variables=variables,
-            extra=tuple(arg or ()),
-            loads=tuple(
-                Load(
-                    clients=c, input_tokens=input_tokens or plan_.load.input_tokens, output_tokens=output_tokens or plan_.load.output_tokens
-                )
-                for c in parse_clients(clients or str(plan_.load.clients))
-            ),
-            requests=requests,
-            tokenizer=tokenizer,
-            interval_s=(interval_ms or (100 if plan_.device_kind == "cuda" else 250)) / 1000,
-            start_timeout_s=start_timeout_s or plan_.service.timeout_start_s,
-        )
-        receipt = run(options)
-    except BadInputError as error:
-        say(f"lowmem measure: {error}")
-        raise typer.Exit(1) from None
+    plan_ = read_plan(plan)
+    env_file = _check_words(start, serve, url, env_file)
+    variables = {v.name: v.value for v in plan_.environment} if serve else {}
+    variables |= read_environment(env_file) if env_file else {}
+    variables |= {"VLLM_LOGGING_LEVEL": "DEBUG"} if debug else {}
+    options = Options(
+        plan=plan_,
+        out=out,
+        launcher=start,
+        url=url,
+        pid=pid if pid or not pid_file else int(pid_file.read_text()),
+        log=log,
+        variables=variables,
+        extra=tuple(arg or ()),
+        loads=tuple(
+            Load(clients=c, input_tokens=input_tokens or plan_.load.input_tokens, output_tokens=output_tokens or plan_.load.output_tokens)
+            for c in parse_clients(clients or str(plan_.load.clients))
+        ),
+        requests=requests,
+        tokenizer=tokenizer,
+        interval_s=(interval_ms or (100 if plan_.device_kind == "cuda" else 250)) / 1000,
+        start_timeout_s=start_timeout_s or plan_.service.timeout_start_s,
+    )
+    receipt = run(options)
     say(f"{receipt.verdict}: {out}")
     for finding in receipt.findings:
         say(f"  {finding}")
@@ -449,15 +440,15 @@ def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Pat
     """Refuses what does not go together; returns the environment file to read."""
     modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
     if len(modes) != 1:
-        raise BadInputError(f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given")
+        raise BadInput(f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given")
     if url is not None and not re.fullmatch(r"https?://[^/:]+:\d+/?", url):
-        raise BadInputError(f"--url {url}: http://HOST:PORT is wanted")
+        raise BadInput(f"--url {url}: http://HOST:PORT is wanted")
     if start is not None and not start.is_file():
-        raise BadInputError(f"--start {start}: no such file")
+        raise BadInput(f"--start {start}: no such file")
     if env_file is None and start is not None and (start.parent / "vllm.env").is_file():
         return start.parent / "vllm.env"
     if env_file is not None and not env_file.is_file():
-        raise BadInputError(f"--env-file {env_file}: no such file")
+        raise BadInput(f"--env-file {env_file}: no such file")
     return env_file
 
 
@@ -481,7 +472,7 @@ class Options:
 
 
 def run(options: Options) -> Receipt:
-    """Measures and writes the receipt, also for a service that does not start; raises BadInputError when there is nothing to measure."""
+    """Measures and writes the receipt, also for a service that does not start; raises BadInput when there is nothing to measure."""
     plan = options.plan
     # The key goes into environments only, never into an argument list, where every user of the machine reads it.
     key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
@@ -489,7 +480,7 @@ def run(options: Options) -> Receipt:
     try:
         gpus = Gpus(plan.device_count) if plan.device_kind == "cuda" else None
     except RuntimeError as error:
-        raise BadInputError(str(error)) from None
+        raise BadInput(str(error)) from None
     hardware = host_facts() | (gpus.describe() if gpus else {})
     available_before = psutil.virtual_memory().available
     findings: list[str] = []
@@ -514,7 +505,7 @@ def run(options: Options) -> Receipt:
         if options.url:
             engine = Engine(options.pid or listener_pid(options.url), options.log)
             if not psutil.pid_exists(engine.pid or 0):
-                raise BadInputError(f"--pid {engine.pid}: no such process")
+                raise BadInput(f"--pid {engine.pid}: no such process")
         else:
             _refuse_port_in_use(api.url)
             command = [str(options.launcher)] if options.launcher else [*vllm_command(), "serve", *plan.argv]
@@ -657,7 +648,7 @@ def _refuse_port_in_use(url: str) -> None:
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as probe:
         if probe.connect_ex((host, int(port))) == 0:
-            raise BadInputError(f"{url}: something listens there already: stop it, or measure it with --url {url}")
+            raise BadInput(f"{url}: something listens there already: stop it, or measure it with --url {url}")
 
 
 def _left_behind(gpus: Gpus, before: Sequence[int]) -> list[str]:

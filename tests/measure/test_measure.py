@@ -89,4 +89,4 @@ def test_a_service_that_ignores_sigterm_is_killed_and_reported(deployed: Path, m
 )
 def test_bad_input_is_one_line(deployed: Path, words: list[str], line: str) -> None:
     code, output, receipt = run(deployed, *words)
-    assert (code, output.strip(), receipt) == (1, f"lowmem measure: {line}", None)
+    assert (code, output.strip(), receipt) == (1, f"lowmem: {line}", None)
