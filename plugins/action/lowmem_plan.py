@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
@@ -12,16 +13,18 @@ DOCUMENTATION = r"""
 module: lowmem_plan
 short_description: Compute the plan of a deployment and refuse an impossible one
 description:
-  - Sets the fact C(lowmem_plan), which equals the JSON of C(lowmem plan), and prints its terms and verdict.
+  - Prints its terms and verdict, and returns it as V(plan), which equals the JSON of C(lowmem plan).
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options:
   profile: {description: Name of a profile in C(profiles/)., type: str, required: true}
-  model: {description: "Model card by name, or a directory on the controller.", type: str, required: true}
-  device: {description: Name in the device table., type: str, required: true}
-  count: {description: Number of devices., type: int, required: true}
+  model: {description: "Model card by name, or a directory on the controller; empty is the profile's own.", type: str, default: ""}
+  device: {description: Name in the device table; empty is the profile's own., type: str, default: ""}
+  count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
   deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host, port.", type: dict, required: true}
 """
+
+PAGE_COLUMNS = 120
 
 
 class ActionModule(ActionBase):
@@ -33,9 +36,9 @@ class ActionModule(ActionBase):
         _, wanted = self.validate_argument_spec(
             {
                 "profile": {"type": "str", "required": True},
-                "model": {"type": "str", "required": True},
-                "device": {"type": "str", "required": True},
-                "count": {"type": "int", "required": True},
+                "model": {"type": "str", "default": ""},
+                "device": {"type": "str", "default": ""},
+                "count": {"type": "int", "default": 0},
                 "overrides": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
             }
@@ -43,15 +46,24 @@ class ActionModule(ActionBase):
         try:
             from lowmem.errors import BadInput
             from lowmem.planner import make_plan
-            from lowmem.render import plan_text
+            from lowmem.render import show_plan
+            from rich.console import Console
         except ModuleNotFoundError as error:
             raise AnsibleActionFail(f"{error}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from error
         try:
-            plan = make_plan(**wanted)
+            plan = make_plan(
+                wanted["profile"],
+                model=wanted["model"] or None,
+                device=wanted["device"] or None,
+                count=wanted["count"] or None,
+                overrides=wanted["overrides"],
+                deploy=wanted["deploy"],
+            )
         except BadInput as error:
             raise AnsibleActionFail(str(error)) from error
-        self._display.display(plan_text(plan))
+        page = io.StringIO()
+        show_plan(plan, Console(file=page, width=PAGE_COLUMNS, highlight=False))
+        self._display.display(page.getvalue())
         if plan.verdict == "impossible":
-            nearest = f"; the nearest that does: {plan.nearest}" if plan.nearest else ""
-            raise AnsibleActionFail(f"impossible: {'; '.join(plan.reasons)}{nearest}. Nothing on the host was changed.")
-        return {"changed": False, "ansible_facts": {"lowmem_plan": json.loads(plan.model_dump_json())}}
+            raise AnsibleActionFail(f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed.")
+        return {"changed": False, "plan": json.loads(plan.model_dump_json())}
