@@ -21,7 +21,8 @@ options:
   device: {description: Name in the device table; empty is the profile's own., type: str, default: ""}
   count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
-  deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host, port.", type: dict, required: true}
+  deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host, port.",
+    type: dict, required: true}
 """
 
 PAGE_COLUMNS = 120
@@ -44,10 +45,11 @@ class ActionModule(ActionBase):
             }
         )
         try:
+            from rich.console import Console
+
             from lowmem.errors import BadInput
             from lowmem.planner import make_plan
             from lowmem.render import show_plan
-            from rich.console import Console
         except ModuleNotFoundError as error:
             raise AnsibleActionFail(f"{error}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from error
         try:

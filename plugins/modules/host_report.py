@@ -46,7 +46,9 @@ author: vllm-lowmem
 
 RETURN = r"""
 memory:
-  description: Of C(/proc/meminfo), lowered to the control group's limit where there is one. V(total_bytes), V(available_bytes), V(swap_total_bytes).
+  description:
+    - Of C(/proc/meminfo), lowered to the control group's limit where there is one.
+    - V(total_bytes), V(available_bytes), V(swap_total_bytes).
   returned: always
   type: dict
 swaps:
@@ -62,11 +64,13 @@ memlock_bytes:
   returned: always
   type: int
 disk:
-  description: By path as given, V(free_bytes) for this user and V(total_bytes).
+  description: By path as given, whether it exists (V(exists)), V(free_bytes) for this user and V(total_bytes).
   returned: always
   type: dict
 listeners:
-  description: By port, the processes that listen on it, each with V(pid), V(command) and V(own); one entry with pid null where it cannot be told.
+  description:
+    - By port, the processes that listen on it, each with V(pid), V(command) and V(own).
+    - One entry with pid null where it cannot be told.
   returned: always
   type: dict
 own_processes:
@@ -115,7 +119,7 @@ def disk(path: str) -> dict:
     while not place.exists():
         place = place.parent
     usage = os.statvfs(place)
-    return {"free_bytes": usage.f_bavail * usage.f_frsize, "total_bytes": usage.f_blocks * usage.f_frsize}
+    return {"exists": Path(path).exists(), "free_bytes": usage.f_bavail * usage.f_frsize, "total_bytes": usage.f_blocks * usage.f_frsize}
 
 
 def processes(proc: Path = PROC) -> list:
@@ -172,7 +176,7 @@ def listeners(ports: list, root: str | None, proc: Path = PROC) -> dict:
         return found
     for entry in processes(proc):
         try:
-            links = {os.readlink(fd) for fd in (entry / "fd").iterdir()}
+            links = {str(fd.readlink()) for fd in (entry / "fd").iterdir()}
         except OSError:  # another user's, or gone
             continue
         for port, sockets in inodes.items():
