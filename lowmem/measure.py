@@ -37,6 +37,7 @@ from pydantic import ValidationError
 
 from lowmem import enginelog, judge
 from lowmem.errors import BadInput
+from lowmem.files import write_text
 from lowmem.sampler import MIB, Gpus, ProcessTree, Sampler
 from lowmem.schema import Load, LoadResult, Percentiles, Plan, Receipt
 
@@ -344,14 +345,6 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def write_json(path: Path, text: str) -> None:
-    """Beside, then moved: a reader never sees half a receipt."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text + "\n")
-    beside.replace(path)
-
-
 def read_plan(path: Path) -> Plan:
     try:
         return Plan.model_validate_json(path.read_text())
@@ -619,7 +612,7 @@ def run(options: Options) -> Receipt:
         notes=tuple(notes),
         verdict="failed" if findings else "passed",
     )
-    write_json(options.out, receipt.model_dump_json(indent=1))
+    write_text(options.out, receipt.model_dump_json(indent=1))
     if served is None or len(results) < len(options.loads):
         say("\n".join(["the engine's last lines:", *engine.log_lines()[-25:]]))
     if receipt.advice:

@@ -1,0 +1,29 @@
+"""Memory under the plan's load stays within the plan's limit, and holds the requests that it promises."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowmem.schema import Plan, Receipt
+
+MIB = 2**20
+
+
+def test_peak_is_within_the_limit(measurement: Receipt, plan: Plan) -> None:
+    assert measurement.service_peak_bytes, "nothing was sampled"
+    over = {i: f"{used / MIB:,.0f} MiB" for i, used in enumerate(measurement.service_peak_bytes) if used > plan.limits.memory_bytes}
+    assert not over, f"limit {plan.limits.memory_bytes / MIB:,.0f} MiB ({measurement.memory_source})"
+
+
+def test_the_kv_pool_holds_the_planned_tokens(measurement: Receipt, plan: Plan) -> None:
+    tokens = measurement.engine_values.get("kv_tokens")
+    if not tokens:
+        pytest.skip("the log of this start is gone")
+    assert min(tokens) >= plan.kv_tokens
+
+
+def test_offload_took_effect(measurement: Receipt, plan: Plan) -> None:
+    if not plan.host_ram.get("pinned_offload"):
+        pytest.skip("the plan offloads nothing")
+    words = measurement.engine_values.get("cpu_offload") or measurement.engine_values.get("prefetch_offload")
+    assert words, "the engine's log has neither 'Total CPU offloaded parameters' nor '[PrefetchOffloader] Initialized'"

@@ -1,0 +1,73 @@
+"""The service runs as its own user, keeps its secret, and comes back when it is killed."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def owner(deployment: Any) -> str:
+    """Who the environment file, and so the service, belongs to."""
+    return str(deployment.host.file(deployment.path("etc/vllm.env")).user)
+
+
+@pytest.fixture
+def key(deployment: Any) -> str:
+    lines = deployment.read("etc/vllm.env").splitlines()
+    return next(line.partition("=")[2].strip("'\"") for line in lines if line.startswith("VLLM_API_KEY="))
+
+
+def test_the_manager_says_it_runs(deployment: Any) -> None:
+    if deployment.host.file("/run/systemd/system").exists:
+        service = deployment.host.service("vllm")
+        assert (service.is_running, service.is_enabled) == (True, True)
+        return
+    program = f"{deployment.environment}/bin/supervisorctl -c {deployment.path('etc/supervisord.conf')} status vllm"
+    assert deployment.host.run(program).stdout.split()[1:2] == ["RUNNING"]
+
+
+def test_every_process_belongs_to_the_services_user(deployment: Any, owner: str) -> None:
+    processes = deployment.processes()["processes"]
+    assert {p["user"] for p in processes} == {owner}
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"), [("etc/vllm.env", 0o600), ("etc/low_mem.sh", 0o755), ("etc/plan.json", 0o644), ("log", 0o700), ("cache", 0o700)]
+)
+def test_modes(deployment: Any, name: str, mode: int) -> None:
+    assert oct(deployment.host.file(deployment.path(name)).mode) == oct(mode)
+
+
+def test_the_model_is_readable_by_the_service_and_writable_by_its_owner_only(deployment: Any) -> None:
+    found = deployment.host.check_output("find %s -perm /022 -print", deployment.deploy.model_path)
+    assert found == "", "writable by group or others"
+
+
+def test_the_key_is_in_no_argument_list(deployment: Any, key: str) -> None:
+    assert [p["pid"] for p in deployment.processes()["processes"] if any(key in word for word in p["argv"])] == []
+
+
+def test_the_log_has_no_key(deployment: Any, key: str) -> None:
+    assert key not in deployment.read("log/vllm.log")
+
+
+@pytest.mark.disruptive
+def test_it_answers_again_after_its_engine_was_killed(deployment: Any) -> None:
+    before = deployment.processes()["processes"]
+    engine = next(p for p in before if not p["main"])
+    deployment.host.run_expect([0], f"kill -KILL {engine['pid']}")
+    deadline = time.monotonic() + deployment.plan.service.timeout_start_s
+    body = {"model": deployment.deploy.served_model_name, "prompt": "Hello", "max_tokens": 2}
+    answered = False
+    while not answered and time.monotonic() < deadline:
+        time.sleep(1)
+        pids = {p["pid"] for p in deployment.processes()["processes"]}
+        answered = bool(pids) and engine["pid"] not in pids and deployment.http("/v1/completions", body)[0] == 200
+    assert answered, f"no completion within {deployment.plan.service.timeout_start_s} s of the kill"
+    old = {(p["pid"], p["started"]) for p in before}
+    left = deployment.python("import psutil, json; print(json.dumps([(p.pid, p.create_time()) for p in psutil.process_iter()]))")
+    assert old & {(pid, started) for pid, started in json.loads(left)} == set(), "processes of the killed engine are still there"
