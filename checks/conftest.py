@@ -50,7 +50,10 @@ found = {"addresses": sorted({c.laddr.ip for c in listening}), "processes": []}
 for pid in {c.pid for c in listening if c.pid}:
     main = psutil.Process(pid)
     for p in [main, *main.children(recursive=True)]:
-        facts = {"pid": p.pid, "main": p.pid == pid, "user": p.username(), "argv": p.cmdline(), "started": p.create_time()}
+        try:
+            facts = {"pid": p.pid, "main": p.pid == pid, "user": p.username(), "argv": p.cmdline(), "started": p.create_time()}
+        except psutil.Error:  # it ended while we looked
+            continue
         found["processes"].append(facts)
 print(json.dumps(found))
 """
@@ -122,6 +125,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # what a receipt calls the check: without the host, which pytest-testinfra puts among the parameters
+        suite = Path(item.path).stem.removeprefix("test_")
+        words = item.name.split("[")[0].removeprefix("test_").replace("_", " ")
+        parameters = [str(v) for k, v in getattr(getattr(item, "callspec", None), "params", {}).items() if k != "_testinfra_host"]
+        detail = f" ({', '.join(parameters)})" if parameters else ""
+        item.user_properties.append(("check", f"{suite}: {words}{detail}"))
     disruptive = [i for i in items if i.get_closest_marker("disruptive")]
     items[:] = [i for i in items if i not in disruptive] + disruptive
     if config.getoption("--leave-running"):

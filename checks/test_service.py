@@ -36,10 +36,11 @@ def test_every_process_belongs_to_the_services_user(deployment: Any, owner: str)
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("etc/vllm.env", 0o600), ("etc/low_mem.sh", 0o755), ("etc/plan.json", 0o644), ("log", 0o700), ("cache", 0o700)]
+    ("name", "mode"),
+    [("etc/vllm.env", "0o600"), ("etc/low_mem.sh", "0o755"), ("etc/plan.json", "0o644"), ("log", "0o700"), ("cache", "0o700")],
 )
-def test_modes(deployment: Any, name: str, mode: int) -> None:
-    assert oct(deployment.host.file(deployment.path(name)).mode) == oct(mode)
+def test_modes(deployment: Any, name: str, mode: str) -> None:
+    assert oct(deployment.host.file(deployment.path(name)).mode) == mode
 
 
 def test_the_model_is_readable_by_the_service_and_writable_by_its_owner_only(deployment: Any) -> None:

@@ -34,8 +34,7 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
         raise BadInput(f"--checks {path}: {error}: pytest's --junitxml file is wanted") from None
     checks: dict[str, dict[str, Any]] = {}
     for case in root.iter("testcase"):
-        suite = case.get("classname", "").rsplit(".", 1)[-1].removeprefix("test_")
-        name = f"{suite}: {case.get('name', '').split('[')[0].removeprefix('test_').replace('_', ' ')}"
+        name = next((p.get("value", "") for p in case.iter("property") if p.get("name") == "check"), case.get("name", ""))
         bad = next((e for e in case if e.tag in ("failure", "error")), None)
         skipped = case.find("skipped")
         entry: dict[str, Any] = {"outcome": "passed", "seconds": round(float(case.get("time", 0)), 2)}
@@ -61,9 +60,10 @@ def _mib(value: int | None) -> str:
 
 
 def _error(planned: int | None, measured: int | None) -> str:
-    if not planned or measured is None:
+    """Of the plan, against the measurement; a term of a few MiB has no percentage worth reading."""
+    if not planned or not measured or max(planned, measured) < 64 * MIB:
         return ""
-    return f"{(planned - measured) / measured * 100:+.1f} %" if measured else ""
+    return f"{(planned - measured) / measured * 100:+.1f} %".replace("-0.0", "0.0").replace("+0.0", "0.0")
 
 
 def show(receipt: Receipt) -> None:
