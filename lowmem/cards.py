@@ -48,13 +48,19 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
         groups = list((q.get("config_groups") or {}).values())
         weights = (groups[0] or {}).get("weights") if groups else None
         if not isinstance(weights, Mapping):
-            raise BadInput("config.json: quantization_config has no config_groups with weights; only weight-quantized checkpoints can be planned")
+            raise BadInput(
+                "config.json: quantization_config has no config_groups with weights; only weight-quantized checkpoints can be planned"
+            )
         ignored = tuple(str(x) for x in q.get("ignore") or ())
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
             return Quantization(method="fp8", bits=8, group_size=-1, zero_point=False, ignored=ignored)
         bits, group, zero = weights.get("num_bits", 4), weights.get("group_size") or -1, not weights.get("symmetric", True)
     elif method == "awq":
-        bits, group, zero = q.get("bits", q.get("w_bit", 4)), q.get("group_size", q.get("q_group_size", 128)), bool(q.get("zero_point", True))
+        bits, group, zero = (
+            q.get("bits", q.get("w_bit", 4)),
+            q.get("group_size", q.get("q_group_size", 128)),
+            bool(q.get("zero_point", True)),
+        )
         ignored = tuple(q.get("modules_to_not_convert") or ())
     elif method in ("gptq", "auto-round", "intel/auto-round", "auto-gptq"):
         method = "gptq" if "gptq" in method else "auto-round"
@@ -118,7 +124,11 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
         for name, out, inp, split in (("w1", inter, hidden, "column"), ("w3", inter, hidden, "column"), ("w2", hidden, inter, "row")):
             add(f"block_sparse_moe.experts.{name}", "linear", out, inp, split, times=experts)
     else:
-        for name, out, inp, split in (("gate_proj", inter, hidden, "column"), ("up_proj", inter, hidden, "column"), ("down_proj", hidden, inter, "row")):
+        for name, out, inp, split in (
+            ("gate_proj", inter, hidden, "column"),
+            ("up_proj", inter, hidden, "column"),
+            ("down_proj", hidden, inter, "row"),
+        ):
             add(f"mlp.{name}", "linear", out, inp, split)
             if c.get("mlp_bias"):
                 add(f"mlp.{name}.bias", "bias", out, 1, split if split == "column" else "none")
@@ -142,7 +152,9 @@ def card_from_config(config: Mapping[str, Any], name: str, source: str, header: 
     if "head_dim" not in config and hidden % heads:
         raise BadInput(f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; the config.json is damaged")
     if heads % kv_heads:
-        raise BadInput(f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; the config.json is damaged")
+        raise BadInput(
+            f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; the config.json is damaged"
+        )
     dtype = str(config.get("torch_dtype") or config.get("dtype") or "float16")
     if dtype not in DTYPE_BYTES:
         raise BadInput(f"{source}: torch_dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
@@ -178,7 +190,9 @@ def _header_size(tensor: Any, name: str) -> int:
         for n in tensor["shape"]:
             size *= int(n)
     except (KeyError, TypeError, ValueError):
-        raise BadInput(f"safetensors header: tensor {name!r} has no usable dtype and shape; the file is damaged, download it again") from None
+        raise BadInput(
+            f"safetensors header: tensor {name!r} has no usable dtype and shape; the file is damaged, download it again"
+        ) from None
     return size // 8
 
 
@@ -189,13 +203,17 @@ def _refined(groups: tuple[WeightGroup, ...], header: Mapping[str, Any], config:
     for g in groups:
         if g.kind != "linear":
             if g.kind == "lm_head" and not any(n.startswith("lm_head.") for n in header):
-                raise BadInput("safetensors headers: no lm_head though config.json says tie_word_embeddings false; the checkpoint is incomplete")
+                raise BadInput(
+                    "safetensors headers: no lm_head though config.json says tie_word_embeddings false; the checkpoint is incomplete"
+                )
             out.append(g)
             continue
         stem = g.name.rsplit(".", 1)
         mine = [n for n in header if f".{stem[0]}." in n and f".{stem[-1]}." in n]
         if not mine:
-            raise BadInput(f"safetensors headers: no tensor of {g.name} though config.json has {config['num_hidden_layers']} layers; the checkpoint is incomplete")
+            raise BadInput(
+                f"safetensors headers: no tensor of {g.name} though config.json has {config['num_hidden_layers']} layers; the checkpoint is incomplete"
+            )
         out.append(g.model_copy(update={"quantized": any(n.endswith(packed) for n in mine)}))
     return tuple(out)
 
@@ -209,7 +227,9 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
             raise BadInput(
                 f"quantization group_size {quantization.group_size} does not divide the {g.in_features} inputs of {g.name} in {card.name}; use 32 or 64"
             )
-    groups = tuple(g.model_copy(update={"quantized": g.kind == "linear" and not _ignored(g.name, quantization.ignored)}) for g in card.groups)
+    groups = tuple(
+        g.model_copy(update={"quantized": g.kind == "linear" and not _ignored(g.name, quantization.ignored)}) for g in card.groups
+    )
     return card.model_copy(update={"quantization": quantization, "groups": groups, "header_bytes": None})
 
 
@@ -278,7 +298,9 @@ def card_from_directory(folder: Path) -> ModelCard:
     if header and index.exists():
         missing = set(map(str, _read_json(index).get("weight_map", {}))) - set(header)
         if missing:
-            raise BadInput(f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first: {min(missing)}); the download is incomplete")
+            raise BadInput(
+                f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first: {min(missing)}); the download is incomplete"
+            )
     return card_from_config(config, folder.resolve().name, str(folder), header or None)
 
 
@@ -310,7 +332,9 @@ def card_from_hub(repo: str) -> ModelCard:
     except BadInput:
         raise
     except ImportError:
-        raise BadInput(f"model {repo!r} looks like a Hugging Face id, and huggingface_hub is not installed; use a built-in name or a directory") from None
+        raise BadInput(
+            f"model {repo!r} looks like a Hugging Face id, and huggingface_hub is not installed; use a built-in name or a directory"
+        ) from None
     except Exception as e:
         raise BadInput(
             f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it ({type(e).__name__}); "
@@ -332,5 +356,3 @@ def load_card(model: str) -> ModelCard:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
         return card_from_hub(model)
     raise BadInput(f"model {model!r} is no built-in card, directory or Hugging Face id; built-in: {', '.join(names())}")
-
-

@@ -12,6 +12,9 @@ from lowmem.errors import BadInput
 
 COMMANDS = {
     "plan": "lowmem.plan_cli:plan",
+    "explain": "lowmem.explain_cli:explain",
+    "frontier": "lowmem.frontier_cli:frontier_command",
+    "check-article": "lowmem.claims_cli:check_article",
     "measure": "lowmem.measure:measure",
     "receipt": "lowmem.receipt:receipt",
     "report": "lowmem.report:report",

@@ -57,7 +57,9 @@ def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "-
         name, sign, value = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
         if not sign or not name:
-            raise BadInput(f"{option} {text!r} is not of the form knob=value, e.g. {'max_num_seqs=8' if option == '--set' else 'NCCL_DEBUG=WARN'}")
+            raise BadInput(
+                f"{option} {text!r} is not of the form knob=value, e.g. {'max_num_seqs=8' if option == '--set' else 'NCCL_DEBUG=WARN'}"
+            )
         if name in found:
             raise BadInput(f"{option} {name} is given twice ({found[name]!r} and {value!r}); give it once")
         found[name] = value.strip()
@@ -69,14 +71,18 @@ def checked(name: str, value: Scalar) -> Scalar:
     spec = load_yaml("knobs.yml").get(name)
     if spec is None:
         close = [k for k in load_yaml("knobs.yml") if k.startswith(name[:6])]
-        raise BadInput(f"knob {name!r} is unknown; knobs are vLLM's flags in snake_case{', did you mean ' + ' or '.join(close) if close else ''}")
+        raise BadInput(
+            f"knob {name!r} is unknown; knobs are vLLM's flags in snake_case{', did you mean ' + ' or '.join(close) if close else ''}"
+        )
     if spec.get("auto") and value == "auto":
         return "auto"
     kind = spec["type"]
     try:
         result = _typed(kind, value)
     except (ValueError, OverflowError):
-        what = {"int": "a whole number", "float": "a number", "bool": "true or false", "bytes": "a size such as 2GiB or 2147483648"}.get(kind, "text")
+        what = {"int": "a whole number", "float": "a number", "bool": "true or false", "bytes": "a size such as 2GiB or 2147483648"}.get(
+            kind, "text"
+        )
         raise BadInput(f"{name}={value!r} is not {what}; correct it") from None
     if isinstance(result, int | float) and not isinstance(result, bool):
         low, high = spec.get("min"), spec.get("max")
@@ -193,7 +199,9 @@ def graph_sizes(max_num_seqs: int, batched: int, wanted: Scalar | None, largest:
     return tuple(s for s in sizes if s <= top)
 
 
-def resolve(knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: int, vllm_version: str, environment: Mapping[str, str]) -> Engine:
+def resolve(
+    knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: int, vllm_version: str, environment: Mapping[str, str]
+) -> Engine:
     """Knobs to engine settings. BadInput where values contradict one another, the model or the card count."""
     vllm = version(vllm_version)
     v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
@@ -203,7 +211,9 @@ def resolve(knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: i
     if card.heads % tp:
         raise BadInput(f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use a divisor")
     if card.kv_heads % tp and tp % card.kv_heads:
-        raise BadInput(f"tensor_parallel_size={tp} and the {card.kv_heads} key/value heads of {card.name} do not divide one another; use a divisor")
+        raise BadInput(
+            f"tensor_parallel_size={tp} and the {card.kv_heads} key/value heads of {card.name} do not divide one another; use a divisor"
+        )
     for g in card.groups:
         side = g.out_features if g.split in ("column", "kv") else g.in_features
         if g.split in ("column", "row") and side % tp:
@@ -218,10 +228,23 @@ def resolve(knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: i
         dtype = {"half": "float16", "float": "float32"}.get(dtype, "float16" if card.dtype == "float32" else card.dtype)
     if dtype == "float32" and card.quantization.method in ("awq", "gptq"):
         raise BadInput(f"dtype=float32 is not supported for quantization method {card.quantization.method}; use float16 or bfloat16")
-    if "quantization" in v and v["quantization"] not in ("awq", "awq_marlin", "auto_awq", "gptq", "gptq_marlin", "auto_gptq", "compressed-tensors", "auto-round", "inc", "fp8"):
+    if "quantization" in v and v["quantization"] not in (
+        "awq",
+        "awq_marlin",
+        "auto_awq",
+        "gptq",
+        "gptq_marlin",
+        "auto_gptq",
+        "compressed-tensors",
+        "auto-round",
+        "inc",
+        "fp8",
+    ):
         raise BadInput(f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from the checkpoint")
     if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
-        raise BadInput(f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none; quantize it first or leave the knob out")
+        raise BadInput(
+            f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none; quantize it first or leave the knob out"
+        )
     max_len = int(v.get("max_model_len", card.max_position_embeddings))
     if max_len > card.max_position_embeddings:
         raise BadInput(
@@ -238,7 +261,9 @@ def resolve(knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: i
     elif not seqs_given:
         seqs = min(seqs, batched)
     if batched < seqs:
-        raise BadInput(f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}; each sequence needs one token of a step: raise it")
+        raise BadInput(
+            f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}; each sequence needs one token of a step: raise it"
+        )
     if v.get("enable_chunked_prefill") is False and batched < max_len:
         raise BadInput(
             f"max_num_batched_tokens={batched} is smaller than max_model_len={max_len} and enable_chunked_prefill is false; raise it or leave chunked prefill on"
@@ -255,8 +280,10 @@ def resolve(knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: i
     backend = str(v.get("offload_backend", "auto"))
     if uva > 0 and group > 0:
         raise BadInput(f"cpu_offload_gb={uva:g} and offload_group_size={group} ask for two offload back ends; set one of them to 0")
-    if backend == "uva" and group > 0 or backend == "prefetch" and uva > 0:
-        raise BadInput(f"offload_backend={backend} contradicts {'offload_group_size' if group else 'cpu_offload_gb'}, which would be ignored; set it to 0")
+    if (backend == "uva" and group > 0) or (backend == "prefetch" and uva > 0):
+        raise BadInput(
+            f"offload_backend={backend} contradicts {'offload_group_size' if group else 'cpu_offload_gb'}, which would be ignored; set it to 0"
+        )
     if backend == "prefetch" and group == 0:
         raise BadInput("offload_backend=prefetch needs offload_group_size of 1 or more; set it")
     if group:

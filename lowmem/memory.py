@@ -33,7 +33,10 @@ def stored_bytes(card: ModelCard) -> int:
     """All tensors of the checkpoint on disk: the headers' sum, or counted from the card."""
     if card.header_bytes is not None:
         return card.header_bytes
-    return sum(g.count * sum(_parts(g, card.quantization, g.out_features, g.in_features, DTYPE_BYTES[card.dtype], stored=True).values()) for g in card.groups)
+    return sum(
+        g.count * sum(_parts(g, card.quantization, g.out_features, g.in_features, DTYPE_BYTES[card.dtype], stored=True).values())
+        for g in card.groups
+    )
 
 
 def _parts(g: WeightGroup, q: Quantization, out: int, inp: int, dtype_bytes: int, stored: bool = False) -> dict[str, int]:
@@ -201,7 +204,12 @@ def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
         return card.layers * heads * slot
     if engine.kv_dtype.startswith("fp8"):
         return card.layers * heads * 2 * card.head_dim
-    key_bits, value_bits = {"turboquant_k8v4": (8, 4), "turboquant_4bit_nc": (4, 4), "turboquant_k3v4_nc": (3, 4), "turboquant_3bit_nc": (3, 3)}[engine.kv_dtype]
+    key_bits, value_bits = {
+        "turboquant_k8v4": (8, 4),
+        "turboquant_4bit_nc": (4, 4),
+        "turboquant_k3v4_nc": (3, 4),
+        "turboquant_3bit_nc": (3, 3),
+    }[engine.kv_dtype]
     key = card.head_dim if key_bits == 8 else math.ceil(card.head_dim * key_bits / 8) + 2
     small = key + math.ceil(card.head_dim * value_bits / 8) + 4
     small += small % 2

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from typing import Annotated
 
 import typer
 
+from lowmem.errors import BadInput
 from lowmem.knobs import parse_assignments
 from lowmem.planner import make_plan
 from lowmem.schema import VLLM_VERSION, Deploy
 from lowmem.units import parse_bytes
-from lowmem.errors import BadInput
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
 
 
 def plan(
     profile: Annotated[str, typer.Option(help="name in profiles/, or a YAML file")] = "low_mem",
-    model: Annotated[str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="name in the device table; default: the profile's")] = None,
     count: Annotated[int | None, typer.Option(help="cards on the host; default: the profile's")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
@@ -48,6 +51,17 @@ def plan(
         profile, model, device, count, parse_assignments(set_ or []), deploy, clients=clients, input_tokens=input_tokens, output_tokens=output_tokens,
         memory_limit_bytes=limit, environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()}, vllm_version=vllm_version,
     )  # fmt: skip
+    if suggest:
+        from lowmem.render import show_suggestions
+        from lowmem.search import suggestions
+
+        found = suggestions(model or result.model, result.device, result.device_count, result.limits, result.load, vllm_version)
+        if json_:
+            rows = [{"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in found]
+            sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        else:
+            show_suggestions(found, result)
+        raise typer.Exit(0 if found else 2)
     if json_:
         sys.stdout.write(result.model_dump_json(indent=2) + "\n")
     else:

@@ -146,10 +146,14 @@ def compute(inputs: Inputs) -> Plan:
             f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than max_model_len={engine.max_model_len}; "
             "shorten the request or raise max_model_len"
         )
-    memory = cpu_memory(card, engine) if device.kind == "cpu" else card_memory(card, engine, device, min(limits.memory_bytes, device.nvml_total_mib * MIB))
+    memory = cpu_memory(card, engine) if device.kind == "cpu" else card_memory(card, engine, device, ceiling(device, limits))
     speed = latency(card, engine, device, memory, load)
     requests = memory.kv_tokens // (math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens)
-    blocked = knobs.missing_flags(inputs.knobs, engine.vllm) + knobs.refusals(engine, card, device) + memory_reasons(engine, card, device, memory, limits)
+    blocked = (
+        knobs.missing_flags(inputs.knobs, engine.vllm)
+        + knobs.refusals(engine, card, device)
+        + memory_reasons(engine, card, device, memory, limits)
+    )
     if not blocked and requests < 1:
         need = kv_bytes_per_token(card, engine) * (load.input_tokens + load.output_tokens)
         blocked = [f"kv_cache: the pool of {mib(memory.terms['kv_cache'])} holds no request of the load; one needs {mib(need)}"]
@@ -176,7 +180,13 @@ def compute(inputs: Inputs) -> Plan:
         reasons=tuple(blocked or slow or notes),
         limit_bytes=limits.memory_bytes,
         per_gpu={**memory.terms, "total": memory.total},
-        weight_terms={"sharded": w.sharded, "replicated": w.replicated, "padding": w.padding, "repacking": w.repacking, "offloaded": w.offloaded},
+        weight_terms={
+            "sharded": w.sharded,
+            "replicated": w.replicated,
+            "padding": w.padding,
+            "repacking": w.repacking,
+            "offloaded": w.offloaded,
+        },
         load_growth=memory.load,
         peak_bytes=memory.peak,
         host_ram=host,
@@ -192,6 +202,11 @@ def compute(inputs: Inputs) -> Plan:
     )
 
 
+def ceiling(device: Device, limits: Limits) -> int:
+    """Bytes the plan may use: the limit, or what the driver hands out where that is less (it keeps some of memory.total for itself)."""
+    return min(limits.memory_bytes, device.torch_total_mib * MIB)
+
+
 # ---------------------------------------------------------------- verdict
 
 
@@ -202,9 +217,12 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
         reasons.append(f"weight offload is silently ignored by vLLM 0.24 to 0.27 (asked for {engine.offload}); use 0.28 or later")
     total = device.torch_total_mib * MIB
     fixed = sum(v for k, v in memory.terms.items() if k != "kv_cache")
-    if device.kind == "cuda" and fixed > device.nvml_total_mib * MIB:
-        over = fixed - device.nvml_total_mib * MIB
-        reasons.append(f"weights: CUDA out of memory: {gib(memory.terms['weights'])} of weights and the engine itself are {mib(over)} ({over} bytes) more than {device.title} has")
+    if device.kind == "cuda" and fixed > total:
+        over = fixed - total
+        reasons.append(
+            f"weights: CUDA out of memory: {gib(memory.terms['weights'])} of weights and the engine itself are {mib(over)} ({over} bytes) "
+            f"more than {device.title} has"
+        )
     elif memory.kv_available <= 0:
         reasons.append(
             f"kv_cache: No available memory for the cache blocks: Available KV cache memory: {gib(memory.kv_available)}; "
@@ -225,16 +243,25 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
                 f"gpu_memory_utilization={engine.utilization:g}: free memory at start ({gib(total - before)} of {gib(total)}) is less than the budget "
                 f"({gib(engine.utilization * total)}); use at most {most:.2f}"
             )
-    over = memory.peak - min(limits.memory_bytes, device.nvml_total_mib * MIB)
-    if over > 0 and not any(r.startswith("kv_cache: No") for r in reasons):
+    over = memory.peak - ceiling(device, limits)
+    if over > 0 and not any(r.startswith(("kv_cache: No", "weights:")) for r in reasons):
         term = max(memory.terms, key=lambda k: memory.terms[k])
-        what = "the limit" if limits.memory_bytes <= device.nvml_total_mib * MIB else f"what {device.title} has"
-        reasons.append(f"total: {mib(memory.peak)} under load is {mib(over)} ({over} bytes) over {what} of {mib(memory.peak - over)}; largest term {term}: {mib(memory.terms[term])}")
+        what = "the limit" if limits.memory_bytes <= total else f"what {device.title} can give"
+        reasons.append(
+            f"total: {mib(memory.peak)} under load is {mib(over)} ({over} bytes) over {what} of {mib(memory.peak - over)}; "
+            f"largest term {term}: {mib(memory.terms[term])}"
+        )
     return reasons
 
 
 def _pool_advice(engine: Engine) -> str:
-    return "raise the memory limit" if engine.kv_auto else "raise kv_cache_memory_bytes" if engine.kv_bytes is not None else "raise gpu_memory_utilization"
+    return (
+        "raise the memory limit"
+        if engine.kv_auto
+        else "raise kv_cache_memory_bytes"
+        if engine.kv_bytes is not None
+        else "raise gpu_memory_utilization"
+    )
 
 
 def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, requests: int) -> list[str]:
@@ -261,7 +288,9 @@ def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, req
             "a larger pool, shorter requests or a smaller kv_cache_dtype would hold them"
         )
     if engine.max_num_seqs < load.clients:
-        reasons.append(f"max_num_seqs={engine.max_num_seqs} is less than the load's {load.clients} clients: {load.clients - engine.max_num_seqs} wait; raise it")
+        reasons.append(
+            f"max_num_seqs={engine.max_num_seqs} is less than the load's {load.clients} clients: {load.clients - engine.max_num_seqs} wait; raise it"
+        )
     return reasons
 
 
@@ -301,8 +330,21 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
         flag, text = pair
         words = text.split() if text and name in _LISTS else [text]
         found.append(Argument(flag=flag, value=words[0], why=knob.why))
+        if name == "kv_cache_memory_bytes" and "gpu_memory_utilization" not in inputs.knobs and inputs.device.kind == "cuda":
+            found.append(startup_check(inputs.device, memory))
         found += [Argument(flag="", value=w, why="") for w in words[1:]]
     return tuple(found)
+
+
+def startup_check(device: Device, memory: CardMemory) -> Argument:
+    """vLLM refuses to start unless utilization x total is free, even where the pool is set in bytes (0.32.0, v1/worker/utils.py, request_memory)."""
+    own = memory.terms["cuda_context"] + memory.terms["nccl"]  # already taken when the engine looks
+    need = math.ceil(10_000 * (memory.peak - own) / (device.torch_total_mib * MIB)) / 10_000
+    return Argument(
+        flag="--gpu-memory-utilization",
+        value=f"{min(1.0, max(0.0001, need)):.4f}",
+        why="only the start-up check: this share of the card must be free; the pool is set in bytes",
+    )
 
 
 _LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
@@ -371,7 +413,12 @@ def _unquantized(inputs: Inputs) -> ModelCard:
 
 def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
     order = {"fits": 0, "slow": 1, "impossible": 2}
-    return (order[plan.verdict], plan.peak_bytes > inputs.limits.memory_bytes, plan.device_count != inputs.count, plan.latency_ms.decode_expected)
+    return (
+        order[plan.verdict],
+        plan.peak_bytes > inputs.limits.memory_bytes,
+        plan.device_count != inputs.count,
+        plan.latency_ms.decode_expected,
+    )
 
 
 def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:

@@ -212,7 +212,9 @@ class Plan(Strict):
     weight_terms: dict[str, Bytes] = Field(
         default_factory=dict, description="per_gpu['weights'] in parts: sharded, replicated, padding, repacking, less offloaded"
     )
-    load_growth: dict[str, Bytes] = Field(default_factory=dict, description="per GPU, what a full load adds to per_gpu['total'], term -> bytes")
+    load_growth: dict[str, Bytes] = Field(
+        default_factory=dict, description="per GPU, what a full load adds to per_gpu['total'], term -> bytes"
+    )
     peak_bytes: Bytes = Field(0, description="per GPU under load: per_gpu['total'] + load_growth; this is what the limit is held against")
     host_ram: dict[str, Bytes]
     stage_ram: dict[str, Bytes] = Field(default_factory=dict, description="RAM of the stages before the service runs, stage -> bytes")

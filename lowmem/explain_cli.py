@@ -1,0 +1,44 @@
+"""The `lowmem explain` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.explain import effects, inputs_for, measured_effects
+from lowmem.knobs import flag_of, parse_assignments
+
+
+def explain(
+    profile: Annotated[str, typer.Argument(help="name in profiles/, or a YAML file")],
+    model: Annotated[str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id")] = None,
+    device: Annotated[str | None, typer.Option(help="name in the device table")] = None,
+    count: Annotated[int | None, typer.Option(help="cards on the host")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
+    measurements: Annotated[Path, typer.Option(help="folder with ablations.yml")] = Path("docs/measurements"),
+) -> None:
+    """Print each flag of a profile: why it is there, what it costs or saves in bytes and milliseconds for this model and device."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    inputs = inputs_for(profile, model, device, count, overrides=parse_assignments(set_ or []))
+    out = Console(highlight=False)
+    out.print(f"[bold]{inputs.profile.name}[/]: {escape(inputs.profile.summary)}")
+    out.print(f"{inputs.card.name} on {inputs.count} x {inputs.device.title}; differences are against the engine's default, computed\n")
+    for e in effects(inputs, measured_effects(measurements, inputs.profile.name)):
+        out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
+        out.print(f"    {escape(e.why)}", soft_wrap=True)
+        if e.peak_mib is not None and e.kv_tokens is not None and e.decode_ms is not None and e.prefill_ms is not None:
+            parts = [f"{e.peak_mib:+,.0f} MiB a card under load", f"{e.kv_tokens:+,} KV tokens", f"{e.decode_ms:+,.1f} ms a token", f"{e.prefill_ms:+,.0f} ms a prompt"]
+            out.print(f"    [dim]{', '.join(parts)}[/]")
+        if e.measured:
+            out.print(f"    [green]measured: {escape(e.measured)}[/]", soft_wrap=True)
+        if e.remark:
+            out.print(f"    [yellow]{escape(e.remark)}[/]", soft_wrap=True)
+    for name, knob in inputs.environment.items():
+        out.print(f"[bold cyan]{name}[/]={escape(str(knob.value))}")
+        out.print(f"    {escape(knob.why)}", soft_wrap=True)
+    for note in inputs.profile.notes:
+        out.print(f"note: {escape(note)}", soft_wrap=True)
