@@ -1,6 +1,7 @@
 """Model cards: config.json (and the safetensors headers, when there are any) to a list of tensors with exact sizes.
 
-A card is never a guess from a parameter count. The tensors of each known model type are listed as the engine's loader names them, in its order.
+A card is never a guess from a parameter count. The tensors of each known model type are listed as the engine's loader names them, in its
+order.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
         raise BadInput(f"config.json: quantization bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}")
     if not isinstance(group, int) or not (group == -1 or 1 <= group <= 65536):
         raise BadInput(f"config.json: quantization group_size is {group!r}; it must be -1 or from 1 to 65536")
-    return Quantization(method=method, bits=bits, group_size=group, zero_point=zero, ignored=ignored)  # type: ignore[arg-type]
+    return Quantization(method=method, bits=bits, group_size=group, zero_point=zero, ignored=ignored)
 
 
 def _ignored(name: str, patterns: Iterable[str]) -> bool:
@@ -103,7 +104,7 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
         n = times * (layers if layered else 1)
         found.append(
             WeightGroup(
-                name=name, kind=kind, count=n, out_features=out, in_features=inp, split=split, quantized=quantized, layered=layered  # type: ignore[arg-type]
+                name=name, kind=kind, count=n, out_features=out, in_features=inp, split=split, quantized=quantized, layered=layered
             )
         )  # fmt: skip
 
@@ -141,7 +142,10 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
 
 
 def card_from_config(config: Mapping[str, Any], name: str, source: str, header: Mapping[str, Any] | None = None) -> ModelCard:
-    """A card from the fields of config.json. `header`: tensor name -> {dtype, shape} of the safetensors headers. BadInput on anything unknown."""
+    """A card from the fields of config.json.
+
+    `header`: tensor name -> {dtype, shape} of the safetensors headers. BadInput on anything unknown.
+    """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
         raise BadInput(f"{source}: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}; only these are counted exactly")
@@ -212,7 +216,8 @@ def _refined(groups: tuple[WeightGroup, ...], header: Mapping[str, Any], config:
         mine = [n for n in header if f".{stem[0]}." in n and f".{stem[-1]}." in n]
         if not mine:
             raise BadInput(
-                f"safetensors headers: no tensor of {g.name} though config.json has {config['num_hidden_layers']} layers; the checkpoint is incomplete"
+                f"safetensors headers: no tensor of {g.name} though config.json has {config['num_hidden_layers']} layers; the "
+                "checkpoint is incomplete"
             )
         out.append(g.model_copy(update={"quantized": any(n.endswith(packed) for n in mine)}))
     return tuple(out)
@@ -225,7 +230,8 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
     for g in card.groups:
         if g.kind == "linear" and quantization.group_size > 0 and g.in_features % quantization.group_size:
             raise BadInput(
-                f"quantization group_size {quantization.group_size} does not divide the {g.in_features} inputs of {g.name} in {card.name}; use 32 or 64"
+                f"quantization group_size {quantization.group_size} does not divide the {g.in_features} inputs of {g.name} in "
+                f"{card.name}; use 32 or 64"
             )
     groups = tuple(
         g.model_copy(update={"quantized": g.kind == "linear" and not _ignored(g.name, quantization.ignored)}) for g in card.groups
@@ -268,7 +274,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file; reads the header only. BadInput when it is cut short or damaged."""
+    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file; reads the header only.
+
+    BadInput when it is cut short or damaged.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -299,13 +308,17 @@ def card_from_directory(folder: Path) -> ModelCard:
         missing = set(map(str, _read_json(index).get("weight_map", {}))) - set(header)
         if missing:
             raise BadInput(
-                f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first: {min(missing)}); the download is incomplete"
+                f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first: {min(missing)}); the download is "
+                "incomplete"
             )
     return card_from_config(config, folder.resolve().name, str(folder), header or None)
 
 
 def card_from_hub(repo: str) -> ModelCard:
-    """Card of a Hugging Face id: config.json and the safetensors headers only. BadInput when the hub cannot be reached or has no such model."""
+    """Card of a Hugging Face id: config.json and the safetensors headers only.
+
+    BadInput when the hub cannot be reached or has no such model.
+    """
     try:
         import logging
         import socket

@@ -66,17 +66,22 @@ def claims() -> list[Claim]:
         Claim(
             "70B with 4-bit AWQ on one A100 40G peaks at 19 GB",
             "no",
-            f"the 4-bit weights alone are {weight / GB:.1f} GB ({gib(weight)}), {weight / GB - STATED_PEAK_GB:.1f} GB more; with these flags the engine is left "
+            f"the 4-bit weights alone are {weight / GB:.1f} GB ({gib(weight)}), {weight / GB - STATED_PEAK_GB:.1f} GB more; with these "
+            "flags the engine is left "
             f"{gib(article.kv_available_bytes)} for its KV cache and stops",
-            f"two cards at {mib(recipe.peak_bytes)} each, or about 2 bits on one at {mib(extreme.peak_bytes)}, or {gib(offload.weight_terms['offloaded'])} streamed from "
+            f"two cards at {mib(recipe.peak_bytes)} each, or about 2 bits on one at {mib(extreme.peak_bytes)}, or "
+            f"{gib(offload.weight_terms['offloaded'])} streamed from "
             f"RAM at {offload.latency_ms.decode_expected:.0f} ms a token",
         ),
         Claim(
             f"{STATED_LATENCY_MS} ms mean latency at {STATED_QPS} requests a second, {CLIENTS} clients",
             "no",
-            f"Little's law: {CLIENTS} clients / {STATED_QPS} a second = {request_s:.1f} s a request, so {OUTPUT_TOKENS} tokens take at most {per_token_ms:.1f} ms each; reading the "
-            f"weights once takes {floor_ms:.1f} ms at {device.hbm_gb_per_s:,.0f} GB/s; the prompts alone are {prefill_tflops:,.0f} TFLOP/s on a card of {device.fp16_tflops:g}",
-            f"expects {recipe.latency_ms.decode_expected:.0f} ms a token on two cards (floor {recipe.latency_ms.decode_floor:.1f}); results that break the roofline or "
+            f"Little's law: {CLIENTS} clients / {STATED_QPS} a second = {request_s:.1f} s a request, so {OUTPUT_TOKENS} tokens take at "
+            f"most {per_token_ms:.1f} ms each; reading the "
+            f"weights once takes {floor_ms:.1f} ms at {device.hbm_gb_per_s:,.0f} GB/s; the prompts alone are {prefill_tflops:,.0f} "
+            f"TFLOP/s on a card of {device.fp16_tflops:g}",
+            f"expects {recipe.latency_ms.decode_expected:.0f} ms a token on two cards (floor {recipe.latency_ms.decode_floor:.1f}); "
+            "results that break the roofline or "
             "Little's law are refused",
         ),
         Claim(
@@ -95,21 +100,25 @@ def claims() -> list[Claim]:
         Claim(
             "--gpu-memory-utilization 0.45 reserves the rest; lower it when memory runs out",
             "no",
-            f"it is the budget that weights, activations and KV must fit into: at 0.45 the engine is {gib(-article.kv_available_bytes)} short, at 0.40 "
-            f"{gib(-lower.kv_available_bytes)}; and it is no cap: a budget of {budget:,.0f} MiB shows {capped.per_gpu['total'] / MIB:,.0f} MiB on each of two H200, context "
+            "it is the budget that weights, activations and KV must fit into: at 0.45 the engine is "
+            f"{gib(-article.kv_available_bytes)} short, at 0.40 "
+            f"{gib(-lower.kv_available_bytes)}; and it is no cap: a budget of {budget:,.0f} MiB shows "
+            f"{capped.per_gpu['total'] / MIB:,.0f} MiB on each of two H200, context "
             "and NCCL come on top",
             f"the plan sizes the pool ({recipe.per_gpu['kv_cache'] / MIB:,.0f} MiB) and the limit is checked by NVML under load",
         ),
         Claim(
             "--max-model-len 2048 halves the KV cache",
             "no",
-            f"at the same utilization the pool is {half.kv_tokens:,} tokens with 1,280 and {whole.kv_tokens:,} with 4,096: the budget sizes it",
+            f"at the same utilization the pool is {half.kv_tokens:,} tokens with 1,280 and {whole.kv_tokens:,} with 4,096: the budget "
+            "sizes it",
             "the plan sizes the pool; max_model_len is the longest request",
         ),
         Claim(
             "KV cache = sequences x length x layers x hidden size",
             "no",
-            f"2 x {card.layers} layers x {card.kv_heads} KV heads x {card.head_dim} x 2 bytes = {token_kib:.0f} KiB a token; the article's formula gives {naive_kib:,.0f} KiB",
+            f"2 x {card.layers} layers x {card.kv_heads} KV heads x {card.head_dim} x 2 bytes = {token_kib:.0f} KiB a token; the "
+            f"article's formula gives {naive_kib:,.0f} KiB",
             "read from config.json, grouped-query attention included",
         ),
         Claim(
@@ -117,12 +126,13 @@ def claims() -> list[Claim]:
             "no",
             "it came with 0.5.3 and is ignored in silence by 0.24 to 0.27: 19 GiB asked for, "
             f"{gib(ignored.per_gpu['weights'])} loaded, {gib(ignored.kv_available_bytes)} left for KV",
-            "vLLM is pinned, and the log must say \"Total CPU offloaded parameters\"",
+            'vLLM is pinned, and the log must say "Total CPU offloaded parameters"',
         ),
         Claim(
             "--quantization awq is needed",
             "harmful",
-            "the method is read from the checkpoint; naming it forced a slow kernel before 0.24 and fails on a directory that is not quantized",
+            "the method is read from the checkpoint; naming it forced a slow kernel before 0.24 and fails on a directory that is not "
+            "quantized",
             "left out; the checkpoint is checked first",
         ),
         Claim(
@@ -166,7 +176,8 @@ def goal() -> Claim:
     return Claim(
         "goal: 20 GB per card, 200 ms a token, throughput loss at most 30 %",
         holds,
-        f"two A100 40G: {plan.peak_bytes / GIB:.2f} GiB a card under load, {plan.latency_ms.decode_expected:.0f} ms a token expected at {CLIENTS} clients",
+        f"two A100 40G: {plan.peak_bytes / GIB:.2f} GiB a card under load, {plan.latency_ms.decode_expected:.0f} ms a token expected "
+        f"at {CLIENTS} clients",
         "profile low_mem; measured receipts are in docs/measurements",
     )
 
@@ -184,5 +195,3 @@ def markdown() -> str:
     ]
     lines += [f"| {c.claim} | {c.holds} | {c.truth} | {c.recipe} |" for c in [*claims(), goal()]]
     return "\n".join(lines) + "\n"
-
-

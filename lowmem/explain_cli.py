@@ -31,7 +31,12 @@ def explain(
         out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
         out.print(f"    {escape(e.why)}", soft_wrap=True)
         if e.peak_mib is not None and e.kv_tokens is not None and e.decode_ms is not None and e.prefill_ms is not None:
-            parts = [f"{e.peak_mib:+,.0f} MiB a card under load", f"{e.kv_tokens:+,} KV tokens", f"{e.decode_ms:+,.1f} ms a token", f"{e.prefill_ms:+,.0f} ms a prompt"]
+            parts = [
+                f"{e.peak_mib:+,.0f} MiB a card under load",
+                f"{e.kv_tokens:+,} KV tokens",
+                f"{e.decode_ms:+,.1f} ms a token",
+                f"{e.prefill_ms:+,.0f} ms a prompt",
+            ]
             out.print(f"    [dim]{', '.join(parts)}[/]")
         if e.measured:
             out.print(f"    [green]measured: {escape(e.measured)}[/]", soft_wrap=True)

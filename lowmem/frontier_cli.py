@@ -68,16 +68,32 @@ def draw(points: list[Option], title: str, count: int, load: Load, memory_limit_
     ax.fill_between([0, memory_limit_gib], low, latency_limit_ms, color="#1b9e5a", alpha=0.07, lw=0)
     ax.axvline(memory_limit_gib, color="#888888", lw=0.9, ls="--")
     ax.axhline(latency_limit_ms, color="#888888", lw=0.9, ls="--")
-    ax.text(0.2, latency_limit_ms * 0.93, f"within {memory_limit_gib:g} GiB and {latency_limit_ms:g} ms", va="top", color="#14713f", fontsize=9)
+    ax.text(
+        0.2, latency_limit_ms * 0.93, f"within {memory_limit_gib:g} GiB and {latency_limit_ms:g} ms", va="top", color="#14713f", fontsize=9
+    )
     edge = pareto(points)
     ax.step(
-        [needed_bytes(o.plan) / GIB for o in edge], [o.plan.latency_ms.decode_expected for o in edge], where="post", color="#333333", lw=1.1, alpha=0.6, zorder=1
+        [needed_bytes(o.plan) / GIB for o in edge],
+        [o.plan.latency_ms.decode_expected for o in edge],
+        where="post",
+        color="#333333",
+        lw=1.1,
+        alpha=0.6,
+        zorder=1,
     )
     for o, a, b in zip(points, x, y, strict=True):
         streamed = "cpu_offload_gb" in o.knobs
         colour = _COLOURS[o.weights]
         ax.scatter(
-            a, b, s=46, marker=_MARKS[o.plan.tensor_parallel_size], zorder=3, linewidths=1.3, edgecolors=colour, facecolors="white" if streamed else colour, alpha=0.9
+            a,
+            b,
+            s=46,
+            marker=_MARKS[o.plan.tensor_parallel_size],
+            zorder=3,
+            linewidths=1.3,
+            edgecolors=colour,
+            facecolors="white" if streamed else colour,
+            alpha=0.9,
         )
     ax.set_xlabel(f"GiB per card under load, {load.clients} requests of {load.input_tokens + load.output_tokens:,} tokens held")
     ax.set_ylabel(f"ms a token expected at {load.clients} clients")

@@ -15,7 +15,8 @@ from lowmem.units import GIB, parse_bytes
 
 KV_BLOCK_TOKENS = 16
 OLDEST = (0, 17, 0)
-# CUDA compute capability a KV type needs: FlashAttention takes fp8 on 9.0 and 10.0 only, Triton's fp8 wants 8.9, the per-token-head integer types
+# CUDA compute capability a KV type needs: FlashAttention takes fp8 on 9.0 and 10.0 only, Triton's fp8 wants 8.9, the per-token-head
+# integer types
 # and TurboQuant's integer keys run in Triton on any (0.32.0: v1/attention/backends/{flash_attn,triton_attn,turboquant_attn}.py).
 KV_DTYPES: dict[str, tuple[str, str]] = {
     "auto": ("8.0", "0.0"),
@@ -221,7 +222,8 @@ def resolve(
         group = card.quantization.group_size
         if g.quantized and g.split == "row" and group > 0 and (side // tp) % group:
             raise BadInput(
-                f"tensor_parallel_size={tp} leaves {side // tp} inputs of {g.name} a card, no multiple of the quantization group {group}; use a divisor or a smaller group"
+                f"tensor_parallel_size={tp} leaves {side // tp} inputs of {g.name} a card, no multiple of the quantization group "
+                f"{group}; use a divisor or a smaller group"
             )
     dtype = str(v.get("dtype", "auto"))
     if dtype in ("auto", "half", "float"):
@@ -243,12 +245,14 @@ def resolve(
         raise BadInput(f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from the checkpoint")
     if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
         raise BadInput(
-            f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none; quantize it first or leave the knob out"
+            f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none; quantize it first or leave the "
+            "knob out"
         )
     max_len = int(v.get("max_model_len", card.max_position_embeddings))
     if max_len > card.max_position_embeddings:
         raise BadInput(
-            f"max_model_len={max_len} is more than the {card.max_position_embeddings} positions of {card.name} (max_position_embeddings); lower it"
+            f"max_model_len={max_len} is more than the {card.max_position_embeddings} positions of {card.name} "
+            "(max_position_embeddings); lower it"
         )
     roomy = device.kind == "cuda" and device.torch_total_mib >= 70 * 1024 and "a100" not in device.name
     seqs_given, batched_given = "max_num_seqs" in v, "max_num_batched_tokens" in v
@@ -266,7 +270,8 @@ def resolve(
         )
     if v.get("enable_chunked_prefill") is False and batched < max_len:
         raise BadInput(
-            f"max_num_batched_tokens={batched} is smaller than max_model_len={max_len} and enable_chunked_prefill is false; raise it or leave chunked prefill on"
+            f"max_num_batched_tokens={batched} is smaller than max_model_len={max_len} and enable_chunked_prefill is false; raise it "
+            "or leave chunked prefill on"
         )
     kv_dtype = str(v.get("kv_cache_dtype", "auto"))
     if kv_dtype not in KV_DTYPES:
@@ -282,7 +287,8 @@ def resolve(
         raise BadInput(f"cpu_offload_gb={uva:g} and offload_group_size={group} ask for two offload back ends; set one of them to 0")
     if (backend == "uva" and group > 0) or (backend == "prefetch" and uva > 0):
         raise BadInput(
-            f"offload_backend={backend} contradicts {'offload_group_size' if group else 'cpu_offload_gb'}, which would be ignored; set it to 0"
+            f"offload_backend={backend} contradicts {'offload_group_size' if group else 'cpu_offload_gb'}, which would be ignored; set "
+            "it to 0"
         )
     if backend == "prefetch" and group == 0:
         raise BadInput("offload_backend=prefetch needs offload_group_size of 1 or more; set it")
@@ -293,9 +299,8 @@ def resolve(
             raise BadInput(f"offload_prefetch_step={step} must be 1 or more with offload_group_size={group}; raise it")
         if group > card.layers:
             raise BadInput(f"offload_group_size={group} is more than the {card.layers} layers of {card.name}; lower it")
-    elif "offload_num_in_group" in v or "offload_prefetch_step" in v:
-        if backend == "prefetch" or num > 1:
-            raise BadInput("offload_num_in_group and offload_prefetch_step do nothing without offload_group_size; set it")
+    elif num > 1:
+        raise BadInput(f"offload_num_in_group={num} does nothing without offload_group_size; set it")
     params = str(v.get("offload_params" if group else "cpu_offload_params", "")).split()
     eager = bool(v.get("enforce_eager", False)) or device.kind == "cpu" or v.get("optimization_level") == 0
     disabled = environment.get("VLLM_DISABLED_KERNELS", "")

@@ -56,7 +56,6 @@ def latency(card: ModelCard, engine: Engine, device: Device, memory: CardMemory,
     streamed = memory.weights.offloaded
     # What a step reads: weights as loaded (kernel form), less the embedding, of which only the looked-up rows are read.
     read = memory.weights.sharded + memory.weights.replicated - streamed - _embedding_bytes(card, engine)
-    idle_experts = int(expert_bytes * (1 - _expert_share(card, together)))
     kv = kv_bytes_per_token(card, engine) * context * together
     active = _active_parameters(card)
 
@@ -106,7 +105,6 @@ def latency(card: ModelCard, engine: Engine, device: Device, memory: CardMemory,
     terms = {**{k: round(v, 4) for k, v in step.items()}, "all_reduce": round(reduces, 4), "launches": round(launches, 4), "step": fixed,
              "prefill_interference": round(extra, 4), "steady_step": round(steady, 4), "chunk_step": round(mixed, 4),
              "ttft_all_at_once": round(prefill * together + (waiting and (steady + extra) * load.output_tokens), 4)}  # fmt: skip
-    assert idle_experts >= 0
     return Latency(
         decode_floor=round(decode_floor, 4),
         decode_expected=round(steady + extra, 4),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,7 +69,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Weights:
-    """One card's weights in bytes. `sharded` is cut by TP, `replicated` is on every card, `padding` fills the vocabulary and short allocations."""
+    """One card's weights in bytes.
+
+    `sharded` is cut by TP, `replicated` is on every card, `padding` fills the vocabulary and short allocations.
+    """
 
     sharded: int
     replicated: int
@@ -141,21 +143,21 @@ def weights(card: ModelCard, engine: Engine) -> Weights:
         if g.split == "vocab":
             padded = math.ceil(g.out_features / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
             padding += (math.ceil(padded / engine.tp) - out) * inp * dtype * g.count
-    layer = layer_parameters(card, engine)
-    layers = (layer,) * card.layers
+    layers = (layer_parameters(card, engine),) * card.layers
     taken = offloaded_parameters(engine, layers)
-    offloaded = sum(p.loaded for l, which in zip(layers, taken, strict=True) for i, p in enumerate(l) if i in which)
-    repacking = sum(p.grown for l, which in zip(layers, taken, strict=True) for i, p in enumerate(l) if i not in which)
-    resident = sum(len(which) < len(l) for l, which in zip(layers, taken, strict=True))
+    offloaded = sum(p.loaded for layer, which in zip(layers, taken, strict=True) for i, p in enumerate(layer) if i in which)
+    repacking = sum(p.grown for layer, which in zip(layers, taken, strict=True) for i, p in enumerate(layer) if i not in which)
+    resident = sum(len(which) < len(layer) for layer, which in zip(layers, taken, strict=True))
     if any(g.quantized for g in card.groups):
         padding += round(resident * float(constant("memory", "allocator_slack_mib_per_layer")) * MIB)
     return Weights(sharded, replicated, padding, repacking, offloaded, layers)
 
 
 def offloaded_parameters(engine: Engine, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:
-    """Per layer, the indices of the parameters that live in host RAM. UVA: in order until the budget is met; prefetch: the last N of every G layers.
+    """Per layer, the indices of the parameters that live in host RAM. UVA: in order until the budget is met; prefetch: the last N of
+    every G layers.
 
-    vLLM 0.24 to 0.27 take `--cpu-offload-gb` and the prefetch options for Llama models and do nothing (reference runs uva20, pre20 of 0.26.0).
+    vLLM 0.24 to 0.27 take `--cpu-offload-gb` and the prefetch options for Llama models and do nothing (seen with 0.26.0).
     """
     taken: list[set[int]] = [set() for _ in layers]
     if engine.offload == "none" or ignores_offload(engine):
@@ -218,7 +220,7 @@ def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
 
 
 def peak_activations(card: ModelCard, engine: Engine) -> int:
-    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, and the logits of the sampled rows."""
+    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, the sampled rows' logits."""
     e = DTYPE_BYTES[engine.dtype]
     tokens, tp = engine.max_num_batched_tokens, engine.tp
     if card.experts:
@@ -248,7 +250,10 @@ def offload_buffers(engine: Engine, w: Weights) -> int:
 
 @dataclass(frozen=True)
 class CardMemory:
-    """One card. `terms` add up to what NVML shows at idle; `load` is what a full load adds; `reserved` is what the engine takes off its budget before KV."""
+    """One card.
+
+    `terms` add up to what NVML shows at idle; `load` is what a full load adds.
+    """
 
     terms: dict[str, int]
     load: dict[str, int]
@@ -336,7 +341,9 @@ def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory
         return {"service": memory.peak}
     w = memory.weights
     taken = offloaded_parameters(engine, w.layers)
-    pinned = sum(next_power_of_two(p.loaded) for l, which in zip(w.layers, taken, strict=True) for i, p in enumerate(l) if i in which)
+    pinned = sum(
+        next_power_of_two(p.loaded) for layer, which in zip(w.layers, taken, strict=True) for i, p in enumerate(layer) if i in which
+    )
     terms = {
         "api_server": round(float(constant("service", "api_host_mib")) * MIB),
         "workers": engine.tp * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
@@ -347,12 +354,6 @@ def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory
 
 
 def stage_ram(card: ModelCard) -> dict[str, int]:
-    """RAM that stages before the service need: the 16-bit model for quantization (swap can back most of it), page cache for loading (droppable)."""
+    """RAM of the stages before the service: the 16-bit model for quantization (swap can back most of it), page cache for loading."""
     sixteen = card.parameters * 2
     return {"quantize": sixteen if card.quantization.method != "none" else 0, "load_page_cache": stored_bytes(card)}
-
-
-def term_shares(terms: Mapping[str, int]) -> dict[str, float]:
-    """Each term's share of the sum."""
-    total = sum(terms.values()) or 1
-    return {k: v / total for k, v in terms.items()}

@@ -48,9 +48,19 @@ def plan(
     except ValueError as e:
         raise BadInput(f"--memory-limit: {e}") from None
     result = make_plan(
-        profile, model, device, count, parse_assignments(set_ or []), deploy, clients=clients, input_tokens=input_tokens, output_tokens=output_tokens,
-        memory_limit_bytes=limit, environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()}, vllm_version=vllm_version,
-    )  # fmt: skip
+        profile,
+        model,
+        device,
+        count,
+        parse_assignments(set_ or []),
+        deploy,
+        clients=clients,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        memory_limit_bytes=limit,
+        environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
+        vllm_version=vllm_version,
+    )
     if suggest:
         from lowmem.render import show_suggestions
         from lowmem.search import suggestions

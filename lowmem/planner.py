@@ -232,7 +232,8 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
         need = math.ceil(engine.max_model_len / engine.block_tokens) * memory.kv_block_bytes
         short = need - memory.terms["kv_cache"]
         reasons.append(
-            f"kv_cache: to serve one request of max_model_len {engine.max_model_len}, {gib(need)} KV cache is needed, larger than the available "
+            f"kv_cache: to serve one request of max_model_len {engine.max_model_len}, {gib(need)} KV cache is needed, larger than the "
+            "available "
             f"{gib(memory.terms['kv_cache'])}; short by {short} bytes ({_pool_advice(engine)}, or lower max_model_len)"
         )
     if device.kind == "cuda" and engine.kv_bytes is None and not engine.kv_auto:
@@ -240,7 +241,8 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
         if engine.utilization * total > total - before:
             most = math.floor((total - before) / total * 100) / 100
             reasons.append(
-                f"gpu_memory_utilization={engine.utilization:g}: free memory at start ({gib(total - before)} of {gib(total)}) is less than the budget "
+                f"gpu_memory_utilization={engine.utilization:g}: free memory at start ({gib(total - before)} of {gib(total)}) is less "
+                "than the budget "
                 f"({gib(engine.utilization * total)}); use at most {most:.2f}"
             )
     over = memory.peak - ceiling(device, limits)
@@ -273,23 +275,27 @@ def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, req
         worst = max(parts, key=lambda k: parts[k])
         reasons.append(
             f"tpot: {speed.decode_expected:.0f} ms a token expected (floor {speed.decode_floor:.0f}) at {load.clients} clients, "
-            f"{speed.decode_expected - limits.tpot_p99_ms:.0f} ms over the limit of {limits.tpot_p99_ms:g}; largest term {worst}: {parts[worst]:.0f} ms"
+            f"{speed.decode_expected - limits.tpot_p99_ms:.0f} ms over the limit of {limits.tpot_p99_ms:g}; largest term {worst}: "
+            f"{parts[worst]:.0f} ms"
         )
     ttft = terms["ttft_all_at_once"]
     if ttft > limits.ttft_p99_ms:
         reasons.append(
             f"ttft: {ttft:.0f} ms expected for the last of {load.clients} prompts of {load.input_tokens} tokens, "
-            f"{ttft - limits.ttft_p99_ms:.0f} ms over the limit of {limits.ttft_p99_ms:g}; term prefill: {terms['chunk_step']:.0f} ms a step of {min(engine.max_num_batched_tokens, load.input_tokens)} tokens"
+            f"{ttft - limits.ttft_p99_ms:.0f} ms over the limit of {limits.ttft_p99_ms:g}; term prefill: {terms['chunk_step']:.0f} ms "
+            f"a step of {min(engine.max_num_batched_tokens, load.input_tokens)} tokens"
         )
     wanted = min(load.clients, engine.max_num_seqs)
     if requests < wanted:
         reasons.append(
-            f"kv_cache: the pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens and the load has {load.clients}: {load.clients - requests} wait; "
+            f"kv_cache: the pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens and the load has "
+            f"{load.clients}: {load.clients - requests} wait; "
             "a larger pool, shorter requests or a smaller kv_cache_dtype would hold them"
         )
     if engine.max_num_seqs < load.clients:
         reasons.append(
-            f"max_num_seqs={engine.max_num_seqs} is less than the load's {load.clients} clients: {load.clients - engine.max_num_seqs} wait; raise it"
+            f"max_num_seqs={engine.max_num_seqs} is less than the load's {load.clients} clients: {load.clients - engine.max_num_seqs} "
+            "wait; raise it"
         )
     return reasons
 
@@ -337,7 +343,7 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
 
 
 def startup_check(device: Device, memory: CardMemory) -> Argument:
-    """vLLM refuses to start unless utilization x total is free, even where the pool is set in bytes (0.32.0, v1/worker/utils.py, request_memory)."""
+    """vLLM refuses to start unless utilization x total is free, even with the pool set in bytes (v1/worker/utils.py, request_memory)."""
     own = memory.terms["cuda_context"] + memory.terms["nccl"]  # already taken when the engine looks
     need = math.ceil(10_000 * (memory.peak - own) / (device.torch_total_mib * MIB)) / 10_000
     return Argument(
@@ -428,7 +434,8 @@ def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
         if other.verdict in better:
             cards_ = f"{other.device_count} card{'s' if other.device_count > 1 else ''}"
             return other.profile, (
-                f"nearest: profile {other.profile} {'fits' if other.verdict == 'fits' else 'starts but is slow'} on {cards_} at {mib(other.peak_bytes)} a card, "
+                f"nearest: profile {other.profile} {'fits' if other.verdict == 'fits' else 'starts but is slow'} on {cards_} at "
+                f"{mib(other.peak_bytes)} a card, "
                 f"{other.latency_ms.decode_expected:.0f} ms a token expected"
             )
     return None

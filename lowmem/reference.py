@@ -69,9 +69,18 @@ def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
     knobs = knobs_of(run["args"])
     count = int(knobs.get("tensor_parallel_size", 1))
     plan = make_plan(
-        empty, "llama-2-70b", device, count, knobs, clients=run["clients"], input_tokens=run["input_tokens"], output_tokens=run["output_tokens"],
-        vllm_version=run["vllm"], memory_limit_bytes=143771 * MIB, search=False,
-    )  # fmt: skip
+        empty,
+        "llama-2-70b",
+        device,
+        count,
+        knobs,
+        clients=run["clients"],
+        input_tokens=run["input_tokens"],
+        output_tokens=run["output_tokens"],
+        vllm_version=run["vllm"],
+        memory_limit_bytes=143771 * MIB,
+        search=False,
+    )
     log = run["engine_log"]
     kv, tokens = _logged(log, r"Available KV cache memory: (-?[\d.]+) GiB"), _logged(log, r"GPU KV cache size: ([\d,]+) tokens")
     error = _logged(log, r"(unrecognized arguments: .*|No available memory for the cache blocks)")

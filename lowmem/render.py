@@ -36,7 +36,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     q = plan.quantization
     weights = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit, group {q.group_size}"
     out.print(
-        f"[bold]{plan.profile}[/]: {plan.model} ({weights}, {gib(plan.weight_bytes)}) on {plan.device_count} x {plan.device}, vLLM {plan.vllm_version}"
+        f"[bold]{plan.profile}[/]: {plan.model} ({weights}, {gib(plan.weight_bytes)}) on {plan.device_count} x {plan.device}, vLLM "
+        f"{plan.vllm_version}"
     )
     out.print(f"[bold {_COLOUR[plan.verdict]}]{plan.verdict}[/]")
     for reason in plan.reasons:
@@ -60,11 +61,13 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     out.print(table)
     out.print()
     out.print(
-        f"KV pool {plan.kv_tokens:,} tokens: {plan.max_requests} requests of {plan.load.input_tokens:,} + {plan.load.output_tokens:,} tokens"
+        f"KV pool {plan.kv_tokens:,} tokens: {plan.max_requests} requests of {plan.load.input_tokens:,} + {plan.load.output_tokens:,} "
+        "tokens"
     )
     speed = plan.latency_ms
     out.print(
-        f"decode {speed.decode_expected:,.1f} ms a token expected at {plan.load.clients} clients, floor {speed.decode_floor:,.1f}; limit {plan.limits.tpot_p99_ms:g}"
+        f"decode {speed.decode_expected:,.1f} ms a token expected at {plan.load.clients} clients, floor {speed.decode_floor:,.1f}; "
+        f"limit {plan.limits.tpot_p99_ms:g}"
     )
     out.print(f"prefill {speed.prefill_expected:,.0f} ms a prompt expected, floor {speed.prefill_floor:,.0f}")
     ram = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.host_ram.items())
@@ -80,9 +83,13 @@ def show_suggestions(found: list[Option], plan: Plan, console: Console | None = 
     out = console or Console(highlight=False)
     wanted = f"{mib(plan.limit_bytes)} a card and {plan.limits.tpot_p99_ms:g} ms a token at {plan.load.clients} clients"
     if not found:
-        out.print(f"no setting of {plan.model} on {plan.device_count} x {plan.device} meets {wanted}; use more or larger cards, or a higher limit")
+        out.print(
+            f"no setting of {plan.model} on {plan.device_count} x {plan.device} meets {wanted}; use more or larger cards, or a higher limit"
+        )
         return
-    out.print(f"{plan.model} on up to {plan.device_count} x {plan.device}, within {wanted}: best first (more bits, then fewer cards, then faster)")
+    out.print(
+        f"{plan.model} on up to {plan.device_count} x {plan.device}, within {wanted}: best first (more bits, then fewer cards, then faster)"
+    )
     table = Table(box=None, pad_edge=False)
     for name in ("weights", "cards", "KV type", "offload GiB", "MiB a card", "requests", "ms a token"):
         table.add_column(name, justify="left" if name in ("weights", "KV type") else "right")

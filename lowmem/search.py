@@ -11,7 +11,8 @@ from lowmem.planner import compute, gather
 from lowmem.schema import Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
 from lowmem.units import GIB, MIB
 
-# Bits, group size and method a checkpoint can have, best quality first. Perplexities are for docs/planning.md to state, not to compute with.
+# Bits, group size and method a checkpoint can have, best quality first. Perplexities are for docs/planning.md to state, not to compute
+# with.
 WEIGHTS: tuple[tuple[str, Quantization], ...] = (
     ("16-bit", Quantization()),
     ("8-bit", Quantization(method="gptq", bits=8, group_size=128, zero_point=False)),
@@ -38,7 +39,17 @@ class Option:
 
 
 def _profile(quantization: Quantization, limits: Limits, load: Load, count: int, device: str, model: str) -> Profile:
-    return Profile(name="suggested", summary="", device=device, device_count=count, model=model, quantization=quantization, limits=limits, load=load, knobs={})
+    return Profile(
+        name="suggested",
+        summary="",
+        device=device,
+        device_count=count,
+        model=model,
+        quantization=quantization,
+        limits=limits,
+        load=load,
+        knobs={},
+    )
 
 
 def base_card(model: str | ModelCard) -> ModelCard:
@@ -130,5 +141,3 @@ def pareto(points: list[Option]) -> list[Option]:
         if not best or o.plan.latency_ms.decode_expected < best[-1].plan.latency_ms.decode_expected:
             best.append(o)
     return best
-
-

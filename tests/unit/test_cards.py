@@ -24,9 +24,10 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "smollm2-135m": 134_515_008,
 }
+COMPRESSED = {"num_bits": 4, "group_size": 32, "symmetric": False}
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "vocab_size": 100, "max_position_embeddings": 512, "torch_dtype": "float16",
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512, "torch_dtype": "float16",
 }  # fmt: skip
 
 
@@ -150,9 +151,9 @@ def test_an_index_without_its_files_is_seen(tmp_path):
     [
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, ("awq", 4, 128, True)),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, ("gptq", 8, -1, False)),
-        ({"quant_method": "auto-round", "bits": 2, "group_size": 64, "sym": True, "packing_format": "auto_round:auto_gptq"}, ("auto-round", 2, 64, False)),
+        ({"quant_method": "auto-round", "bits": 2, "group_size": 64, "sym": True, "packing_format": "x"}, ("auto-round", 2, 64, False)),
         (
-            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4, "group_size": 32, "symmetric": False}}}, "ignore": ["lm_head"]},
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": COMPRESSED}}, "ignore": ["lm_head"]},
             ("compressed-tensors", 4, 32, True),
         ),
     ],

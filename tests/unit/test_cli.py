@@ -104,7 +104,13 @@ def test_frontier_refuses_other_suffixes(tmp_path):
 def test_explain_names_every_flag_with_its_reason():
     done = run("explain", "low_mem")
     assert done.returncode == 0
-    for word in ("--tensor-parallel-size 2", "half of each layer on each card", "MiB a card under load", "ms a token", "--kv-cache-memory-bytes"):
+    for word in (
+        "--tensor-parallel-size 2",
+        "half of each layer on each card",
+        "MiB a card under load",
+        "ms a token",
+        "--kv-cache-memory-bytes",
+    ):
         assert word in done.stdout
 
 
@@ -115,5 +121,3 @@ def test_check_article_computes():
     assert "690 TFLOP/s on a card of 312" in found[1]["truth"]
     assert all(c["holds"] != "yes" for c in found[:-1])
     assert found[-1]["holds"] == "yes"
-
-

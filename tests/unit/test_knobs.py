@@ -46,10 +46,11 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
     if python is None:
         pytest.skip("no vLLM environment; `make demo` builds one, $LOWMEM_ENGINE_PYTHON names another")
     wanted = {name: make_plan(name, search=False).argv for name in profiles.names()}
-    wanted["offload-prefetch"] = make_plan(
-        "offload", overrides={"cpu_offload_gb": 0, "offload_group_size": 16, "offload_num_in_group": 9, "offload_params": "gate_up_proj down_proj"}, search=False
-    ).argv  # fmt: skip
-    wanted["graphs"] = make_plan("low_latency", overrides={"cudagraph_capture_sizes": "1 2 4 8", "enable_prefix_caching": False}, search=False).argv
+    prefetch = {"cpu_offload_gb": 0, "offload_group_size": 16, "offload_num_in_group": 9, "offload_params": "gate_up_proj down_proj"}
+    wanted["prefetch"] = make_plan("offload", overrides=prefetch, search=False).argv
+    wanted["graphs"] = make_plan(
+        "low_latency", overrides={"cudagraph_capture_sizes": "1 2 4 8", "enable_prefix_caching": False}, search=False
+    ).argv
     script = (
         "import json, sys\n"
         "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
@@ -65,7 +66,9 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
         "print('\\n' + json.dumps(out))\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    done = subprocess.run([python, "-c", script], input=json.dumps(wanted), capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(
+        [python, "-c", script], input=json.dumps(wanted), capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result.pop("article") == "refused"
@@ -78,7 +81,16 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("256M", 268435456), ("1g", 10**9), ("1G", 2**30), ("1.5GiB", 3 * 2**29), ("20GB", 20 * 10**9), ("123", 123), (7, 7), ("2 GiB", 2**31)],
+    [
+        ("256M", 268435456),
+        ("1g", 10**9),
+        ("1G", 2**30),
+        ("1.5GiB", 3 * 2**29),
+        ("20GB", 20 * 10**9),
+        ("123", 123),
+        (7, 7),
+        ("2 GiB", 2**31),
+    ],
 )
 def test_sizes(text, value):
     assert parse_bytes(text) == value
@@ -104,7 +116,9 @@ def test_tokens(name, value, tokens):
     assert tokens_of(name, value) == tokens
 
 
-@pytest.mark.parametrize(("text", "name", "value"), [("max-num-seqs=8", "max_num_seqs", "8"), ("--max-num-seqs=8", "max_num_seqs", "8"), ("a=b=c", "a", "b=c")])
+@pytest.mark.parametrize(
+    ("text", "name", "value"), [("max-num-seqs=8", "max_num_seqs", "8"), ("--max-num-seqs=8", "max_num_seqs", "8"), ("a=b=c", "a", "b=c")]
+)
 def test_assignments(text, name, value):
     assert parse_assignments([text]) == {name: value}
 
@@ -117,7 +131,9 @@ def test_bad_assignments(texts):
 
 def test_flags_come_and_go_with_versions():
     assert missing_flags({"swap_space": Knob(value=20, why="")}, (0, 17, 0)) == []
-    assert missing_flags({"swap_space": Knob(value=20, why="")}, (0, 18, 0))[0].startswith("unrecognized arguments: --swap-space: removed in vLLM 0.18")
+    assert missing_flags({"swap_space": Knob(value=20, why="")}, (0, 18, 0))[0].startswith(
+        "unrecognized arguments: --swap-space: removed in vLLM 0.18"
+    )
     assert missing_flags({"offload_group_size": Knob(value=2, why="")}, (0, 17, 0)) == []
 
 

@@ -38,7 +38,10 @@ def test_verdict_of_each_profile(name, verdict):
 def test_golden_arguments(name):
     """The argument vector, environment and terms as they were last reviewed; LOWMEM_UPDATE_GOLDEN=1 writes them anew."""
     plan = make_plan(name, deploy={"model_path": "/srv/models/m", "served_model_name": "m", "host": "127.0.0.1", "port": 8000})
-    text = json.dumps({"argv": plan.argv, "environment": {v.name: v.value for v in plan.environment}, "per_gpu": plan.per_gpu}, indent=1) + "\n"
+    text = (
+        json.dumps({"argv": plan.argv, "environment": {v.name: v.value for v in plan.environment}, "per_gpu": plan.per_gpu}, indent=1)
+        + "\n"
+    )
     file = GOLDEN / f"{name}.json"
     if os.environ.get("LOWMEM_UPDATE_GOLDEN"):
         file.parent.mkdir(exist_ok=True)
@@ -55,7 +58,18 @@ def test_a_plan_reads_back_as_it_was(name):
 @pytest.mark.parametrize("name", VERDICT)
 def test_the_documented_interface(name):
     data = json.loads(make_plan(name).model_dump_json())
-    for key in ("verdict", "reasons", "limit_bytes", "per_gpu", "host_ram_bytes", "kv_tokens", "max_requests", "latency_ms", "argv", "nearest"):
+    for key in (
+        "verdict",
+        "reasons",
+        "limit_bytes",
+        "per_gpu",
+        "host_ram_bytes",
+        "kv_tokens",
+        "max_requests",
+        "latency_ms",
+        "argv",
+        "nearest",
+    ):
         assert key in data
     assert {"decode_floor", "decode_expected", "prefill_expected"} <= set(data["latency_ms"])
     assert sum(v for k, v in data["per_gpu"].items() if k != "total") == data["per_gpu"]["total"]
