@@ -1,0 +1,114 @@
+"""Build a virtual environment from locks with hashes, or bring a broken one back.
+
+build_env.py ENV SPEC: the folder to make, and a JSON object {stamp, lock, torch_lock, torch_index, wheels}. Run it with the Python
+that the environment is to have. Progress goes to stdout, the noise of pip to stderr. Standard library only.
+
+The environment counts as complete when its `.complete` file exists, which is written last: an interrupted build leaves none and is
+begun again. Two runs at once are kept apart by a lock; the second finds the work done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+BUILD_TOOLS = ("setuptools", "wheel")  # what the few packages without a wheel are built with
+
+
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def select(lock: str, names: tuple[str, ...]) -> str:
+    """The requirements of these names, with their hashes, out of the text of a lock."""
+    blocks = re.split(r"\n(?=[A-Za-z0-9])", lock)
+    return "".join(block.rstrip() + "\n" for block in blocks if re.split(r"[=\s;\[]", block, maxsplit=1)[0].lower() in names)
+
+
+def pip(env: Path, *arguments: str) -> None:
+    command = [str(env / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-deps", "--quiet", *arguments]
+    subprocess.run(command, check=True, stdout=sys.stderr)
+
+
+def build(env: Path, spec: dict[str, Any]) -> None:
+    """subprocess.CalledProcessError when a step fails; pip has then said why on stderr."""
+    started = time.monotonic()
+    shutil.rmtree(env, ignore_errors=True)
+    say(f"{env.name}: new virtual environment from {sys.executable}")
+    subprocess.run([sys.executable, "-m", "venv", str(env)], check=True, stdout=sys.stderr)
+    lock = Path(spec["lock"])
+    if spec["torch_lock"]:
+        say(f"{env.name}: installing torch")
+        pip(env, "--require-hashes", "--only-binary", ":all:", "--index-url", spec["torch_index"], "-r", spec["torch_lock"])
+    text = lock.read_text(encoding="utf-8")
+    say(f"{env.name}: installing {len(re.findall(r'^[A-Za-z0-9].*==', text, re.M))} locked packages")
+    if tools := select(text, BUILD_TOOLS):
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write(tools)
+            file.flush()
+            pip(env, "--require-hashes", "--only-binary", ":all:", "-r", file.name)
+    pip(env, "--require-hashes", "--no-build-isolation", "-r", str(lock))
+    install_wheels(env, spec["wheels"])
+    say(f"{env.name}: complete after {time.monotonic() - started:.0f} s")
+
+
+def install_wheels(env: Path, wheels: list[str]) -> None:
+    for wheel in wheels:
+        say(f"{env.name}: installing {Path(wheel).name}")
+        pip(env, "--no-index", "--force-reinstall", wheel)
+
+
+def works(env: Path) -> bool:
+    """Whether its Python starts: it does not when the system's own was upgraded away."""
+    python = env / "bin/python"
+    return python.exists() and subprocess.run([str(python), "-c", "import pip"], capture_output=True, check=False).returncode == 0
+
+
+def only_wheels_differ(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    """Whether installing the local wheels again is enough: the rest is the same, and no package is gone from the list."""
+    packages = [{Path(wheel).name.split("-")[0] for wheel in stamp["wheels"]} for stamp in (old, new)]
+    return {**old, "wheels": []} == {**new, "wheels": []} and packages[0] <= packages[1]
+
+
+def ensure(env: Path, spec: dict[str, Any]) -> None:
+    env.parent.mkdir(parents=True, exist_ok=True)
+    with env.with_name(f".{env.name}.lock").open("w") as guard:
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"{env.name}: waiting for another run that is building it")
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        mark = env / ".complete"
+        stamp = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and works(env) else None
+        if stamp == spec["stamp"]:
+            return
+        mark.unlink(missing_ok=True)
+        if stamp and only_wheels_differ(stamp, spec["stamp"]):
+            install_wheels(env, spec["wheels"])
+        else:
+            build(env, spec)
+        beside = env / ".complete.new"
+        beside.write_text(json.dumps(spec["stamp"]), encoding="utf-8")
+        beside.replace(mark)
+
+
+def main() -> int:
+    try:
+        ensure(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status {error.returncode}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
