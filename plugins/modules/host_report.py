@@ -4,6 +4,7 @@
 # The module runs on the host, whose Python may be older than the controller's.
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -169,16 +170,25 @@ def listening_inodes(ports: list, proc: Path = PROC) -> dict:
     return inodes
 
 
+def open_files(entry: Path) -> set:
+    """What the process's descriptors point to; nothing where it is another user's, or gone."""
+    links = set()
+    try:
+        for descriptor in (entry / "fd").iterdir():
+            with contextlib.suppress(OSError):  # closed meanwhile
+                links.add(str(descriptor.readlink()))
+    except OSError:
+        pass
+    return links
+
+
 def listeners(ports: list, root: str | None, proc: Path = PROC) -> dict:
     inodes = listening_inodes(ports, proc)
     found: dict = {str(port): [] for port in ports}
     if not any(inodes.values()):
         return found
     for entry in processes(proc):
-        try:
-            links = {str(fd.readlink()) for fd in (entry / "fd").iterdir()}
-        except OSError:  # another user's, or gone
-            continue
+        links = open_files(entry)
         for port, sockets in inodes.items():
             if links & {f"socket:[{inode}]" for inode in sockets}:
                 found[str(port)].append({"pid": int(entry.name), "command": command_of(entry), "own": belongs(entry, root)})

@@ -190,7 +190,7 @@ def test_an_answer_without_tokens_is_none(server: HTTPServer, tmp_path: Path, mo
 def project(tmp_path: Path) -> Path:
     (tmp_path / "source/little").mkdir(parents=True)
     (tmp_path / "source/pyproject.toml").write_text(
-        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n[project]\nname = "little"\nversion = "1.0"\n'
+        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n[project]\nname = "little"\nversion = "1.0"\nrequires-python = ">=3.11"\n'
     )
     (tmp_path / "source/little/__init__.py").write_text("")
     return tmp_path / "source"
