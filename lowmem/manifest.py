@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import struct
 import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,25 @@ def check(manifest: Path, folder: Path, full: bool = False) -> list[Problem]:
     return sorted(problems, key=lambda problem: problem.path)
 
 
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file; ManifestError when its length belies its header."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise ManifestError(f"{path}: truncated, {size} bytes do not hold its header")
+        try:
+            tensors: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ManifestError(f"{path}: its header is not valid JSON ({error})") from None
+    tensors.pop("__metadata__", None)
+    end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    if end != size:
+        raise ManifestError(f"{path}: {'truncated' if size < end else 'altered'}, {size} bytes where its header says {end}")
+    return tensors
+
+
 def entries(files: Iterable[File]) -> list[dict[str, Any]]:
     return [asdict(file) for file in files]
 
@@ -155,8 +175,11 @@ def main() -> int:
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--full", action="store_true", help="hash every file, also those seen before")
+    parser.add_argument("--recipe", help="the SHA-256 of the recipe that the folder must have been made by")
     arguments = parser.parse_args()
     try:
+        if arguments.recipe not in (None, read(arguments.manifest).get("recipe_sha256")):
+            raise ManifestError(f"{arguments.manifest}: made by another recipe")  # noqa: TRY301
         problems = check(arguments.manifest, arguments.folder, arguments.full)
     except ManifestError as error:
         sys.stderr.write(f"{error}\n")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from manifest import safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -47,26 +48,8 @@ def shards(folder: Path) -> list[Path]:
     return files
 
 
-def header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {dtype, shape, data_offsets}, from the head of one safetensors file."""
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise CheckpointError(f"{path}: truncated, {len(head)} bytes long")
-        (length,) = struct.unpack("<Q", head)
-        size = path.stat().st_size
-        if length > size - 8:
-            raise CheckpointError(f"{path}: truncated, its header alone should have {length} bytes, the file has {size}")
-        tensors: dict[str, dict[str, Any]] = json.loads(file.read(length))
-    tensors.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in tensors.values()), default=0)
-    if end != size:
-        raise CheckpointError(f"{path}: truncated or altered, {size} bytes where its header says {end}")
-    return tensors
-
-
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t["shape"]) for path in shards(folder) for name, t in header(path).items()}
+    return {name: tuple(t["shape"]) for path in shards(folder) for name, t in safetensors_header(path).items()}
 
 
 def linear_inputs(tensor_shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
@@ -133,7 +116,7 @@ class Tensors:
     """The weights of a checkpoint folder by their unquantized names, read from disk one at a time, float32."""
 
     def __init__(self, folder: Path) -> None:
-        self.files = {name: path for path in shards(folder) for name in header(path)}
+        self.files = {name: path for path in shards(folder) for name in safetensors_header(path)}
         self.parts: dict[str, list[str]] = {}
         for name in self.files:
             module, _, leaf = name.rpartition(".")

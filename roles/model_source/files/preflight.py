@@ -1,0 +1,77 @@
+"""Whether a model can be fetched to here: `preflight.py SPEC`, the JSON object of fetch_model.py and {need_bytes}.
+
+Says what is wrong in one line on stderr, with status 1. Changes nothing. Standard library only.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+TIMEOUT_S = 20
+
+
+def remote_bytes(source: dict, endpoint: str, token: str) -> tuple[int, str | None]:
+    """Size of the repository at the revision, and what is wrong with asking for it."""
+    url = f"{endpoint}/api/models/{source['repository']}/revision/{source['revision']}?blobs=true"
+    if not url.startswith(("http://", "https://")):
+        return 0, f"HF_ENDPOINT {endpoint} is no http(s) address"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            info = json.load(answer)
+    except urllib.error.HTTPError as error:
+        hint = {401: "set model_source_token", 403: "the token lacks access to it", 404: "no such repository or revision"}
+        return 0, f"{source['repository']} at {source['revision']}: {endpoint} says {error.code}; {hint.get(error.code, 'try later')}"
+    except (OSError, ValueError) as error:
+        return 0, f"{endpoint} cannot be asked for {source['repository']}: {error}"
+    return sum(file.get("size") or 0 for file in info.get("siblings", [])), None
+
+
+def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
+    """Bytes that the source will bring, and what is wrong with it."""
+    if source["type"] == "local":
+        path = Path(source["path"])
+        if not path.is_absolute():
+            return 0, f"model_source_path {str(path)!r} is not an absolute path"
+        if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
+            return 0, f"model_source_path {path}: no checkpoint there (config.json and *.safetensors are needed)"
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), None
+    if source["type"] == "huggingface":
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source["repository"]):
+            return 0, f"model_source_repository {source['repository']!r} is not of the form owner/name"
+        if not re.fullmatch(r"[0-9a-f]{40}", source["revision"]):
+            return 0, f"model_source_revision {source['revision']!r} is not a commit of 40 hexadecimal digits; a branch can move"
+        return remote_bytes(source, os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN", ""))
+    if not re.fullmatch(r"[0-9a-f]{64}", source["sha256"]):
+        return 0, f"model_source_package_sha256 {source['sha256']!r} is not a SHA-256 of 64 hexadecimal digits"
+    return need_bytes, None
+
+
+def trouble(spec: dict) -> str | None:
+    if not re.fullmatch(r"[\w][\w.-]*", spec["name"]):
+        return f"model_source_name {spec['name']!r}: use letters, digits, '.', '_' and '-'"
+    models = Path(spec["models"])
+    try:
+        if json.loads((models / f"{spec['name']}.manifest.json").read_text())["recipe_sha256"] == spec["recipe_sha256"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        pass
+    size, problem = source_trouble(spec["source"], spec["need_bytes"])
+    if problem:
+        return problem
+    folder = next(parent for parent in (models, *models.parents) if parent.exists())
+    if not os.access(folder, os.W_OK):
+        return f"model_source_root {models.parent}: {folder} is not writable"
+    free, need = shutil.disk_usage(folder).free, max(size, spec["need_bytes"])
+    if free < need:
+        return f"{folder} has {free / 2**30:.1f} GiB free, {spec['name']} needs {need / 2**30:.1f} GiB: {(need - free) / 2**30:.1f} GiB are missing"
+    return None
+
+
+if problem := trouble(json.loads(sys.argv[1])):
+    sys.exit(problem)
