@@ -292,9 +292,7 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
-        available = limit_bytes - sum(terms.values()) - sum(load.values()) - _mib("margin_mib")
-        useful = engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1  # block 0 is the engine's own
-        available = min(available, useful * block)
+        available = _useful(engine, block, limit_bytes - sum(terms.values()) - sum(load.values()) - _mib("margin_mib"))
     else:
         budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
         profiled = 0 if engine.eager else _mib("compile_profile_mib") + graph
@@ -313,18 +311,26 @@ def nccl(engine: Engine) -> int:
     return _mib("nccl_mib") + (_mib("custom_all_reduce_mib") if engine.custom_all_reduce else 0)
 
 
-def cpu_memory(card: ModelCard, engine: Engine) -> CardMemory:
-    """The resident set of the service on a CPU."""
+def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int) -> CardMemory:
+    """The resident set of the service on a CPU: `runtime` is Python, torch and the engine's three processes."""
     w = weights(card, engine)
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
-    available = engine.kv_bytes if engine.kv_bytes is not None else 0
-    blocks = available // block
-    terms = {
-        "weights": w.on_card,
-        "kv_cache": blocks * block,
-        "runtime": round(float(constant("cpu", "runtime_mib")) * MIB),
-    }
-    return CardMemory(terms, {"activations": peak_activations(card, engine)}, w, available, blocks * engine.block_tokens, block)
+    fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
+    load = {"activations": peak_activations(card, engine)}
+    if engine.kv_bytes is not None:
+        available = engine.kv_bytes
+    elif engine.kv_auto:
+        available = _useful(engine, block, limit_bytes - sum(fixed.values()) - sum(load.values()) - _mib("margin_mib"))
+    else:  # utilization is a share of the machine's RAM
+        available = math.ceil(device.torch_total_mib * MIB * engine.utilization) - sum(fixed.values()) - sum(load.values())
+    blocks = max(0, available // block)
+    terms = {"weights": fixed["weights"], "kv_cache": blocks * block, "runtime": fixed["runtime"]}
+    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block)
+
+
+def _useful(engine: Engine, block: int, room: int) -> int:
+    """Of the room there is, what `max_num_seqs` requests of `max_model_len` can use; block 0 is the engine's own."""
+    return min(room, (engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1) * block)
 
 
 # ---------------------------------------------------------------- host

@@ -146,7 +146,7 @@ def compute(inputs: Inputs) -> Plan:
             f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than max_model_len={engine.max_model_len}; "
             "shorten the request or raise max_model_len"
         )
-    memory = cpu_memory(card, engine) if device.kind == "cpu" else card_memory(card, engine, device, ceiling(device, limits))
+    memory = (cpu_memory if device.kind == "cpu" else card_memory)(card, engine, device, ceiling(device, limits))
     speed = latency(card, engine, device, memory, load)
     requests = memory.kv_tokens // (math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens)
     blocked = (
@@ -367,13 +367,12 @@ def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable,
 
 
 def service_limits(engine: Engine, device: Device, host: Mapping[str, int], card: ModelCard) -> ServiceLimits:
-    """What the service manager is told: start-up by checkpoint size, RAM with a quarter of headroom, locked memory for pinned buffers."""
+    """What the service manager is told: time to start by checkpoint size, RAM with a quarter of headroom (half for pinned buffers)."""
     read_s = stored_bytes(card) / 200e6  # a slow disk
-    headroom = 1.25
     return ServiceLimits(
         timeout_start_s=int(300 + read_s + (0 if engine.eager else 300)),
         timeout_stop_s=60,
-        memory_max_bytes=math.ceil(sum(host.values()) * headroom / MIB) * MIB,
+        memory_max_bytes=math.ceil((sum(host.values()) * 1.25 + host.get("pinned_offload", 0) * 0.25) / MIB) * MIB,
         memlock="infinity" if engine.offload != "none" or engine.kv_offload_bytes or device.kind == "cuda" else "default",
     )
 
