@@ -229,7 +229,8 @@ def peak_activations(card: ModelCard, engine: Engine) -> int:
         mlp = 3 * card.intermediate_size // tp * e
     attention = (2 * card.heads + 2 * max(card.kv_heads, tp)) * card.head_dim // tp * e
     per_token = 2 * card.hidden_size * e + max(mlp, attention)
-    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + 3 * 4)
+    copies = 8 if engine.vllm >= (0, 28, 0) else 20  # 32-bit copies; the older sampler also sorts, with 64-bit indices
+    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + copies)
     return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
 
 
