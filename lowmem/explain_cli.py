@@ -31,13 +31,17 @@ def explain(
         out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
         out.print(f"    {escape(e.why)}", soft_wrap=True)
         if e.peak_mib is not None and e.kv_tokens is not None and e.decode_ms is not None and e.prefill_ms is not None:
-            parts = [
-                f"{e.peak_mib:+,.0f} MiB a card under load",
-                f"{e.kv_tokens:+,} KV tokens",
-                f"{e.decode_ms:+,.1f} ms a token",
-                f"{e.prefill_ms:+,.0f} ms a prompt",
+            shown = [
+                f"{value:+,.{digits}f} {unit}"
+                for value, digits, unit in (
+                    (e.peak_mib, 0, "MiB a card under load"),
+                    (e.kv_tokens, 0, "KV tokens"),
+                    (e.decode_ms, 1, "ms a token"),
+                    (e.prefill_ms, 0, "ms a prompt"),
+                )
+                if abs(value) >= 0.5 * 10**-digits
             ]
-            out.print(f"    [dim]{', '.join(parts)}[/]")
+            out.print(f"    [dim]{', '.join(shown) or 'the same as the default in memory and time'}[/]", soft_wrap=True)
         if e.measured:
             out.print(f"    [green]measured: {escape(e.measured)}[/]", soft_wrap=True)
         if e.remark:

@@ -42,8 +42,9 @@ def frontier_command(
     if not points:
         raise BadInput(f"no setting of {model} starts on {count} x {device}; use more or larger cards")
     draw(points, load_device(device).title, count, load, memory_limit_gib, latency_limit_ms, out)
-    typer.echo(f"{out}: {len(points)} settings, {len(pareto(points))} on the frontier")
-    for o in pareto(points):
+    best = [o for weights in _COLOURS for o in pareto(points, weights)]
+    typer.echo(f"{out}: {len(points)} settings, {len(best)} on the frontier of their weight width")
+    for o in best:
         typer.echo(f"  {needed_bytes(o.plan) / GIB:6.1f} GiB a card  {o.plan.latency_ms.decode_expected:8.1f} ms a token  {o.label}")
 
 
@@ -68,19 +69,12 @@ def draw(points: list[Option], title: str, count: int, load: Load, memory_limit_
     ax.fill_between([0, memory_limit_gib], low, latency_limit_ms, color="#1b9e5a", alpha=0.07, lw=0)
     ax.axvline(memory_limit_gib, color="#888888", lw=0.9, ls="--")
     ax.axhline(latency_limit_ms, color="#888888", lw=0.9, ls="--")
-    ax.text(
-        0.2, latency_limit_ms * 0.93, f"within {memory_limit_gib:g} GiB and {latency_limit_ms:g} ms", va="top", color="#14713f", fontsize=9
-    )
-    edge = pareto(points)
-    ax.step(
-        [needed_bytes(o.plan) / GIB for o in edge],
-        [o.plan.latency_ms.decode_expected for o in edge],
-        where="post",
-        color="#333333",
-        lw=1.1,
-        alpha=0.6,
-        zorder=1,
-    )
+    inside = f"within {memory_limit_gib:g} GiB and {latency_limit_ms:g} ms"
+    ax.text(0.02, 0.02, inside, transform=ax.transAxes, color="#14713f", fontsize=9)
+    for weights, colour in _COLOURS.items():
+        edge = pareto(points, weights)
+        at = [needed_bytes(o.plan) / GIB for o in edge], [o.plan.latency_ms.decode_expected for o in edge]
+        ax.step(*at, where="post", color=colour, lw=1.2, alpha=0.55, zorder=1)
     for o, a, b in zip(points, x, y, strict=True):
         streamed = "cpu_offload_gb" in o.knobs
         colour = _COLOURS[o.weights]
@@ -110,6 +104,10 @@ def draw(points: list[Option], title: str, count: int, load: Load, memory_limit_
     handles = [Line2D([], [], ls="", marker="o", color=_COLOURS[w], label=f"{w} weights") for w in used]
     handles += [Line2D([], [], ls="", marker=_MARKS[n], color="#555555", label=f"{n} card{'s' if n > 1 else ''}") for n in splits]
     handles += [Line2D([], [], ls="", marker="o", mfc="white", mec="#555555", label="hollow: weights streamed from RAM")]
+    handles += [
+        Line2D([], [], ls="-", color="#555555", label="best of each width"),
+        Line2D([], [], ls="", label="beside one another: 16, 8, 4-bit KV"),
+    ]
     ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     metadata = {"Date": None} if out.suffix == ".svg" else {"Software": None}
     fig.savefig(out, dpi=150, metadata=metadata)

@@ -22,7 +22,7 @@ def plan(
     model: Annotated[
         str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="name in the device table; default: the profile's")] = None,
+    device: Annotated[str | None, typer.Option(help="name in the device table, or auto; default: the profile's")] = None,
     count: Annotated[int | None, typer.Option(help="cards on the host; default: the profile's")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     env: Annotated[list[str] | None, typer.Option("--env", help="NAME=value of the service's environment")] = None,

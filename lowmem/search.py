@@ -57,8 +57,10 @@ def base_card(model: str | ModelCard) -> ModelCard:
     return cards.load_card(model) if isinstance(model, str) else model
 
 
-def options(model: str | ModelCard, device: str, count: int, limits: Limits, load: Load, vllm_version: str) -> Iterator[Option]:
-    """Every combination of weight width, tensor parallelism, KV type and offload that can be planned."""
+def options(
+    model: str | ModelCard, device: str, count: int, limits: Limits, load: Load, vllm_version: str, *, needless_offload: bool = False
+) -> Iterator[Option]:
+    """Every combination of weight width, cards, KV type and offload share; offload only for what does not fit without."""
     card = base_card(model)
     widths = WEIGHTS if card.quantization.method == "none" else (("as stored", card.quantization),)
     request = load.input_tokens + load.output_tokens
@@ -92,8 +94,8 @@ def options(model: str | ModelCard, device: str, count: int, limits: Limits, loa
                         continue
                     shown = {k: v for k, v in knobs.items() if k in ("tensor_parallel_size", "kv_cache_dtype", "cpu_offload_gb")}
                     yield Option(label, shown, plan)
-                    if not share and plan.verdict == "fits":
-                        break  # offload is for what does not fit
+                    if not share and plan.verdict == "fits" and not needless_offload:
+                        break
 
 
 _QUALITY = {label: rank for rank, (label, _) in enumerate(WEIGHTS)} | {"as stored": 0}
@@ -121,8 +123,8 @@ def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_v
 
     total = load_device(device).torch_total_mib * MIB
     limits = Limits(memory_bytes=total, tpot_p99_ms=1e9, ttft_p99_ms=1e9)
-    points = {o.label: o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict != "impossible"}
-    return list(points.values())
+    every = options(model, device, count, limits, load, vllm_version, needless_offload=True)
+    return list({o.label: o for o in every if o.plan.verdict != "impossible"}.values())
 
 
 def needed_bytes(plan: Plan) -> int:
@@ -134,8 +136,9 @@ def needed_bytes(plan: Plan) -> int:
     return round(plan.peak_bytes - plan.per_gpu["kv_cache"] + plan.load.clients * request * per_token)
 
 
-def pareto(points: list[Option]) -> list[Option]:
-    """The points that no other point beats in both memory and time a token, by memory."""
+def pareto(points: list[Option], weights: str | None = None) -> list[Option]:
+    """The points (of one weight width, if given) that no other point beats in both memory and time a token, by memory."""
+    points = [o for o in points if weights in (None, o.weights)]
     best: list[Option] = []
     for o in sorted(points, key=lambda o: (needed_bytes(o.plan), o.plan.latency_ms.decode_expected)):
         if not best or o.plan.latency_ms.decode_expected < best[-1].plan.latency_ms.decode_expected:

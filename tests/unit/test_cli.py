@@ -93,7 +93,7 @@ def test_frontier_draws(tmp_path, suffix):
     assert done.returncode == 0, done.stderr
     head = out.read_bytes()[:300]
     assert head.startswith(b"\x89PNG") or b"<?xml" in head
-    assert "on the frontier" in done.stdout
+    assert "on the frontier of their weight width" in done.stdout
 
 
 def test_frontier_refuses_other_suffixes(tmp_path):
