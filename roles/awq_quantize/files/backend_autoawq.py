@@ -41,7 +41,7 @@ def quantizer(say: Say) -> type[AwqQuantizer]:
 def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str, Any], say: Say) -> None:
     """Write the quantized checkpoint of `model` to the folder `out`.
 
-    samples: token ids of each calibration passage, none longer than recipe["calibration_tokens"].
+    samples: token ids of each calibration passage, none longer than recipe["sample_tokens"].
     """
     on_gpu = torch.cuda.is_available()
     awq = AutoAWQForCausalLM.from_pretrained(
@@ -63,7 +63,7 @@ def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str,
         },
         calib_data=samples,
         max_calib_samples=len(samples),
-        max_calib_seq_len=recipe["calibration_tokens"],
+        max_calib_seq_len=recipe["sample_tokens"],
         apply_clip=recipe["clip"],
         n_parallel_calib_samples=8 if on_gpu else None,
         quantizer_cls=quantizer(say),
