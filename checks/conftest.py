@@ -149,7 +149,7 @@ def deployment(host: Any, request: pytest.FixtureRequest) -> Iterator[Deployment
     if not root:
         wanted = "msg={{ lowmem_root | default('/opt/vllm-lowmem') }}"
         root = host.ansible("debug", wanted, check=False)["msg"] if "ansible" in name else "/opt/vllm-lowmem"
-    if not request.config.getoption("--lowmem-become"):
+    if not request.config.getoption("--lowmem-become") or host.user().name == "root":
         DEPLOYMENTS.setdefault(name, Deployment(host, root))
         yield DEPLOYMENTS[name]
         return
