@@ -19,7 +19,7 @@ import pytest
 
 from lowmem.schema import Plan, Receipt
 
-LOG_TAIL_LINES = 40
+LOG_TAIL_LINES = 25
 
 HTTP = r"""
 import json, sys, urllib.error, urllib.request
@@ -103,11 +103,14 @@ class Deployment:
         return found
 
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
-        return str(self.host.run(f"tail -n {lines} {shlex.quote(self.path('log/vllm.log'))}").stdout)
+        """Without the lines of answered requests, which hide the rest."""
+        log = shlex.quote(self.path("log/vllm.log"))
+        return str(self.host.run(f"grep -v 'HTTP/1.1. 200 OK' {log} | tail -n {lines}").stdout)
 
     def journal_tail(self) -> str:
-        done = self.host.run("journalctl -u vllm -n 20 --no-pager")
-        return str(done.stdout) if done.rc == 0 else ""
+        if self.host.file(self.path("etc/supervisord.conf")).exists:
+            return ""
+        return str(self.host.run("journalctl -u vllm -n 20 --no-pager").stdout)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -185,13 +188,17 @@ def measurement(deployment: Deployment, request: pytest.FixtureRequest) -> Recei
     return MEASUREMENTS[deployment.root]
 
 
+TOLD: set[str] = set()
+
+
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, None]:
-    """A failed check shows what the engine and its service manager said last."""
+    """The first failed check of a host shows what the engine and its service manager said last."""
     outcome = yield
     report = outcome.get_result()
     deployment = getattr(item, "funcargs", {}).get("deployment")
-    if report.failed and isinstance(deployment, Deployment):
+    if report.failed and isinstance(deployment, Deployment) and deployment.root not in TOLD:
+        TOLD.add(deployment.root)
         report.sections.append(("last lines of log/vllm.log", deployment.log_tail()))
         if journal := deployment.journal_tail():
             report.sections.append(("journalctl -u vllm", journal))

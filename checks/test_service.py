@@ -61,16 +61,18 @@ def test_the_log_has_no_key(deployment: Any, key: str) -> None:
 @pytest.mark.disruptive
 def test_it_answers_again_after_its_engine_was_killed(deployment: Any) -> None:
     before = deployment.processes()["processes"]
-    engine = next(p for p in before if not p["main"])
-    deployment.host.run_expect([0], f"kill -KILL {engine['pid']}")
+    engine = next(p["pid"] for p in before if any("EngineCore" in word for word in p["argv"]))
+    deployment.host.run_expect([0], f"kill -KILL {engine}")
+    old = {(p["pid"], p["started"]) for p in before}
     deadline = time.monotonic() + deployment.plan.service.timeout_start_s
     body = {"model": deployment.deploy.served_model_name, "prompt": "Hello", "max_tokens": 2}
     answered = False
     while not answered and time.monotonic() < deadline:
         time.sleep(1)
-        pids = {p["pid"] for p in deployment.processes()["processes"]}
-        answered = bool(pids) and engine["pid"] not in pids and deployment.http("/v1/completions", body)[0] == 200
+        now = {(p["pid"], p["started"]) for p in deployment.processes()["processes"]}
+        answered = bool(now) and not now & old and deployment.http("/v1/completions", body)[0] == 200
     assert answered, f"no completion within {deployment.plan.service.timeout_start_s} s of the kill"
-    old = {(p["pid"], p["started"]) for p in before}
-    left = deployment.python("import psutil, json; print(json.dumps([(p.pid, p.create_time()) for p in psutil.process_iter()]))")
-    assert old & {(pid, started) for pid, started in json.loads(left)} == set(), "processes of the killed engine are still there"
+    running = json.loads(
+        deployment.python("import psutil, json; print(json.dumps([(p.pid, p.create_time()) for p in psutil.process_iter()]))")
+    )
+    assert sorted(old & {(pid, started) for pid, started in running}) == [], "processes of the killed engine are still there"

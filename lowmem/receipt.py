@@ -51,7 +51,13 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
 def merge(receipt: Receipt, checks: dict[str, dict[str, Any]]) -> Receipt:
     """The receipt with these checks; a failed check is a finding."""
     findings = [f for f in receipt.findings if not f.startswith("check ")]
-    findings += [f"check {name}: {check['message']}" for name, check in checks.items() if check["outcome"] == "failed"]
+    # A limit that the measurement already names is not told twice.
+    told = {f.split(":")[0] for f in findings}
+    findings += [
+        f"check {name}: {check['message']}"
+        for name, check in checks.items()
+        if check["outcome"] == "failed" and name.split(":")[0] not in told
+    ]
     return receipt.model_copy(update={"checks": checks, "findings": tuple(findings), "verdict": "failed" if findings else "passed"})
 
 
@@ -112,11 +118,11 @@ def show(receipt: Receipt) -> None:
         outcomes = [c["outcome"] for c in receipt.checks.values()]
         console.print(f"Checks: {outcomes.count('passed')} passed, {outcomes.count('failed')} failed, {outcomes.count('skipped')} skipped")
     for note in receipt.notes:
-        console.print(f"[dim]note: {note}[/]")
+        console.print(f"[dim]note: {note}[/]", soft_wrap=True)
     if receipt.advice:
-        console.print(f"[yellow]advice: {receipt.advice}[/]")
+        console.print(f"[yellow]advice: {receipt.advice}[/]", soft_wrap=True)
     for finding in receipt.findings:
-        console.print(f"[red]✗ {finding}[/]")
+        console.print(f"[red]✗ {finding}[/]", soft_wrap=True)
     console.print(f"[bold {colour}]{receipt.verdict}[/]")
 
 
