@@ -161,7 +161,9 @@ def read_environment(path: Path) -> dict[str, str]:
 def base_url(words: Sequence[str]) -> str:
     """Where `vllm serve` with these arguments listens; the last --host and --port win, as in vLLM."""
     host, port = "127.0.0.1", "8000"
-    for before, word in itertools.pairwise(words):
+    # both spellings: `--port 8000` and `--port=8000`
+    split = [part for word in words for part in (word.split("=", 1) if word.startswith(("--host=", "--port=")) else [word])]
+    for before, word in itertools.pairwise(split):
         if before == "--host":
             host = word if word not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 - read, not bound
         elif before == "--port":

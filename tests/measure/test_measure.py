@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lowmem.cli import app
+from lowmem.measure import base_url
 from lowmem.schema import Receipt
 
 
@@ -90,3 +91,16 @@ def test_a_service_that_ignores_sigterm_is_killed_and_reported(deployed: Path, m
 def test_bad_input_is_one_line(deployed: Path, words: list[str], line: str) -> None:
     code, output, receipt = run(deployed, *words)
     assert (code, output.strip(), receipt) == (1, f"lowmem: {line}", None)
+
+
+@pytest.mark.parametrize(
+    ("words", "url"),
+    [
+        ([], "http://127.0.0.1:8000"),
+        (["--host", "::", "--port", "8001"], "http://127.0.0.1:8001"),
+        (["--port", "8000", "--port=8001"], "http://127.0.0.1:8001"),
+        (["--host=10.0.0.5", "--port=9"], "http://10.0.0.5:9"),
+    ],
+)
+def test_the_service_is_asked_where_its_last_arguments_put_it(words: list[str], url: str) -> None:
+    assert base_url(words) == url

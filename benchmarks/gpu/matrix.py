@@ -1,0 +1,177 @@
+"""Many measurements in one go on a machine with GPUs: `prepare` writes plans and launchers, `run` measures them.
+
+`prepare` needs this repository's environment and no GPU; `run` needs the engine's environment and the folder that `prepare` made:
+
+    python benchmarks/gpu/matrix.py prepare benchmarks/gpu/runs.yml .carry/runs
+    python benchmarks/gpu/matrix.py run .carry/runs --out "$OUT" --deadline-s 560 [--only NAME,…]
+
+Runs of one card share the machine, one lane per GPU; runs of two cards have it to themselves and come first. A run that
+could not end before the deadline is not begun. The card of the plan is played on a larger one by a ballast (ballast.py)
+that holds all but `card_mib`; `args` and `env` are what this needs and no more: they stand in the receipt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parent.parent
+GUESS_S = 150
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """As a command line; what is None is left out."""
+    return [str(word) for pair in options.items() if pair[1] is not None for word in pair]
+
+
+def prepare(spec: dict[str, Any], folder: Path) -> None:
+    """Writes FOLDER/NAME/{plan.json,low_mem.sh,vllm.env} for every run, and FOLDER/runs.yml with the defaults filled in."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from lowmem.schema import Plan
+
+    templates = Environment(  # shell scripts, nothing that a browser reads
+        loader=FileSystemLoader(TOP / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )  # noqa: S701
+    # Ansible's own filters, as far as the launcher uses them
+    templates.filters |= {"quote": lambda v: shlex.quote(str(v)), "regex_replace": lambda v, pattern, by: re.sub(pattern, by, v)}
+    runs = [{**spec.get("defaults", {}), **run} for run in spec["runs"]]
+    for run in runs:
+        options = {
+            "--profile": run["profile"], "--device": run["device"], "--count": run["count"], "--model": run["card"],
+            "--model-path": run["model_path"], "--served-model-name": "m", "--port": 8000,
+        }  # fmt: skip
+        command = [sys.executable, "-m", "lowmem", "plan", "--json", *words(options)]
+        command += [word for knob, value in run.get("set", {}).items() for word in ("--set", f"{knob}={value}")]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=TOP)
+        if not done.stdout.startswith("{"):
+            raise SystemExit(f"{run['name']}: {done.stderr.strip()}")
+        plan = Plan.model_validate_json(done.stdout)
+        where = folder / run["name"]
+        where.mkdir(parents=True, exist_ok=True)
+        (where / "plan.json").write_text(plan.model_dump_json(indent=1))
+        launcher = templates.get_template("low_mem.sh.j2").render(
+            ansible_managed="Rendered by benchmarks/gpu/matrix.py",
+            lowmem_plan=json.loads(plan.model_dump_json()),
+            vllm_service_environment_path="/usr/local",
+            vllm_service_checkpoint_id="dummy weights",
+            vllm_service_plugins_id="none",
+        )
+        (where / "low_mem.sh").write_text(launcher)
+        (where / "low_mem.sh").chmod(0o755)
+        environment = {v.name: v.value for v in plan.environment if v.name not in run.get("drop_env", [])} | run.get("env", {})
+        (where / "vllm.env").write_text("".join(f"{k}={shlex.quote(str(v))}\n" for k, v in environment.items()))
+        total = plan.per_gpu["total"] / 2**20
+        limit = plan.limit_bytes / 2**20
+        print(f"{run['name']:26} {plan.verdict:10} {total:9,.0f} MiB of {limit:,.0f}; {plan.kv_tokens} KV tokens; {plan.reasons[:1]}")
+    (folder / "runs.yml").write_text(yaml.safe_dump({"runs": runs}, sort_keys=False))
+
+
+@contextlib.contextmanager
+def ballast(card_mib: int | None) -> Iterator[None]:
+    """Holds all but card_mib of every visible GPU."""
+    if not card_mib:
+        yield
+        return
+    held = subprocess.Popen([sys.executable, str(HERE / "ballast.py"), "--leave-mib", str(card_mib)], stdout=subprocess.PIPE, text=True)
+    assert held.stdout is not None
+    for line in held.stdout:
+        print(f"ballast: {line.strip()}", flush=True)
+        if line.startswith("ready"):
+            break
+    try:
+        yield
+    finally:
+        held.terminate()
+        held.wait(30)
+
+
+def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
+    where, receipt = folder / run["name"], out / f"{run['name']}.json"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1"}
+    options = {
+        "--plan": where / "plan.json", "--start": where / "low_mem.sh", "--out": receipt,
+        "--clients": ",".join(map(str, run["clients"])), "--start-timeout-s": run.get("start_timeout_s", 300),
+        "--requests": run.get("requests"), "--output-tokens": run.get("output_tokens"),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "lowmem", "measure", *words(options), f"--arg=--port={port}"]
+    command += [f"--arg={a}" for a in run.get("args", [])]
+    began = time.monotonic()
+    process = subprocess.Popen(command, env=environment, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        said, _ = process.communicate(timeout=max(30, until - began))
+    except subprocess.TimeoutExpired:
+        process.terminate()  # `lowmem measure` then stops its engine and still writes the receipt
+        said, _ = process.communicate()
+    lines = [f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s", *said.splitlines()[-14:]]
+    print("\n".join(lines), flush=True)
+
+
+def ready(receipt: Path) -> bool:
+    """Whether that run's service came up."""
+    return receipt.exists() and json.loads(receipt.read_text())["ready_s"] is not None
+
+
+def lane(runs: list[dict[str, Any]], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
+    for run in runs:
+        if run.get("unless_ready") and ready(out / f"{run['unless_ready']}.json"):
+            continue
+        if time.monotonic() + run.get("guess_s", GUESS_S) > until:
+            print(f"=== {run['name']}: not begun, the deadline is near", flush=True)
+            continue
+        run_one(run, folder, out, gpus, port, until)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    first = commands.add_parser("prepare")
+    first.add_argument("spec", type=Path)
+    first.add_argument("folder", type=Path)
+    second = commands.add_parser("run")
+    second.add_argument("folder", type=Path)
+    second.add_argument("--only", help="names, comma-separated (default: all)")
+    second.add_argument("--out", type=Path, required=True)
+    second.add_argument("--deadline-s", type=float, default=560)
+    args = parser.parse_args()
+    if args.command == "prepare":
+        prepare(yaml.safe_load(args.spec.read_text()), args.folder)
+        return
+    until = time.monotonic() + args.deadline_s
+    runs = {run["name"]: run for run in yaml.safe_load((args.folder / "runs.yml").read_text())["runs"]}
+    wanted = [runs[name] for name in (args.only.split(",") if args.only else runs)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for card_mib in {run.get("card_mib"): None for run in wanted}:
+        chosen = [run for run in wanted if run.get("card_mib") == card_mib]
+        with ballast(card_mib):
+            lane([r for r in chosen if r["count"] > 1], args.folder, args.out, "0,1", 8000, until)
+            lanes = []
+            for gpu in (0, 1):
+                own = [r for r in chosen if r["count"] == 1 and r.get("gpu", 0) == gpu]
+                lanes.append(threading.Thread(target=lane, args=(own, args.folder, args.out, str(gpu), 8000 + gpu, until)))
+            for thread in lanes:
+                thread.start()
+            for thread in lanes:
+                thread.join()
+
+
+if __name__ == "__main__":
+    main()
