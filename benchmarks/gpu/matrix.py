@@ -44,13 +44,13 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
     from lowmem.schema import Plan
 
-    templates = Environment(  # shell scripts, nothing that a browser reads
+    templates = Environment(
         loader=FileSystemLoader(TOP / "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,
-    )  # noqa: S701
+        autoescape=False,  # noqa: S701 - a shell script, nothing that a browser reads
+    )
     # Ansible's own filters, as far as the launcher uses them
     templates.filters |= {"quote": lambda v: shlex.quote(str(v)), "regex_replace": lambda v, pattern, by: re.sub(pattern, by, v)}
     runs = [{**spec.get("defaults", {}), **run} for run in spec["runs"]]
