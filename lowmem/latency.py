@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from lowmem.cards import DTYPE_BYTES
 from lowmem.knobs import Engine
 from lowmem.memory import CardMemory, constant, kv_bytes_per_token
 from lowmem.schema import Device, Latency, Load, ModelCard
@@ -49,66 +50,72 @@ def latency(card: ModelCard, engine: Engine, device: Device, memory: CardMemory,
     name = kernel(card, engine, device)
     hbm, link = device.hbm_gb_per_s * GB / 1e3, device.link_gb_per_s * GB / 1e3  # bytes per ms
     flops = device.fp16_tflops * 1e12 / 1e3 * engine.tp
-    together = min(load.clients, engine.max_num_seqs)
-    context = min(engine.max_model_len, load.input_tokens + load.output_tokens // 2)
+    held = memory.kv_tokens // (load.input_tokens + load.output_tokens)
+    together = min(load.clients, engine.max_num_seqs, held or load.clients)
+    context = load.input_tokens + load.output_tokens // 2
 
     expert_bytes = sum(p.loaded for layer in memory.weights.layers for p in layer if p.name.startswith("experts."))
     streamed = memory.weights.offloaded
-    # What a step reads: weights as loaded (kernel form), less the embedding, of which only the looked-up rows are read.
+    # What a step reads: weights as loaded, less the embedding, of which only the looked-up rows are read.
     read = memory.weights.sharded + memory.weights.replicated - streamed - _embedding_bytes(card, engine)
-    kv = kv_bytes_per_token(card, engine) * context * together
     active = _active_parameters(card)
 
     def work(tokens: int) -> dict[str, float]:
-        unused = int(expert_bytes * (1 - _expert_share(card, tokens)))
+        """The floors of a step of so many tokens."""
+        idle = int(expert_bytes * (1 - _expert_share(card, tokens)))
         return {
-            "hbm_weights": max(0, read - unused) / hbm,
-            "hbm_kv": kv / hbm,
+            "hbm_weights": max(0, read - idle) / hbm,
+            "hbm_kv": kv_bytes_per_token(card, engine) * context * together / hbm,
             "link_offload": streamed / link,
             "flops": 2 * active * tokens / flops,
         }
 
-    step = work(together)
-    decode_floor = max(step["hbm_weights"] + step["hbm_kv"], step["link_offload"], step["flops"])
+    def all_reduces(tokens: int) -> float:
+        if engine.tp == 1:
+            return 0.0
+        wire = tokens * card.hidden_size * DTYPE_BYTES[engine.dtype] / (device.peer_gb_per_s * GB / 1e3)
+        return 2 * card.layers * (float(constant("latency", "all_reduce_ms")["eager" if engine.eager else "graph"]) + wire)
 
-    chunk = min(engine.max_num_batched_tokens, load.input_tokens)
-    chunks = math.ceil(load.input_tokens / engine.max_num_batched_tokens)
-    big = work(chunk)
-    prefill_floor = max(2 * active * load.input_tokens / flops, chunks * (big["hbm_weights"]), chunks * big["link_offload"])
-
-    hbm_eff = float(constant("latency", "hbm_efficiency")[name])
-    flop_eff = float(constant("latency", "flop_efficiency")[name])
-    link_eff = float(constant("latency", "link_efficiency")["prefetch" if engine.offload == "prefetch" else "uva"])
-    mode = "eager" if engine.eager else "graph"
-    reduces = 2 * card.layers * float(constant("latency", "all_reduce_ms")[mode]) if engine.tp > 1 else 0.0
-    reduces += 2 * card.layers * together * card.hidden_size * 2 / (device.peer_gb_per_s * GB / 1e3) if engine.tp > 1 else 0.0
     launches = card.layers * float(constant("latency", "eager_ms_per_layer")) if engine.eager and device.kind == "cuda" else 0.0
     fixed = float(constant("latency", "step_ms"))
 
-    def expected(t: dict[str, float], tokens: int) -> float:
-        wire = 2 * card.layers * tokens * card.hidden_size * 2 / (device.peer_gb_per_s * GB / 1e3) if engine.tp > 1 else 0.0
-        gpu = max(t["hbm_weights"] / hbm_eff + t["hbm_kv"], t["flops"] / flop_eff)
-        # Offloaded layers wait for the link; UVA reads do not overlap with other layers' work, prefetch hides the shorter of the two.
-        streams = t["link_offload"] / link_eff
-        body = max(gpu, streams) if engine.offload == "prefetch" else gpu + streams
-        comm = 2 * card.layers * float(constant("latency", "all_reduce_ms")[mode]) + wire if engine.tp > 1 else 0.0
-        if engine.eager and device.kind == "cuda":
-            return max(body, launches) + comm + fixed
-        return body + comm + fixed
+    def expected(tokens: int) -> float:
+        """A step of so many tokens with the efficiencies seen."""
+        t = work(tokens)
+        gpu = max(
+            t["hbm_weights"] / constant("latency", "hbm_efficiency")[name] + t["hbm_kv"],
+            t["flops"] / constant("latency", "flop_efficiency")[name],
+        )
+        if engine.offload == "prefetch":  # copies run beside the computing
+            body = max(gpu, t["link_offload"] / constant("latency", "link_efficiency")["prefetch"])
+        else:  # UVA reads happen inside the kernels, again for every tile of rows
+            tiles = math.ceil(tokens / constant("latency", "uva_tile_tokens"))
+            body = gpu + tiles * t["link_offload"] / constant("latency", "link_efficiency")["uva"]
+        return float(max(body, launches) + all_reduces(tokens) + fixed)
 
-    steady = expected(step, together)
-    mixed = expected(big, chunk + together)
+    step = work(together)
+    chunk = min(engine.max_num_batched_tokens, load.input_tokens)
+    chunks = math.ceil(load.input_tokens / engine.max_num_batched_tokens)
+    big = work(chunk)
+    steady, mixed = expected(together), expected(min(chunk + together, engine.max_num_batched_tokens))
     # While a request decodes, each other client's prompt passes once: those steps take as long as a chunk.
-    extra = (together - 1) * chunks * max(0.0, mixed - steady) / load.output_tokens
-    waiting = max(0, load.clients - engine.max_num_seqs)
-    prefill = chunks * mixed
-    terms = {**{k: round(v, 4) for k, v in step.items()}, "all_reduce": round(reduces, 4), "launches": round(launches, 4), "step": fixed,
-             "prefill_interference": round(extra, 4), "steady_step": round(steady, 4), "chunk_step": round(mixed, 4),
-             "ttft_all_at_once": round(prefill * together + (waiting and (steady + extra) * load.output_tokens), 4)}  # fmt: skip
+    interference = constant("latency", "interference_share") * (together - 1) * chunks * max(0.0, mixed - steady) / load.output_tokens
+    decode, prefill = steady + interference, chunks * mixed
+    queue = math.ceil(load.clients / together) - 1  # rounds that the last client waits for others to end
+    terms = {
+        **step,
+        "all_reduce": all_reduces(together),
+        "launches": launches,
+        "step": fixed,
+        "prefill_interference": interference,
+        "steady_step": steady,
+        "chunk_step": mixed,
+        "ttft_all_at_once": prefill * together + queue * decode * load.output_tokens,
+    }
     return Latency(
-        decode_floor=round(decode_floor, 4),
-        decode_expected=round(steady + extra, 4),
-        prefill_floor=round(prefill_floor, 4),
+        decode_floor=round(max(step["hbm_weights"] + step["hbm_kv"], step["link_offload"], step["flops"]), 4),
+        decode_expected=round(decode, 4),
+        prefill_floor=round(max(2 * active * load.input_tokens / flops, chunks * big["hbm_weights"], chunks * big["link_offload"]), 4),
         prefill_expected=round(prefill, 4),
-        terms=terms,
+        terms={k: round(v, 4) for k, v in terms.items()},
     )

@@ -109,7 +109,9 @@ def check(manifest: Path, folder: Path, full: bool = False) -> list[Problem]:
     for name in wanted.keys() & present.keys():
         stat = present[name].stat()
         if stat.st_size != wanted[name].size_bytes:
-            problems.append(Problem(name, "truncated" if stat.st_size < wanted[name].size_bytes else "altered", _sizes(stat.st_size, wanted[name])))
+            problems.append(
+                Problem(name, "truncated" if stat.st_size < wanted[name].size_bytes else "altered", _sizes(stat.st_size, wanted[name]))
+            )
             continue
         mark = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
         if seen.get(name) != [wanted[name].sha256, *mark]:
@@ -179,7 +181,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.recipe not in (None, read(arguments.manifest).get("recipe_sha256")):
-            raise ManifestError(f"{arguments.manifest}: made by another recipe")  # noqa: TRY301
+            raise ManifestError(f"{arguments.manifest}: made by another recipe")
         problems = check(arguments.manifest, arguments.folder, arguments.full)
     except ManifestError as error:
         sys.stderr.write(f"{error}\n")
