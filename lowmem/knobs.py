@@ -186,7 +186,7 @@ class Engine:
     kv_offload_bytes: int
     dummy: bool
     prefix_caching: bool
-    marlin: bool  # the kernel for 4-bit layers: Marlin, or Machete on Hopper
+    kernel: str  # of the quantized linear layers: marlin, machete, humming, native16 or cpu
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -303,8 +303,6 @@ def resolve(
         raise BadInput(f"offload_num_in_group={num} does nothing without offload_group_size; set it")
     params = str(v.get("offload_params" if group else "cpu_offload_params", "")).split()
     eager = bool(v.get("enforce_eager", False)) or device.kind == "cpu" or v.get("optimization_level") == 0
-    disabled = environment.get("VLLM_DISABLED_KERNELS", "")
-    hopper = _capability(device.capability) == (9, 0) if device.kind == "cuda" else False
     return Engine(
         vllm=vllm,
         tp=tp,
@@ -330,9 +328,26 @@ def resolve(
         kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
         dummy=v.get("load_format") == "dummy",
         prefix_caching=bool(v.get("enable_prefix_caching", True)),
-        marlin=not hopper or "MacheteLinearKernel" in disabled,
+        kernel=linear_kernel(card, device, vllm, str(v.get("linear_backend", "auto")), environment.get("VLLM_DISABLED_KERNELS", "")),
         environment=dict(environment),
     )
+
+
+def linear_kernel(card: ModelCard, device: Device, vllm: tuple[int, int, int], wanted: str, disabled: str) -> str:
+    """The kernel that vLLM takes for the linear layers (0.32.0, model_executor/kernels/linear and quantization/utils/humming/priority.py)."""
+    if device.kind == "cpu":
+        return "cpu"
+    if card.quantization.method in ("none", "fp8"):
+        return "native16"
+    if card.quantization.bits in (2, 3):
+        return "humming"
+    if wanted in ("marlin", "machete", "humming"):
+        return wanted
+    if _capability(device.capability) != (9, 0):
+        return "marlin"
+    if "MacheteLinearKernel" not in disabled:
+        return "machete"
+    return "humming" if vllm >= (0, 30, 0) and "HummingLinearKernel" not in disabled else "marlin"
 
 
 def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
@@ -360,6 +375,13 @@ def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
         reasons.append(f"{q.bits}-bit GPTQ has no loader (4 and 8 bits only); use auto-round for {q.bits} bits")
     if q.method == "fp8" and have < (8, 9) and engine.vllm < (0, 17, 0):
         reasons.append("fp8 weights need compute capability 8.9 or weight-only Marlin")
+    if engine.kernel == "machete" and have != (9, 0):
+        reasons.append(f"linear_backend=machete needs compute capability 9.0 and {device.title} has {device.capability}; use marlin")
+    if engine.kernel == "humming" and engine.offload == "uva":
+        reasons.append(
+            "cpu_offload_gb: the Humming kernel loads every weight back on the card (seen: 19.04 GiB offloaded, then 34.15 GiB loaded); "
+            + ("use 4-bit weights" if q.bits in (2, 3) else "use linear_backend=marlin")
+        )
     if engine.dtype == "bfloat16" and have < (8, 0):
         reasons.append(f"dtype=bfloat16 needs compute capability 8.0 and {device.title} has {device.capability}; use float16")
     return reasons

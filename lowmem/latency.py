@@ -11,18 +11,6 @@ from lowmem.schema import Device, Latency, Load, ModelCard
 from lowmem.units import GB
 
 
-def kernel(card: ModelCard, engine: Engine, device: Device) -> str:
-    """Name of the linear kernel that the efficiencies are kept under."""
-    if device.kind == "cpu":
-        return "cpu"
-    q = card.quantization
-    if q.method == "none" or q.method == "fp8":
-        return "native16"
-    if q.bits in (2, 3):
-        return "humming"
-    return "marlin" if engine.marlin else "machete"
-
-
 def _active_parameters(card: ModelCard) -> int:
     """Parameters that one token multiplies with: a mixture of experts uses only some of them; the embedding is a look-up."""
     total = 0
@@ -47,7 +35,7 @@ def _embedding_bytes(card: ModelCard, engine: Engine) -> int:
 
 def latency(card: ModelCard, engine: Engine, device: Device, memory: CardMemory, load: Load) -> Latency:
     """Decode time of one token at the load's concurrency, prefill time of one prompt (time to the first token of a lone request)."""
-    name = kernel(card, engine, device)
+    name = engine.kernel
     hbm, link = device.hbm_gb_per_s * GB / 1e3, device.link_gb_per_s * GB / 1e3  # bytes per ms
     flops = device.fp16_tflops * 1e12 / 1e3 * engine.tp
     held = memory.kv_tokens // (load.input_tokens + load.output_tokens)

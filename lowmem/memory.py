@@ -121,7 +121,7 @@ def layer_parameters(card: ModelCard, engine: Engine) -> tuple[Parameter, ...]:
         parts = _parts(g, q, out, inp, dtype)
         for part in sorted(parts, key=_PART_ORDER.index):
             extra = 0
-            if part == "zeros" and not engine.marlin and q.bits == 4:  # Machete keeps scale x zero point in 16 bits
+            if part == "zeros" and engine.kernel == "machete" and q.bits == 4:  # Machete keeps scale x zero point in 16 bits
                 extra = parts[part] * 16 // q.bits - parts[part]
             entry = merged.setdefault((name, part), [0, 0])
             entry[0] += times * parts[part]
@@ -262,6 +262,7 @@ class CardMemory:
     kv_available: int  # what is left for KV; negative: the engine does not start
     kv_tokens: int
     kv_block_bytes: int
+    before_start: int  # of the terms, what is there when the engine reads free memory for the first time
 
     @property
     def total(self) -> int:
@@ -277,14 +278,16 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     w = weights(card, engine)
     act = peak_activations(card, engine)
     graph = graphs(engine)
-    growth = _mib("growth_mib") if engine.tp == 1 else _mib("growth_with_nccl_mib")
-    compiled = 0 if engine.eager else _mib("compile_growth_mib")
+    new = engine.vllm >= (0, 28, 0)
+    before = _mib("snapshot_mib") + (_mib("first_use_mib") if engine.tp > 1 else 0)  # taken when the engine reads free memory first
+    growth = _mib("growth_mib") + (_mib("first_use_mib") if engine.tp == 1 else 0)
+    compiled = 0 if engine.eager or new else _mib("compile_growth_mib")
     terms = {
         "weights": w.on_card,
         "kv_cache": 0,
         "activations": _mib("idle_cache_mib"),
-        "cuda_context": _mib("cuda_context_mib") + growth + compiled,
-        "nccl": nccl(engine),
+        "cuda_context": before + growth + compiled,
+        "nccl": nccl(engine, device),
         "cuda_graphs": graph,
         "offload_buffers": offload_buffers(engine, w),
     }
@@ -302,14 +305,21 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     if engine.kv_blocks_override is not None and blocks:
         blocks = engine.kv_blocks_override
     terms["kv_cache"] = blocks * block
-    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block)
+    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, before + terms["nccl"])
 
 
-def nccl(engine: Engine) -> int:
-    """NCCL's buffers and the custom all-reduce's, 0 on a single card."""
+def nccl(engine: Engine, device: Device) -> int:
+    """NCCL's buffers (a base and a share for each channel) and those of the all-reduces beside it, 0 on a single card."""
     if engine.tp == 1:
         return 0
-    return _mib("nccl_mib") + (_mib("custom_all_reduce_mib") if engine.custom_all_reduce else 0)
+    channels = engine.environment.get("NCCL_MAX_NCHANNELS", "")
+    wanted = int(channels) if channels.isdigit() and int(channels) else int(constant("memory", "nccl_channels"))
+    total = _mib("nccl_base_mib") + min(wanted, int(constant("memory", "nccl_channels"))) * _mib("nccl_mib_per_channel")
+    if engine.custom_all_reduce:
+        total += _mib("custom_all_reduce_mib")
+        if device.capability == "9.0" and engine.environment.get("VLLM_ALLREDUCE_USE_SYMM_MEM", "1") != "0":
+            total += _mib("symmetric_memory_mib")
+    return total
 
 
 def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int) -> CardMemory:
@@ -326,7 +336,7 @@ def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int
         available = math.ceil(device.torch_total_mib * MIB * engine.utilization) - sum(fixed.values()) - sum(load.values())
     blocks = max(0, available // block)
     terms = {"weights": fixed["weights"], "kv_cache": blocks * block, "runtime": fixed["runtime"]}
-    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block)
+    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, 0)
 
 
 def _useful(engine: Engine, block: int, room: int) -> int:

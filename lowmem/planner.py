@@ -237,7 +237,7 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
             f"{gib(memory.terms['kv_cache'])}; short by {short} bytes ({_pool_advice(engine)}, or lower max_model_len)"
         )
     if device.kind == "cuda" and engine.kv_bytes is None and not engine.kv_auto:
-        before = memory.terms["nccl"] + memory.terms["cuda_context"]
+        before = memory.before_start
         if engine.utilization * total > total - before:
             most = math.floor((total - before) / total * 100) / 100
             reasons.append(
@@ -344,8 +344,7 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
 
 def startup_check(device: Device, memory: CardMemory) -> Argument:
     """vLLM refuses to start unless utilization x total is free, even with the pool set in bytes (v1/worker/utils.py, request_memory)."""
-    own = memory.terms["cuda_context"] + memory.terms["nccl"]  # already taken when the engine looks
-    need = math.ceil(10_000 * (memory.peak - own) / (device.torch_total_mib * MIB)) / 10_000
+    need = math.ceil(10_000 * (memory.peak - memory.before_start) / (device.torch_total_mib * MIB)) / 10_000
     return Argument(
         flag="--gpu-memory-utilization",
         value=f"{min(1.0, max(0.0001, need)):.4f}",
@@ -370,7 +369,7 @@ def service_limits(engine: Engine, device: Device, host: Mapping[str, int], card
     """What the service manager is told: time to start by checkpoint size, RAM with a quarter of headroom (half for pinned buffers)."""
     read_s = stored_bytes(card) / 200e6  # a slow disk
     return ServiceLimits(
-        timeout_start_s=int(300 + read_s + (0 if engine.eager else 300)),
+        timeout_start_s=int(300 + read_s + (0 if engine.eager else 300)),  # seen: 50 s of compiling, 126 s of kernels made at first use
         timeout_stop_s=60,
         memory_max_bytes=math.ceil((sum(host.values()) * 1.25 + host.get("pinned_offload", 0) * 0.25) / MIB) * MIB,
         memlock="infinity" if engine.offload != "none" or engine.kv_offload_bytes or device.kind == "cuda" else "default",
