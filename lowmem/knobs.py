@@ -334,7 +334,7 @@ def resolve(
 
 
 def linear_kernel(card: ModelCard, device: Device, vllm: tuple[int, int, int], wanted: str, disabled: str) -> str:
-    """The kernel that vLLM takes for the linear layers (0.32.0, model_executor/kernels/linear and quantization/utils/humming/priority.py)."""
+    """The kernel that vLLM takes for the linear layers (0.32.0: model_executor/kernels/linear, quantization/utils/humming/priority.py)."""
     if device.kind == "cpu":
         return "cpu"
     if card.quantization.method in ("none", "fp8"):

@@ -149,7 +149,7 @@ def weights(card: ModelCard, engine: Engine) -> Weights:
     repacking = sum(p.grown for layer, which in zip(layers, taken, strict=True) for i, p in enumerate(layer) if i not in which)
     resident = sum(len(which) < len(layer) for layer, which in zip(layers, taken, strict=True))
     if any(g.quantized for g in card.groups):
-        padding += round(resident * float(constant("memory", "allocator_slack_mib_per_layer")) * MIB)
+        padding += round(resident * float(constant("memory", "allocator_slack_mib_per_layer").get(engine.kernel, 0)) * MIB)
     return Weights(sharded, replicated, padding, repacking, offloaded, layers)
 
 
@@ -273,8 +273,8 @@ class CardMemory:
         return self.total + sum(self.load.values())
 
 
-def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int) -> CardMemory:
-    """Memory of one GPU. The KV pool follows the utilization, the given size, or (auto) what the limit leaves."""
+def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0) -> CardMemory:
+    """Memory of one GPU. The KV pool follows the utilization, the given size, or (auto) the limit and the tokens of the load."""
     w = weights(card, engine)
     act = peak_activations(card, engine)
     graph = graphs(engine)
@@ -282,21 +282,25 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     before = _mib("snapshot_mib") + (_mib("first_use_mib") if engine.tp > 1 else 0)  # taken when the engine reads free memory first
     growth = _mib("growth_mib") + (_mib("first_use_mib") if engine.tp == 1 else 0)
     compiled = 0 if engine.eager or new else _mib("compile_growth_mib")
+    kept = _mib("idle_cache_mib") if new else _mib("idle_cache_old_mib")
+    if new:  # the runner's own buffers, as wide as the largest step
+        kept += 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
     terms = {
         "weights": w.on_card,
         "kv_cache": 0,
-        "activations": _mib("idle_cache_mib"),
+        "activations": kept,
         "cuda_context": before + growth + compiled,
         "nccl": nccl(engine, device),
         "cuda_graphs": graph,
         "offload_buffers": offload_buffers(engine, w),
     }
-    load = {"activations": act, "lazy_kernels": _mib("load_lazy_mib")}
+    load = {"activations": round(act * float(constant("memory", "load_activation_ratio")))}
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
-        available = _useful(engine, block, limit_bytes - sum(terms.values()) - sum(load.values()) - _mib("margin_mib"))
+        room = limit_bytes - sum(terms.values()) - sum(load.values())
+        available = chosen_pool(engine, block, min(room, start_room(terms, engine, device)), limit_bytes, load_tokens)
     else:
         budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
         profiled = 0 if engine.eager else _mib("compile_profile_mib") + graph
@@ -306,6 +310,23 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
         blocks = engine.kv_blocks_override
     terms["kv_cache"] = blocks * block
     return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, before + terms["nccl"])
+
+
+def start_room(terms: dict[str, int], engine: Engine, device: Device) -> int:
+    """Bytes the card can give when the engine allocates its pool: graphs are not there yet, pieces left from loading and profiling are.
+
+    With the pool given in bytes vLLM 0.32 skips the profiler and with it the emptying of the allocator's cache.
+    """
+    left = 0 if engine.vllm < (0, 28, 0) else _mib("start_fragments_mib")
+    there = terms["weights"] + terms["cuda_context"] + terms["nccl"] + terms["offload_buffers"]
+    return device.torch_total_mib * MIB - there - left
+
+
+def start_peak(memory: CardMemory, device: Device) -> int:
+    """What NVML may show while starting: loading and repacking leave freed blocks in the allocator's cache, up to what the card has."""
+    w = memory.weights.on_card
+    rest = memory.terms.get("cuda_context", 0) + memory.terms.get("nccl", 0)
+    return max(memory.peak, min(round(w * float(constant("memory", "start_peak_ratio"))) + rest, device.torch_total_mib * MIB))
 
 
 def nccl(engine: Engine, device: Device) -> int:
@@ -322,7 +343,7 @@ def nccl(engine: Engine, device: Device) -> int:
     return total
 
 
-def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int) -> CardMemory:
+def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0) -> CardMemory:
     """The resident set of the service on a CPU: `runtime` is Python, torch and the engine's three processes."""
     w = weights(card, engine)
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
@@ -331,7 +352,7 @@ def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
-        available = _useful(engine, block, limit_bytes - sum(fixed.values()) - sum(load.values()) - _mib("margin_mib"))
+        available = chosen_pool(engine, block, limit_bytes - sum(fixed.values()) - sum(load.values()), limit_bytes, load_tokens)
     else:  # utilization is a share of the machine's RAM
         available = math.ceil(device.torch_total_mib * MIB * engine.utilization) - sum(fixed.values()) - sum(load.values())
     blocks = max(0, available // block)
@@ -339,9 +360,16 @@ def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int
     return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, 0)
 
 
-def _useful(engine: Engine, block: int, room: int) -> int:
-    """Of the room there is, what `max_num_seqs` requests of `max_model_len` can use; block 0 is the engine's own."""
-    return min(room, (engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1) * block)
+def chosen_pool(engine: Engine, block: int, room: int, limit_bytes: int, load_tokens: int) -> int:
+    """Bytes of the KV pool that the plan chooses in the room there is.
+
+    At most what `max_num_seqs` requests of `max_model_len` can use, leaving the model's own error below the limit; the load's requests
+    come before that error, down to the least margin. Block 0 is the engine's own.
+    """
+    useful = (engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1) * block
+    needed = (math.ceil(load_tokens / engine.block_tokens) + 1) * block
+    easy = min(useful, room - round(limit_bytes * float(constant("memory", "model_error"))))
+    return easy if easy >= needed else min(needed, room - _mib("margin_mib"))
 
 
 # ---------------------------------------------------------------- host

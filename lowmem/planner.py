@@ -10,7 +10,18 @@ from lowmem import cards, devices, knobs, profiles
 from lowmem.errors import BadInput
 from lowmem.knobs import Engine
 from lowmem.latency import latency
-from lowmem.memory import CardMemory, card_memory, cpu_memory, host_ram, ignores_offload, kv_bytes_per_token, stage_ram, stored_bytes
+from lowmem.memory import (
+    CardMemory,
+    card_memory,
+    cpu_memory,
+    host_ram,
+    ignores_offload,
+    kv_bytes_per_token,
+    stage_ram,
+    start_peak,
+    start_room,
+    stored_bytes,
+)
 from lowmem.schema import (
     VLLM_VERSION,
     Argument,
@@ -146,9 +157,11 @@ def compute(inputs: Inputs) -> Plan:
             f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than max_model_len={engine.max_model_len}; "
             "shorten the request or raise max_model_len"
         )
-    memory = (cpu_memory if device.kind == "cpu" else card_memory)(card, engine, device, ceiling(device, limits))
+    request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
+    held = min(load.clients, engine.max_num_seqs) * request
+    memory = (cpu_memory if device.kind == "cpu" else card_memory)(card, engine, device, ceiling(device, limits), held)
     speed = latency(card, engine, device, memory, load)
-    requests = memory.kv_tokens // (math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens)
+    requests = memory.kv_tokens // request
     blocked = (
         knobs.missing_flags(inputs.knobs, engine.vllm)
         + knobs.refusals(engine, card, device)
@@ -189,6 +202,7 @@ def compute(inputs: Inputs) -> Plan:
         },
         load_growth=memory.load,
         peak_bytes=memory.peak,
+        start_peak_bytes=start_peak(memory, device),
         host_ram=host,
         stage_ram=stage_ram(card),
         kv_available_bytes=memory.kv_available,
@@ -228,6 +242,12 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
             f"kv_cache: No available memory for the cache blocks: Available KV cache memory: {gib(memory.kv_available)}; "
             f"short by {-memory.kv_available} bytes ({_pool_advice(engine)})"
         )
+    elif device.kind == "cuda" and engine.kv_bytes is not None and memory.terms["kv_cache"] > start_room(memory.terms, engine, device):
+        short = memory.terms["kv_cache"] - start_room(memory.terms, engine, device)
+        reasons.append(
+            f"kv_cache: CUDA out of memory: a pool of {mib(memory.terms['kv_cache'])} is {mib(short)} ({short} bytes) more than "
+            f"{device.title} has left when the engine allocates it; lower kv_cache_memory_bytes"
+        )
     elif memory.kv_tokens < engine.max_model_len:
         need = math.ceil(engine.max_model_len / engine.block_tokens) * memory.kv_block_bytes
         short = need - memory.terms["kv_cache"]
@@ -246,7 +266,7 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
                 f"({gib(engine.utilization * total)}); use at most {most:.2f}"
             )
     over = memory.peak - ceiling(device, limits)
-    if over > 0 and not any(r.startswith(("kv_cache: No", "weights:")) for r in reasons):
+    if over > 0 and not any(r.startswith(("kv_cache: No", "kv_cache: CUDA", "weights:")) for r in reasons):
         term = max(memory.terms, key=lambda k: memory.terms[k])
         what = "the limit" if limits.memory_bytes <= total else f"what {device.title} can give"
         reasons.append(
