@@ -70,7 +70,8 @@ def test_quantization_is_the_planned_one(config: dict[str, Any], plan: Plan) -> 
 
 
 def test_tensor_bytes_are_the_plans(tensors: dict[str, tuple[str, list[int], int]], plan: Plan) -> None:
-    assert sum(size for _, _, size in tensors.values()) == plan.weight_bytes
+    found, planned = sum(size for _, _, size in tensors.values()), plan.weight_bytes
+    assert found == planned
 
 
 def test_linear_layers_are_packed_with_the_planned_group_size(

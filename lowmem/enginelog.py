@@ -17,6 +17,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _PREFIX = re.compile(r"^(?:\([^)]*pid=\d+\)\s*)?(?:(?:DEBUG|INFO|WARNING|ERROR|CRITICAL)\s+\d\d-\d\d \d\d:\d\d:\d\d \[[^\]]*\]\s*)?")
 _RUN_BEGINS = re.compile(r"vLLM server version|non-default args:")  # entrypoints/serve/utils/api_utils.py
 
+_STOPPING = re.compile(r"\[shutdown\] API server: shutdown triggered")  # what is printed after it, EngineDeadError too, is no failure
+
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _VALUES: tuple[tuple[str, re.Pattern[str], float], ...] = tuple(
     (name, re.compile(pattern), scale)
@@ -148,11 +150,11 @@ def read(lines: Iterable[str]) -> EngineLog:
     words: dict[str, list[str]] = {}
     kept: list[str] = []
     errors: list[str] = []
-    had_values = False
+    had_values = stopping = False
     for raw in lines:
         line = strip(raw)
         if _RUN_BEGINS.search(line) and had_values:
-            values, words, kept, errors, had_values = {}, {}, [], [], False
+            values, words, kept, errors, had_values, stopping = {}, {}, [], [], False, False
         matched = False
         for name, pattern, scale in _VALUES:
             if found := pattern.search(line):
@@ -163,7 +165,8 @@ def read(lines: Iterable[str]) -> EngineLog:
                 if found[1] not in words.setdefault(name, []):
                     words[name].append(found[1])
                 matched = True
-        if found := _ERROR.search(line):
+        stopping = stopping or bool(_STOPPING.search(line))
+        if (found := _ERROR.search(line)) and not stopping:
             errors.append(found[1][:400])
             matched = had_values = True
         if matched and line[:400] not in kept:
