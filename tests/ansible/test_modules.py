@@ -34,7 +34,9 @@ controller_wheel = load("plugins/action/controller_wheel.py")
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
-    (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\nSwapTotal: 50 kB\nSwapFree: 50 kB\nHugePages_Total: 0\n")
+    (tmp_path / "meminfo").write_text(
+        "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\nSwapTotal: 50 kB\nSwapFree: 50 kB\nHugePages_Total: 0\n"
+    )
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/swapfile file 2097148 0 -2\n")
     (tmp_path / "sys/vm").mkdir(parents=True)
     (tmp_path / "sys/vm/swappiness").write_text("60\n")
@@ -113,7 +115,9 @@ def server() -> Iterator[HTTPServer]:
 GOOD = json.dumps({"choices": [{"text": " there"}], "usage": {"completion_tokens": 4}})
 
 
-def wait(server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: list, state: str = "RUNNING", timeout_s: int = 30) -> dict:
+def wait(
+    server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: list, state: str = "RUNNING", timeout_s: int = 30
+) -> dict:
     """What the module ends with, and what it says."""
     server.script = script  # type: ignore[attr-defined]
     (tmp_path / "vllm.env").write_text(f"# a comment\nHF_HUB_OFFLINE=1\nVLLM_API_KEY='{KEY}'\n")

@@ -26,7 +26,11 @@ BAD = {
     "a negative log size": ({"vllm_service_log_max_mib": -5}, "vllm_service_log_max_mib must be 1 or more, and is -5.0"),
     "a list for a number": ({"vllm_service_start_limit": [3]}, "vllm_service_start_limit"),
     "a negative swap file": ({"host_memory_swap_gib": -1}, "host_memory_swap_gib is -1 (0 or more)"),
-    "a missing library": ({"vllm_service_libraries": ["libnothere9.so.1"]}, "libnothere9.so.1 cannot be loaded", "apt-get install libnothere91"),
+    "a missing library": (
+        {"vllm_service_libraries": ["libnothere9.so.1"]},
+        "libnothere9.so.1 cannot be loaded",
+        "apt-get install libnothere91",
+    ),
     "a missing program": ({"vllm_service_commands": ["nothere9"]}, "nothere9 not found", "apt-get install nothere9"),
     "a disk that is too small": ({"vllm_service_environment_disk_gib": 10_000_000}, "GiB free", "make room"),
     "a missing lock": ({"vllm_service_environment_lock": "/nothere.txt"}, "vllm_service_environment_lock is /nothere.txt", "no such file"),
@@ -76,7 +80,11 @@ def test_an_api_key_that_is_refused_is_not_shown(playbook: Any, clean_root: Path
 @pytest.mark.parametrize(
     ("manage", "memory", "words"),
     [
-        (False, {"host_ram": {"pinned_offload": 2**50}, "host_ram_bytes": 2**50}, "the plan needs 1048576.00 GiB (pinned_offload 1048576.00 GiB)"),
+        (
+            False,
+            {"host_ram": {"pinned_offload": 2**50}, "host_ram_bytes": 2**50},
+            "the plan needs 1048576.00 GiB (pinned_offload 1048576.00 GiB)",
+        ),
         (True, {}, "host_memory_swap_gib is 9000000 and the disk of /swapfile has"),
     ],
 )

@@ -1,0 +1,164 @@
+"""The demo's deployment, with the real engine: it comes back, it stays as it is, it keeps its key to itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# the engine is ready in half a minute on two idle cores; a test that waits longer than this has found a fault
+COMES_BACK_WITHIN_S = 300
+
+
+def complete(deployed: Any, **replaced: str) -> tuple[int, dict[str, Any]]:
+    """Status and answer of a completion of eight tokens. OSError where nobody listens."""
+    headers = {"Authorization": f"Bearer {replaced.get('key', deployed.key)}", "Content-Type": "application/json"}
+    body = {"model": deployed.plan["deploy"]["served_model_name"], "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(f"{deployed.url}/v1/completions", data=json.dumps(body).encode(), headers=headers)  # noqa: S310
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 - loopback
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, {}
+
+
+def server_of(deployed: Any) -> psutil.Process:
+    """The API server: the supervisor's only child."""
+    [server] = psutil.Process(int((deployed.root / "run/supervisord.pid").read_text())).children()
+    return server
+
+
+def engine_of(server: psutil.Process) -> psutil.Process:
+    [engine] = [child for child in server.children() if "EngineCore" in " ".join([child.name(), *child.cmdline()])]
+    return engine
+
+
+def comes_back(deployed: Any, old: psutil.Process) -> None:
+    deadline = time.monotonic() + COMES_BACK_WITHIN_S
+    while time.monotonic() < deadline:
+        try:
+            if server_of(deployed).pid != old.pid and complete(deployed)[0] == 200:
+                return
+        except (OSError, ValueError, psutil.NoSuchProcess):
+            pass
+        time.sleep(1)
+    pytest.fail((deployed.root / "log/vllm.log").read_text()[-4000:])
+
+
+def test_it_answers(deployed: Any) -> None:
+    status, answer = complete(deployed)
+    assert status == 200
+    assert answer["usage"]["completion_tokens"] == 8
+    assert answer["model"] == "SmolLM2-135M-Instruct"
+
+
+def test_a_wrong_key_is_refused(deployed: Any) -> None:
+    assert complete(deployed, key="sk-wrong-0123456789abcdef")[0] == 401
+
+
+def test_a_second_run_changes_nothing(deployed: Any, playbook: Any) -> None:
+    server = server_of(deployed)
+    done = playbook("site.yml", "--skip-tags", "verify", variables=deployed.variables)
+    assert done.rc == 0, done.text
+    assert done.changed == 0, done.text
+    assert server_of(deployed).pid == server.pid
+
+
+def test_check_mode_on_the_deployed_host_finds_nothing_to_do(deployed: Any, playbook: Any) -> None:
+    done = playbook("site.yml", "--check", "--diff", "--skip-tags", "verify", variables=deployed.variables)
+    assert done.rc == 0, done.text
+    assert done.changed == 0, done.text
+
+
+def test_check_mode_on_a_clean_host_runs_to_its_end(clean_root: Path, playbook: Any) -> None:
+    variables = {"lowmem_root": str(clean_root), "lowmem_port": 18999}
+    done = playbook("site.yml", "--check", "--diff", "--skip-tags", "verify", variables=variables)
+    assert done.rc == 0, done.text
+    assert "+    --kv-cache-memory-bytes 268435456" in done.text
+
+
+def test_the_key_lies_in_one_file_that_only_its_user_reads(deployed: Any, playbook: Any) -> None:
+    environment_file = deployed.root / "etc/vllm.env"
+    assert environment_file.stat().st_mode & 0o777 == 0o600
+    assert len(deployed.key) == 40
+    holders = [
+        path
+        for folder in ("etc", "log", "run")
+        for path in (deployed.root / folder).rglob("*")
+        if path.is_file() and deployed.key in path.read_text(errors="replace")
+    ]
+    assert holders == [environment_file]
+    for process in psutil.process_iter(["cmdline"]):
+        assert deployed.key not in " ".join(process.info["cmdline"] or [])
+
+
+def test_a_changed_key_is_in_no_output(deployed: Any, playbook: Any) -> None:
+    """Check mode, so that the other tests keep theirs."""
+    secret = "sk-test-changed-0123456789"
+    done = playbook(
+        "site.yml", "--check", "--diff", "-vvv", "--skip-tags", "verify", variables={**deployed.variables, "vllm_service_api_key": secret}
+    )
+    assert done.rc == 0, done.text
+    assert done.changed >= 1
+    assert secret not in done.text.split("--extra-vars")[0]
+    assert deployed.key not in done.text
+
+
+def test_the_launcher_on_the_host_passes_shellcheck(deployed: Any) -> None:
+    subprocess.run(["shellcheck", deployed.root / "etc/low_mem.sh"], check=True)
+
+
+def test_a_changed_argument_is_shown_before_it_is_made(deployed: Any, playbook: Any) -> None:
+    variables = {**deployed.variables, "lowmem_overrides": {"max_num_seqs": 4}}
+    done = playbook("site.yml", "--check", "--diff", "--skip-tags", "verify", variables=variables)
+    assert done.rc == 0, done.text
+    assert "-    --max-num-seqs 8" in done.text
+    assert "+    --max-num-seqs 4" in done.text
+
+
+def test_the_killed_engine_answers_again(deployed: Any) -> None:
+    server = server_of(deployed)
+    os.kill(engine_of(server).pid, signal.SIGKILL)
+    comes_back(deployed, server)
+
+
+def test_the_killed_server_answers_again_and_leaves_nothing(deployed: Any) -> None:
+    server = server_of(deployed)
+    family = server.children(recursive=True)
+    os.kill(server.pid, signal.SIGKILL)
+    comes_back(deployed, server)
+    assert [process for process in family if process.is_running() and process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def test_a_service_that_cannot_start_is_given_up_and_shown(deployed: Any, playbook: Any, tmp_path: Path) -> None:
+    """A second deployment beside the first, whose vLLM is told something that it does not know."""
+    root = tmp_path / "host"
+    root.mkdir()
+    for folder in ("envs", "models"):
+        (root / folder).symlink_to(deployed.root / folder)
+    variables = {
+        "lowmem_root": str(root),
+        "lowmem_port": 18998,
+        "vllm_service_start_limit": 1,
+        "vllm_service_extra_environment": {"VLLM_CPU_OMP_THREADS_BIND": "9000-9001"},
+    }
+    try:
+        done = playbook("site.yml", "--skip-tags", "verify", variables=variables)
+        assert done.rc != 0
+        assert "vLLM does not answer a completion: the service manager has given up on it" in done.flat
+        assert f"the log is {root}/log/vllm.log" in done.flat
+        assert "TASK [vllm_service : Show the end of the log]" in done.text
+    finally:
+        control = next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl"))
+        subprocess.run([control, "-c", root / "etc/supervisord.conf", "shutdown"], check=False)
