@@ -25,9 +25,9 @@ def complete(deployed: Any, **replaced: str) -> tuple[int, dict[str, Any]]:
     """Status and answer of a completion of eight tokens. OSError where nobody listens."""
     headers = {"Authorization": f"Bearer {replaced.get('key', deployed.key)}", "Content-Type": "application/json"}
     body = {"model": deployed.plan["deploy"]["served_model_name"], "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
-    request = urllib.request.Request(f"{deployed.url}/v1/completions", data=json.dumps(body).encode(), headers=headers)  # noqa: S310
+    request = urllib.request.Request(f"{deployed.url}/v1/completions", data=json.dumps(body).encode(), headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 - loopback
+        with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, {}

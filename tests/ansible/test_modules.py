@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -129,7 +129,7 @@ def wait(
 
     class Module:
         check_mode = False
-        params: dict[str, Any] = {
+        params: ClassVar[dict[str, Any]] = {
             "url": f"http://127.0.0.1:{server.server_address[1]}",
             "model": "m",
             "env_file": str(tmp_path / "vllm.env"),
@@ -194,7 +194,8 @@ def test_an_answer_without_tokens_is_none(server: HTTPServer, tmp_path: Path, mo
 def project(tmp_path: Path) -> Path:
     (tmp_path / "source/little").mkdir(parents=True)
     (tmp_path / "source/pyproject.toml").write_text(
-        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n[project]\nname = "little"\nversion = "1.0"\nrequires-python = ">=3.11"\n'
+        '[build-system]\nrequires = ["hatchling"]\nbuild-backend = "hatchling.build"\n'
+        '[project]\nname = "little"\nversion = "1.0"\nrequires-python = ">=3.11"\n'
     )
     (tmp_path / "source/little/__init__.py").write_text("")
     return tmp_path / "source"
