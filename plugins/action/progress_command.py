@@ -4,7 +4,8 @@ The command runs through Ansible's own async machinery, so neither a silent quar
 stdout is its progress, in lines meant for the operator, and is shown as it comes; its stderr is kept in a log on the host, whose
 last lines are shown when the command fails. Both files stay, as `<log>.progress` and `<log>.log`.
 
-Arguments: argv (list), log (path on the host, without suffix; its folder exists), timeout_s (int, default 3600), chdir (path).
+Arguments: argv (list), log (path on the host, without suffix; its folder exists), timeout_s (int, default 3600), chdir (path),
+stdin (text, never shown).
 Returns rc and stdout_lines. In check mode nothing is run and the task counts as changed.
 """
 
@@ -23,7 +24,7 @@ display = Display()
 POLL_S = 1.5
 LAST_LINES = 20
 # shell: the two files are made by the command's own user; "$0" is the log
-WRAPPER = 'exec "$@" >"$0.progress" 2>"$0.log" </dev/null'
+WRAPPER = 'exec "$@" >"$0.progress" 2>"$0.log"'
 
 
 class ActionModule(ActionBase):
@@ -38,6 +39,7 @@ class ActionModule(ActionBase):
                 "log": {"type": "path", "required": True},
                 "timeout_s": {"type": "int", "default": 3600},
                 "chdir": {"type": "path"},
+                "stdin": {"type": "str", "default": "", "no_log": True},
             }
         )
         if self._task.check_mode:
@@ -55,7 +57,7 @@ class ActionModule(ActionBase):
             return result
 
         log, timeout_s = arguments["log"], arguments["timeout_s"]
-        command = {"argv": ["/bin/sh", "-c", WRAPPER, log, *arguments["argv"]], "chdir": arguments["chdir"]}
+        command = {"argv": ["/bin/sh", "-c", WRAPPER, log, *arguments["argv"]], "chdir": arguments["chdir"], "stdin": arguments["stdin"]}
         job = module("ansible.legacy.command", command, timeout_s)
         if "ansible_job_id" not in job:
             return job

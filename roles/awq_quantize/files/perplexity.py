@@ -70,7 +70,7 @@ def main() -> None:
     """perplexity.py FOLDER TEXT: one JSON line {"perplexity": ...}."""
     folder, text = map(Path, sys.argv[1:])
     read_config(folder)
-    print(json.dumps({"perplexity": perplexity(folder, text.read_text(encoding="utf-8"))}))
+    sys.stdout.write(json.dumps({"perplexity": perplexity(folder, text.read_text(encoding="utf-8"))}) + "\n")
 
 
 if __name__ == "__main__":

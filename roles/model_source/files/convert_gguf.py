@@ -109,9 +109,7 @@ def model_config(get: Callable[..., Any], tokens: dict[str, int], vocab_size: in
 
 def build_tokenizer(texts: list[str], types: list[int], merges: list[str], split_digits: bool) -> Tokenizer:
     """Byte-level BPE; tokens of the control type are special and never split."""
-    tokenizer = Tokenizer(
-        BPE(vocab={text: i for i, text in enumerate(texts)}, merges=[tuple(merge.split(" ")) for merge in merges])
-    )
+    tokenizer = Tokenizer(BPE(vocab={text: i for i, text in enumerate(texts)}, merges=[tuple(merge.split(" ")) for merge in merges]))
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = (
         pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of]) if split_digits else bytes_of

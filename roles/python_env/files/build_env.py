@@ -35,7 +35,17 @@ def select(lock: str, names: tuple[str, ...]) -> str:
 
 
 def pip(env: Path, *arguments: str) -> None:
-    command = [str(env / "bin/python"), "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--no-deps", "--quiet", *arguments]
+    command = [
+        str(env / "bin/python"),
+        "-m",
+        "pip",
+        "--disable-pip-version-check",
+        "--no-input",
+        "install",
+        "--no-deps",
+        "--quiet",
+        *arguments,
+    ]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 

@@ -23,7 +23,10 @@ def trouble(env: Path, need_bytes: int, tags: list[str]) -> str | None:
     if find_spec("venv") is None or find_spec("ensurepip") is None:
         return f"python_env_python {sys.executable} cannot make environments: install the package python{version}-venv"
     if tags and tag not in tags:
-        return f"python_env_python {sys.executable} is {tag}; the torch lock has hashes for {', '.join(tags)}: set it to such a Python, or add the hash (locks/README.md)"
+        return (
+            f"python_env_python {sys.executable} is {tag}; the torch lock has hashes for {', '.join(tags)}: "
+            "set it to such a Python, or add the hash (locks/README.md)"
+        )
     folder = next(parent for parent in (env, *env.parents) if parent.exists())
     if folder == env and (env / ".complete").exists():
         return None
@@ -31,7 +34,10 @@ def trouble(env: Path, need_bytes: int, tags: list[str]) -> str | None:
         return f"python_env_base {env.parent}: {folder} is not writable"
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
-        return f"{env}: {folder} has {free / 2**30:.1f} GiB free, {need_bytes / 2**30:.1f} GiB are needed; free {(need_bytes - free) / 2**30:.1f} GiB or set python_env_base"
+        return (
+            f"{env}: {folder} has {free / 2**30:.1f} GiB free, {need_bytes / 2**30:.1f} GiB are needed; "
+            f"free {(need_bytes - free) / 2**30:.1f} GiB or set python_env_base"
+        )
     return None
 
 

@@ -1,0 +1,124 @@
+"""python_env's build script: what makes an environment complete, and what makes it be built again."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from .support import REPOSITORY
+
+LOCK = """\
+aiohttp==3.14.5 \\
+    --hash=sha256:aa \\
+    --hash=sha256:bb
+setuptools==84.2.1 ; python_full_version >= '3.12' \\
+    --hash=sha256:cc
+setuptools-scm==1.0 \\
+    --hash=sha256:dd
+"""
+
+
+@pytest.fixture
+def build_env(scripts: Callable[[str, str], ModuleType]) -> ModuleType:
+    return scripts("python_env", "build_env")
+
+
+@pytest.fixture
+def calls(build_env: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What ensure() did, with environments that are only folders."""
+    done: list[str] = []
+
+    def build(env: Path, spec: dict[str, Any]) -> None:
+        done.append("build")
+        (env / "bin").mkdir(parents=True, exist_ok=True)
+        (env / "bin/python").touch()
+
+    monkeypatch.setattr(build_env, "build", build)
+    monkeypatch.setattr(build_env, "install_wheels", lambda env, wheels: done.append("wheels"))
+    monkeypatch.setattr(build_env, "works", lambda env: (env / "bin/python").exists())
+    return done
+
+
+def spec(digest: str = "d", wheels: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"stamp": {"digest": digest, "python": "p", "wheels": list(wheels)}, "wheels": list(wheels)}
+
+
+def test_the_build_tools_of_a_lock_keep_their_hashes(build_env: ModuleType) -> None:
+    expected = "setuptools==84.2.1 ; python_full_version >= '3.12' \\\n    --hash=sha256:cc\n"
+    assert build_env.select(LOCK, ("setuptools", "wheel")) == expected
+
+
+def test_a_complete_environment_is_left_alone(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    for _ in range(2):
+        build_env.ensure(tmp_path / "env", spec())
+    assert calls == ["build"]
+    assert json.loads((tmp_path / "env/.complete").read_text(encoding="utf-8")) == spec()["stamp"]
+
+
+def test_an_interrupted_build_is_begun_again(
+    build_env: ModuleType, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+
+        def stop(env: Path, spec: dict[str, Any]) -> None:
+            (env / "bin").mkdir(parents=True)
+            raise KeyboardInterrupt
+
+        broken.setattr(build_env, "build", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_env.ensure(tmp_path / "env", spec())
+    assert not (tmp_path / "env/.complete").exists()
+    build_env.ensure(tmp_path / "env", spec())
+    assert calls == ["build"]
+
+
+def test_an_environment_whose_python_is_gone_is_built_again(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    build_env.ensure(tmp_path / "env", spec())
+    (tmp_path / "env/bin/python").unlink()
+    build_env.ensure(tmp_path / "env", spec())
+    assert calls == ["build", "build"]
+
+
+def test_new_local_wheels_are_installed_without_a_new_build(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    build_env.ensure(tmp_path / "env", spec(wheels=("1/lowmem-1.whl",)))
+    build_env.ensure(tmp_path / "env", spec(wheels=("2/lowmem-1.whl", "1/plugin-1.whl")))
+    assert calls == ["build", "wheels"]
+    # a wheel that is no longer wanted cannot be left in
+    build_env.ensure(tmp_path / "env", spec(wheels=("2/lowmem-1.whl",)))
+    assert calls == ["build", "wheels", "build"]
+
+
+def test_another_lock_is_another_build(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    build_env.ensure(tmp_path / "env", spec("d"))
+    build_env.ensure(tmp_path / "env", spec("e"))
+    assert calls == ["build", "build"]
+
+
+def preflight(*arguments: str) -> str:
+    script = REPOSITORY / "roles/python_env/files/preflight.py"
+    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False).stderr.strip()
+
+
+def test_preflight_names_what_is_missing(tmp_path: Path) -> None:
+    assert preflight(f"{tmp_path}/env", "1", "[]") == ""
+    assert "10000000.0 GiB are needed; free" in preflight(f"{tmp_path}/env", str(10_000_000 * 2**30), "[]")
+    assert "the torch lock has hashes for cp399-x86_64: set it to such a Python" in preflight(f"{tmp_path}/env", "1", '["cp399-x86_64"]')
+
+
+def test_every_lock_has_a_hash_for_each_pin_and_no_address() -> None:
+    locks = sorted((REPOSITORY / "locks").glob("*.txt"))
+    assert len(locks) == 8
+    for lock in locks:
+        text = lock.read_text(encoding="utf-8")
+        pins = re.split(r"^(?=[A-Za-z0-9])", text, flags=re.MULTILINE)[1:]
+        assert pins, lock
+        assert all(re.match(r"\S+==\S+ ", pin) and "--hash=sha256:" in pin for pin in pins), lock
+        assert "://" not in "".join(line for line in text.splitlines() if not line.startswith("#")), lock
