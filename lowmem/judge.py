@@ -12,6 +12,7 @@ MIB = 2**20
 ROOFLINE_TOLERANCE = 0.02
 LITTLE_HIGH = 1.03
 LITTLE_LOW = 0.75
+OFFLOAD_UNDONE = 1.1
 
 _MEASURED_TERMS = {
     "weights": ("weights", "Model loading took"),
@@ -65,6 +66,18 @@ def terms(plan: Plan, log: EngineLog, service_idle_bytes: int | None, service_pe
             )
         )
     return tuple(rows)
+
+
+def offload_findings(plan: Plan, log: EngineLog) -> list[str]:
+    """Offload that did not happen, or was undone: some kernels bring the offloaded weights back to the card without a word."""
+    if not plan.host_ram.get("pinned_offload"):
+        return []
+    if not log.values.get("cpu_offload") and not log.values.get("prefetch_offload"):
+        return ["offload: the engine's log has neither 'Total CPU offloaded parameters' nor '[PrefetchOffloader] Initialized'"]
+    planned, loaded = plan.per_gpu.get("weights"), log.largest("weights")
+    if planned and loaded and loaded > planned * OFFLOAD_UNDONE:
+        return [f"offload: {loaded / MIB:,.0f} MiB of weights lie on the card, {planned / MIB:,.0f} MiB planned: the rest was brought back"]
+    return []
 
 
 def limit_findings(plan: Plan, service_peak_bytes: Sequence[int], loads: Sequence[LoadResult]) -> list[str]:

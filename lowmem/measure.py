@@ -126,10 +126,10 @@ class Api:
         card = self.call("/v1/models", timeout_s=10)["data"][0]
         return card["id"], card.get("root") or card["id"]
 
-    def complete(self, model: str, prompt: str | list[int], max_tokens: int) -> int:
+    def complete(self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float = 600) -> int:
         """Tokens generated; raises OSError when the service does not answer with a completion."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
-        return int(self.call("/v1/completions", body)["usage"]["completion_tokens"])
+        return int(self.call("/v1/completions", body, timeout_s)["usage"]["completion_tokens"])
 
 
 def vllm_command() -> list[str]:
@@ -222,7 +222,7 @@ def wait_ready(engine: Engine, api: Api, sampler: Sampler, timeout_s: float) -> 
             sampler.phase = "start"
         with contextlib.suppress(OSError, ValueError, KeyError, IndexError):
             name, root = api.model()
-            if api.complete(name, "Hello", 2) > 0:
+            if api.complete(name, "Hello", 2, max(1, began + timeout_s - time.monotonic())) > 0:
                 return name, root
         if time.monotonic() - said > 10:
             said = time.monotonic()
@@ -579,6 +579,7 @@ def run(options: Options) -> Receipt:
         notes.append(f"memory: {tree.source}")
     if served:
         findings += judge.limit_findings(plan, on_top, results)
+        findings += judge.offload_findings(plan, log)
         findings += judge.physics_findings(plan, results, alike)
     cause = log.error if served is None or any("died" in f for f in findings) else None
     if cause:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lowmem.enginelog import read
-from lowmem.judge import limit_findings, physics_findings, terms
+from lowmem.judge import limit_findings, offload_findings, physics_findings, terms
 from lowmem.schema import Load, LoadResult, Percentiles
 
 from .conftest import MIB, make_plan
@@ -114,3 +114,22 @@ def test_terms_beside_their_measurement() -> None:
         "load_growth": (100 * MIB, 100 * MIB),
         "peak": (19500 * MIB, 20100 * MIB),
     }
+
+
+@pytest.mark.parametrize(
+    ("lines", "finding"),
+    [
+        (["Total CPU offloaded parameters: 19.04", "Model loading took 15.42 GiB memory and 23.8 seconds"], []),
+        (
+            ["Model loading took 34.91 GiB memory and 3.2 seconds"],
+            ["offload: the engine's log has neither 'Total CPU offloaded parameters' nor '[PrefetchOffloader] Initialized'"],
+        ),
+        (
+            ["Total CPU offloaded parameters: 19.04", "Model loading took 34.15 GiB memory and 23.8 seconds"],
+            ["offload: 34,970 MiB of weights lie on the card, 15,790 MiB planned: the rest was brought back"],
+        ),
+    ],
+)
+def test_offload_is_proved_by_what_was_loaded(lines: list[str], finding: list[str]) -> None:
+    offloading = plan(per_gpu={"weights": 15790 * MIB, "total": 17000 * MIB}, host_ram={"pinned_offload": 20000 * MIB})
+    assert offload_findings(offloading, read(lines)) == finding
