@@ -63,6 +63,11 @@ test: lint ## lint, then every test; builds the demo's environments where they a
 test-quick: lint ## lint, then the tests that need no engine
 	@$(BIN)/pytest -m "not engine" $(ARGS)
 
+.PHONY: molecule
+molecule: setup $(DEVTOOLS) ## the roles on real systemd hosts (root); one scenario with SCENARIO=name
+	@molecule/hosts/testhosts check
+	@$(BIN)/molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all --report)
+
 .PHONY: docs
 docs: setup ## write docs/variables.md again from the roles' argument specs
 	@$(BIN)/python scripts/variables_doc.py
@@ -77,5 +82,6 @@ stop: ## stop the demo's service
 
 .PHONY: clean
 clean: stop ## stop the demo's service and remove everything that make made
+	@test ! -d $(STATE)/testhosts || molecule/hosts/testhosts sweep ""
 	@rm -rf $(STATE)
 	@echo "removed $(STATE)"

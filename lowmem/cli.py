@@ -18,6 +18,7 @@ COMMANDS = {
     "measure": "lowmem.measure:measure",
     "receipt": "lowmem.receipt:receipt",
     "report": "lowmem.report:report",
+    "doctor": "lowmem.doctor:doctor",
 }
 """Subcommand -> `module:function`; the function is an ordinary typer command."""
 

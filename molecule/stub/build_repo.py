@@ -1,0 +1,157 @@
+#!/usr/bin/env python3
+"""Builds a signed STUB of NVIDIA's package repository: `build_repo.py OUT KERNEL…`, a KERNEL being a release such as 6.1.0-99-amd64.
+
+OUT/compute/cuda/repos/debian{12,13}/x86_64/ holds packages with NVIDIA's names and dependencies and none of its content, signed by a key
+made here, and that key as lowmem-stub.pub; OUT/fingerprint is its fingerprint, OUT/wrong.pub another key. Needs dpkg-deb, apt-ftparchive
+and gpg. About 2 s.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+VERSIONS = {"580.95.05": "13.0", "580.159.04": "13.0", "590.48.01": "13.1"}
+SUITES = ("debian12", "debian13")
+
+
+def sh(*command: str | Path, **options: object) -> str:
+    done = subprocess.run([str(c) for c in command], check=True, text=True, capture_output=True, **options)  # type: ignore[call-overload]
+    return str(done.stdout)
+
+
+def kernel_module(fields: dict[str, str]) -> bytes:
+    """A relocatable ELF file that holds a .modinfo section and nothing else: enough for the real depmod and modinfo."""
+    modinfo = b"".join(f"{k}={v}".encode() + b"\0" for k, v in fields.items())
+    names = b"\0.modinfo\0.symtab\0.strtab\0.shstrtab\0"
+    blobs = [(1, 1, modinfo, 0, 0, 0), (10, 2, bytes(24), 3, 1, 24), (18, 3, b"\0", 0, 0, 0), (26, 3, names, 0, 0, 0)]
+    offset, body, headers = 64, b"", [bytes(64)]
+    for name, kind, data, link, info, size in blobs:
+        body += bytes(-(offset + len(body)) % 8)
+        headers.append(struct.pack("<IIQQQQIIQQ", name, kind, 2 if kind == 1 else 0, 0, offset + len(body), len(data), link, info, 8, size))
+        body += data
+    body += bytes(-(offset + len(body)) % 8)
+    ident = b"\x7fELF\x02\x01\x01" + bytes(9)
+    file_header = struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, offset + len(body), 0, 64, 0, 0, 64, len(headers), 4)
+    return ident + file_header + body + b"".join(headers)
+
+
+Files = dict[str, tuple[str | bytes, int]]
+
+
+def package(out: Path, name: str, version: str, files: Files | None = None, scripts: dict[str, str] | None = None, **fields: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        for path, (content, mode) in (files or {}).items():
+            target = root / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content.encode() if isinstance(content, str) else content)
+            target.chmod(mode)
+        control = root / "DEBIAN"
+        control.mkdir()
+        lines = {"Package": name, "Version": version, "Architecture": "amd64", "Maintainer": "stub <stub@invalid>"}
+        lines["Description"] = "STUB for tests"
+        lines.update({k.replace("_", "-").title(): v for k, v in fields.items()})
+        (control / "control").write_text("".join(f"{k}: {v}\n" for k, v in lines.items()))
+        for script, text in (scripts or {}).items():
+            (control / script).write_text(f"#!/bin/sh\nset -e\n{text}\n")
+            (control / script).chmod(0o755)
+        sh("dpkg-deb", "--root-owner-group", "-Znone", "-b", root, out / f"{name}_{version}_amd64.deb")
+
+
+def daemon(description: str, process: str) -> str:
+    return f"[Unit]\nDescription=STUB of {description}\n[Service]\nExecStart=/usr/bin/{process}\n[Install]\nWantedBy=multi-user.target\n"
+
+
+# What dkms does when such a package is installed, less the compiling.
+PLACE = """
+for kernel in /usr/src/linux-headers-*; do
+    release=${kernel##*/linux-headers-}; target=/lib/modules/$release/updates/dkms; mkdir -p $target
+    for m in nvidia nvidia-uvm; do cp /usr/src/nvidia-stub/$m.ko $target/; done
+    touch /lib/modules/$release/modules.order /lib/modules/$release/modules.builtin; depmod $release
+done
+"""
+
+
+def driver(out: Path, version: str, cuda: str) -> None:
+    full = f"{version}-1"
+    branch = version.split(".")[0]
+    for suffix in (branch, version):
+        pin = f"Package: *nvidia* *libcuda* *cuda-drivers*\nPin: version {suffix}*\nPin-Priority: 1000\n"
+        package(out, f"nvidia-driver-pinning-{suffix}", full, {"/etc/apt/preferences.d/nvidia-driver-pinning": (pin, 0o644)},
+                provides="nvidia-driver-pinning", conflicts="nvidia-driver-pinning", replaces="nvidia-driver-pinning")  # fmt: skip
+    smi = (HERE / "files/nvidia-smi").read_text().replace("@VERSION@", version).replace("@CUDA@", cuda)
+    needs = f"nvidia-kernel-open-dkms (= {full}) | nvidia-kernel-dkms (= {full}), libcuda1 (= {full}), nvidia-persistenced (= {full})"
+    package(out, "nvidia-driver-cuda", full, {"/usr/bin/nvidia-smi": (smi, 0o755)}, depends=needs)
+    package(out, "libcuda1", full)
+    for name, licence, other in (
+        ("nvidia-kernel-open-dkms", "Dual MIT/GPL", "nvidia-kernel-dkms"),
+        ("nvidia-kernel-dkms", "NVIDIA", "nvidia-kernel-open-dkms"),
+    ):
+        files: Files = {}
+        for module in ("nvidia", "nvidia-uvm"):
+            fields = {"version": version, "license": licence, "name": module.replace("-", "_")}
+            files[f"/usr/src/nvidia-stub/{module}.ko"] = (kernel_module(fields), 0o644)
+        package(out, name, full, files, {"postinst": PLACE}, conflicts=other, replaces=other, depends="kmod")
+    for name, process, what in (
+        ("nvidia-persistenced", "nvidia-persistenced", "NVIDIA's persistence daemon"),
+        ("nvidia-fabricmanager", "nv-fabricmanager", "NVIDIA's fabric manager"),
+    ):
+        unit = f"/usr/lib/systemd/system/{name}.service"
+        package(out, name, full, {unit: (daemon(what, process), 0o644), f"/usr/bin/{process}": ("#!/bin/sh\nexec sleep infinity\n", 0o755)})
+    package(out, "nvidia-open", full, depends=f"nvidia-driver-cuda (= {full})")
+
+
+def toolkit(out: Path) -> None:
+    for dotted, patch in (("13-0", "13.0.88"), ("13-1", "13.1.80")):
+        release = dotted.replace("-", ".")
+        nvcc = f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{patch} (STUB)'\n"
+        files: Files = {f"/usr/local/cuda-{release}/bin/nvcc": (nvcc, 0o755)}
+        package(out, f"cuda-nvcc-{dotted}", f"{patch}-1", files, depends=f"cuda-cudart-dev-{dotted}")
+        package(out, f"cuda-cudart-dev-{dotted}", f"{patch}-1")
+        # The trap: NVIDIA's all-in-one package brings a driver of its own choosing.
+        package(out, f"cuda-{dotted}", f"{release}.0-1", depends=f"cuda-nvcc-{dotted}, nvidia-open")
+
+
+def keys(home: Path, name: str) -> tuple[str, str]:
+    env = {**os.environ, "GNUPGHOME": str(home)}
+    who = f"{name} <stub@invalid>"
+    sh("gpg", "--batch", "--quiet", "--passphrase", "", "--quick-generate-key", who, "rsa3072", "sign", "never", env=env)
+    listing = sh("gpg", "--with-colons", "--list-keys", name, env=env)
+    fingerprint = next(line.split(":")[9] for line in listing.splitlines() if line.startswith("fpr:"))
+    return fingerprint, sh("gpg", "--armor", "--export", fingerprint, env=env)
+
+
+def main() -> None:
+    out, releases = Path(sys.argv[1]), sys.argv[2:]
+    shutil.rmtree(out, ignore_errors=True)
+    first = out / "compute/cuda/repos" / SUITES[0] / "x86_64"
+    first.mkdir(parents=True)
+    for version, cuda in VERSIONS.items():
+        driver(first, version, cuda)
+    toolkit(first)
+    for release in releases:
+        package(first, f"linux-headers-{release}", "1", {f"/usr/src/linux-headers-{release}/Makefile": ("# STUB\n", 0o644)})
+    (first / "Packages").write_text(sh("apt-ftparchive", "packages", ".", cwd=first))
+    (first / "Release").write_text(sh("apt-ftparchive", "-o", "APT::FTPArchive::Release::Origin=lowmem-stub", "release", ".", cwd=first))
+    with tempfile.TemporaryDirectory() as home:
+        env = {**os.environ, "GNUPGHOME": home}
+        fingerprint, public = keys(Path(home), "lowmem stub repository")
+        sh("gpg", "--batch", "--yes", "--default-key", fingerprint, "--clearsign", "-o", first / "InRelease", first / "Release", env=env)
+        (first / "lowmem-stub.pub").write_text(public)
+        (out / "fingerprint").write_text(fingerprint + "\n")
+        (out / "wrong.pub").write_text(keys(Path(home), "somebody else")[1])
+        sh("gpgconf", "--kill", "all", env=env)
+    for other in SUITES[1:]:
+        shutil.copytree(first, out / "compute/cuda/repos" / other / "x86_64")
+
+
+if __name__ == "__main__":
+    main()
