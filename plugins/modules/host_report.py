@@ -60,6 +60,10 @@ sysctl:
   description: Values of vm.swappiness, vm.max_map_count and vm.overcommit_memory.
   returned: always
   type: dict
+numa:
+  description: NUMA nodes that have memory, each with V(node) and V(total_bytes); empty where the kernel does not say.
+  returned: always
+  type: list
 memlock_bytes:
   description: Hard limit of locked memory of this session; -1 is unlimited.
   returned: always
@@ -113,6 +117,16 @@ def swaps(proc: Path = PROC) -> list:
 
 def sysctls(names: tuple, proc: Path = PROC) -> dict:
     return {name: int((proc / "sys" / name.replace(".", "/")).read_text()) for name in names}
+
+
+def numa(nodes: Path = Path("/sys/devices/system/node")) -> list:
+    found = []
+    for entry in sorted(nodes.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
+        fields = dict(line.split(":", 1) for line in (entry / "meminfo").read_text().splitlines() if ":" in line)
+        total = next((int(value.split()[0]) * 1024 for key, value in fields.items() if key.endswith("MemTotal")), 0)
+        if total:
+            found.append({"node": int(entry.name[4:]), "total_bytes": total})
+    return found
 
 
 def disk(path: str) -> dict:
@@ -237,6 +251,7 @@ def main() -> None:
         memory=memory(),
         swaps=swaps(),
         sysctl=sysctls(("vm.swappiness", "vm.max_map_count", "vm.overcommit_memory")),
+        numa=numa(),
         memlock_bytes=memlock_bytes(),
         disk={path: disk(path) for path in wanted["paths"]},
         listeners=listeners(wanted["ports"], wanted["root"]),
