@@ -1,6 +1,8 @@
 """The state after a first install, and again after a reboot. The expectations are written out; nothing is read from the role."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +99,19 @@ def test_nothing_was_ever_unloaded(host):
 def test_the_state_is_the_one_of_the_scenario(host, name):
     state = json.loads(host.file("/opt/stub-gpu/state.json").content_string)
     assert state["cards"] == {TWO: 2, EIGHT: 8}[name]
+
+
+RUNBOOKS = Path(__file__).parents[3] / "docs/runbooks"
+HOST_BLOCK = re.compile(r"^ *```bash host\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+HOST_COMMANDS = [
+    line.strip()
+    for path in sorted(RUNBOOKS.glob("*.md"))
+    for block in HOST_BLOCK.findall(path.read_text())
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize("command", HOST_COMMANDS)
+def test_commands_of_the_runbooks_run_on_a_host(host, command):
+    assert host.run("sudo sh -c %s", command).rc == 0

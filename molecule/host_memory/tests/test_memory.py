@@ -1,5 +1,6 @@
-"""Kernel parameters, swap file and limit, after the role and again after a reboot. systemd in a container ignores swap in fstab, so that swap comes
-back at boot is not tested here."""
+"""Kernel parameters, swap file and limit, after the role and again after a reboot.
+
+systemd in a container ignores swap in fstab, so that swap comes back at boot is not tested here."""
 
 
 def test_kernel_parameters(host):
