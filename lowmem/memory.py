@@ -281,7 +281,6 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     new = engine.vllm >= (0, 28, 0)
     before = _mib("snapshot_mib") + (_mib("first_use_mib") if engine.tp > 1 else 0)  # taken when the engine reads free memory first
     growth = _mib("growth_mib") + (_mib("first_use_mib") if engine.tp == 1 else 0)
-    compiled = 0 if engine.eager or new else _mib("compile_growth_mib")
     kept = _mib("idle_cache_mib") if new else _mib("idle_cache_old_mib")
     if new:  # the runner's own buffers, as wide as the largest step
         kept += 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
@@ -289,7 +288,7 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
         "weights": w.on_card,
         "kv_cache": 0,
         "activations": kept,
-        "cuda_context": before + growth + compiled,
+        "cuda_context": before + growth,
         "nccl": nccl(engine, device),
         "cuda_graphs": graph,
         "offload_buffers": offload_buffers(engine, w),
@@ -322,11 +321,27 @@ def start_room(terms: dict[str, int], engine: Engine, device: Device) -> int:
     return device.torch_total_mib * MIB - there - left
 
 
-def start_peak(memory: CardMemory, device: Device) -> int:
-    """What NVML may show while starting: loading and repacking leave freed blocks in the allocator's cache, up to what the card has."""
-    w = memory.weights.on_card
-    rest = memory.terms.get("cuda_context", 0) + memory.terms.get("nccl", 0)
-    return max(memory.peak, min(round(w * float(constant("memory", "start_peak_ratio"))) + rest, device.torch_total_mib * MIB))
+def largest_linear(card: ModelCard, engine: Engine) -> int:
+    """Weights of the largest parameter that the loader repacks at once on one card (gate and up projection are one)."""
+    found: dict[str, int] = {}
+    for g in (g for g in card.groups if g.quantized):
+        out, inp = _cut(g, card, engine.tp)
+        name = _MERGED.get(g.name, g.name)
+        found[name] = found.get(name, 0) + out * inp * (g.count // card.layers)
+    return max(found.values(), default=0)
+
+
+def loading(card: ModelCard, engine: Engine, memory: CardMemory, which: str) -> int:
+    """Bytes on one card while weights are loaded and repacked, before there is a KV pool; `which`: loading_needs or loading_seen."""
+    extra = constant("memory", which)[card.quantization.method] * largest_linear(card, engine)
+    return memory.weights.on_card + memory.before_start + round(float(extra))
+
+
+def start_peak(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> int:
+    """What NVML may show while starting, up to what the card has: freed blocks stay in the allocator's cache until the card is short."""
+    if device.kind == "cpu":
+        return memory.peak
+    return max(memory.peak, min(loading(card, engine, memory, "loading_seen"), device.torch_total_mib * MIB))
 
 
 def nccl(engine: Engine, device: Device) -> int:

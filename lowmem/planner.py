@@ -17,6 +17,7 @@ from lowmem.memory import (
     host_ram,
     ignores_offload,
     kv_bytes_per_token,
+    loading,
     stage_ram,
     start_peak,
     start_room,
@@ -190,7 +191,7 @@ def compute(inputs: Inputs) -> Plan:
         load=load,
         limits=limits,
         verdict=verdict,
-        reasons=tuple(blocked or slow or notes),
+        reasons=tuple(blocked or [*(slow or notes), *start_notes(card, engine, device, memory, limits)]),
         limit_bytes=limits.memory_bytes,
         per_gpu={**memory.terms, "total": memory.total},
         weight_terms={
@@ -202,7 +203,8 @@ def compute(inputs: Inputs) -> Plan:
         },
         load_growth=memory.load,
         peak_bytes=memory.peak,
-        start_peak_bytes=start_peak(memory, device),
+        before_start_bytes=memory.before_start,
+        start_peak_bytes=start_peak(card, engine, device, memory),
         host_ram=host,
         stage_ram=stage_ram(card),
         kv_available_bytes=memory.kv_available,
@@ -236,6 +238,11 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
         reasons.append(
             f"weights: CUDA out of memory: {gib(memory.terms['weights'])} of weights and the engine itself are {mib(over)} ({over} bytes) "
             f"more than {device.title} has"
+        )
+    elif device.kind == "cuda" and (need := loading(card, engine, memory, "loading_needs")) > total:
+        reasons.append(
+            f"weights: CUDA out of memory while loading: repacking {card.quantization.method} weights takes the card to {mib(need)}, "
+            f"{mib(need - total)} ({need - total} bytes) more than {device.title} has; compressed-tensors weights need less"
         )
     elif memory.kv_available <= 0:
         reasons.append(
@@ -326,6 +333,17 @@ def fit_notes(engine: Engine, card: ModelCard, memory: CardMemory, limits: Limit
     return [
         f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limits.memory_bytes)}; "
         f"the KV pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens"
+    ]
+
+
+def start_notes(card: ModelCard, engine: Engine, device: Device, memory: CardMemory, limits: Limits) -> list[str]:
+    """A note when the engine passes the limit for some seconds while it starts, which matters on a card that others share."""
+    highest = start_peak(card, engine, device, memory)
+    if highest <= limits.memory_bytes:
+        return []
+    return [
+        f"start: while loading, up to {mib(highest)} for some seconds ({mib(highest - limits.memory_bytes)} over the limit): "
+        f"{card.quantization.method} weights are unpacked on the card; the limit holds once the service is ready"
     ]
 
 

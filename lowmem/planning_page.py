@@ -10,11 +10,11 @@ from lowmem import cards, profiles
 from lowmem.data import load_yaml
 from lowmem.memory import stored_bytes
 from lowmem.planner import make_plan
-from lowmem.reference import load_runs
+from lowmem.reference import load_runs, load_session
 from lowmem.schema import Quantization
 from lowmem.units import GB, GIB, MIB
 
-RUNS = Path(__file__).parent.parent / "tests" / "data" / "gpu_runs.json"
+DATA = Path(__file__).parent.parent / "tests" / "data"
 
 
 def _number(value: float | None, digits: int = 0) -> str:
@@ -33,7 +33,7 @@ def reference_table() -> list[str]:
         "| outcome |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for r in load_runs(RUNS):
+    for r in load_runs(DATA / "gpu_runs.json"):
         p, started = r.plan, r.idle_mib is not None
         idle = _number(r.planned_idle_mib) if started else "-"
         tpot = _number(p.latency_ms.decode_expected, 1) if started else "-"
@@ -58,6 +58,31 @@ def reference_table() -> list[str]:
             _number(r.tpot_ms, 1),
             _error(p.latency_ms.decode_expected, r.tpot_ms),
             outcome,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def session_table() -> list[str]:
+    """Prediction beside measurement for our own runs."""
+    lines = [
+        "| run | loaded MiB planned | seen | at the engine's first reading planned | seen | idle planned | seen "
+        "| highest while starting planned | seen | outcome |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for r in load_session(DATA / "gpu_session.json"):
+        p = r.plan
+        cells = [
+            r.name + (" (calibrates)" if r.calibrates else ""),
+            _number(p.per_gpu["weights"] / MIB),
+            _number(r.loaded_mib),
+            _number(r.planned_before_start_mib),
+            _number(r.before_start_mib),
+            _number(p.per_gpu["total"] / MIB),
+            _number(r.idle_mib),
+            _number(p.start_peak_bytes / MIB),
+            _number(r.start_peak_mib),
+            r.outcome,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -110,6 +135,7 @@ def page() -> str:
         ends=f"{sum(g.parameters for g in awq.groups if g.kind in ('embedding', 'lm_head')):,}",
         stored_gb=f"{stored_bytes(awq) / GB:.2f}",
         profiles="\n".join(profile_table()),
+        session="\n".join(session_table()),
         reference="\n".join(reference_table()),
         calibration="\n".join(calibration_table()),
     )

@@ -99,3 +99,46 @@ def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
 def load_runs(path: Path) -> list[Compared]:
     """All runs of a reference file."""
     return [compare(run) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of our own sessions: its plan, and what was read (None: the run did not get that far), MiB a card."""
+
+    name: str
+    plan: Plan
+    calibrates: bool
+    loaded_mib: float
+    before_start_mib: float
+    idle_mib: float | None
+    start_peak_mib: float | None
+    outcome: str
+
+    @property
+    def planned_before_start_mib(self) -> float:
+        """What the plan has on the card when the engine first reads free memory."""
+        return self.plan.before_start_bytes / MIB
+
+
+def load_session(path: Path) -> list[Session]:
+    """Our own runs (tests/data/gpu_session.json)."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    for run in data["runs"]:
+        p = profiles.load_profile(run["profile"])
+        q = p.quantization.model_copy(update={"method": run["method"], "bits": run["bits"]})
+        p = p.model_copy(update={"quantization": q, "environment": {}})
+        plan = make_plan(
+            p,
+            "llama-2-70b",
+            data["device"],
+            run["count"],
+            run["knobs"],
+            environment=run["environment"],
+            vllm_version=data["vllm"],
+            memory_limit_bytes=143771 * MIB,
+            search=False,
+        )
+        seen = {k: run[k] for k in ("calibrates", "loaded_mib", "before_start_mib", "idle_mib", "start_peak_mib", "outcome")}
+        found.append(Session(run["name"], plan, **seen))
+    return found

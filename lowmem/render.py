@@ -58,6 +58,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     table.add_row(
         "[bold]peak under load[/]", f"[bold]{plan.peak_bytes / MIB:,.0f}[/]", f"[{_COLOUR[plan.verdict]}]{bar(plan.peak_bytes, whole)}[/]"
     )
+    if plan.start_peak_bytes > plan.peak_bytes:
+        table.add_row("at most while starting", f"{plan.start_peak_bytes / MIB:,.0f}", "")
     out.print(table)
     out.print()
     out.print(

@@ -216,6 +216,7 @@ class Plan(Strict):
         default_factory=dict, description="per GPU, what a full load adds to per_gpu['total'], term -> bytes"
     )
     peak_bytes: Bytes = Field(0, description="per GPU under load: per_gpu['total'] + load_growth; this is what the limit is held against")
+    before_start_bytes: Bytes = Field(0, description="per GPU, the part of per_gpu that is there when the engine first reads free memory")
     start_peak_bytes: Bytes = Field(0, description="per GPU, bound of what NVML may show while the engine loads (the allocator's cache)")
     host_ram: dict[str, Bytes]
     stage_ram: dict[str, Bytes] = Field(default_factory=dict, description="RAM of the stages before the service runs, stage -> bytes")

@@ -52,7 +52,16 @@ def test_bad_input_exits_1_with_one_line(words):
 def test_human_output_has_a_bar_per_term_and_the_command():
     done = run("plan", "--profile", "low_mem")
     assert done.returncode == 0
-    for word in ("fits", "weights", "kv_cache", "nccl", "peak under load", "█", "vllm serve llama-2-70b-awq", "--kv-cache-memory-bytes"):
+    for word in (
+        "fits",
+        "weights",
+        "kv_cache",
+        "nccl",
+        "peak under load",
+        "█",
+        "vllm serve llama-2-70b-compressed-tensors",
+        "--kv-cache-memory-bytes",
+    ):
         assert word in done.stdout
 
 

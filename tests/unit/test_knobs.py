@@ -75,7 +75,7 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
     assert "unrecognized arguments: --max-batch-size 2 --swap-space 20" in done.stderr
     assert "refused" not in result.values(), done.stderr
     plan = make_plan("low_mem", search=False)
-    assert result["low_mem"] == ["llama-2-70b-awq", plan.per_gpu["kv_cache"], 2048, None]
+    assert result["low_mem"] == ["llama-2-70b-compressed-tensors", plan.per_gpu["kv_cache"], 2048, None]
     assert result["graphs"][3] == [1, 2, 4, 8]
 
 

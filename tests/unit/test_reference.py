@@ -38,8 +38,8 @@ def test_loaded_weights_as_the_engine_logs_them(name):
 
 
 @pytest.mark.parametrize("name", [n for n, r in BY_NAME.items() if r.kv_tokens])
-def test_kv_tokens_within_three_percent(name):
-    assert BY_NAME[name].plan.kv_tokens == pytest.approx(BY_NAME[name].kv_tokens, rel=0.035)
+def test_kv_tokens_within_five_percent(name):
+    assert BY_NAME[name].plan.kv_tokens == pytest.approx(BY_NAME[name].kv_tokens, rel=0.05)
 
 
 @pytest.mark.parametrize("name", STARTED)
