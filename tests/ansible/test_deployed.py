@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
+import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -162,3 +166,39 @@ def test_a_service_that_cannot_start_is_given_up_and_shown(deployed: Any, playbo
     finally:
         control = next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl"))
         subprocess.run([control, "-c", root / "etc/supervisord.conf", "shutdown"], check=False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="whoever runs the tests is an ordinary user already")
+def test_an_ordinary_user_deploys_it(deployed: Any) -> None:
+    """As `nobody`, with the environments that are there: nothing of the deploy needs root."""
+    nobody = pwd.getpwnam("nobody")
+    # pytest's own temporary folders are closed to other users
+    home = Path(tempfile.mkdtemp(prefix="lowmem-", dir="/var/tmp"))
+    root = home / "host"
+    (root / "models").mkdir(parents=True)
+    (root / "envs").symlink_to(deployed.root / "envs")
+    for entry in (deployed.root / "models").iterdir():
+        copy = shutil.copytree if entry.is_dir() else shutil.copy2
+        copy(entry, root / "models" / entry.name)
+    for path in [home, *home.rglob("*")]:
+        os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
+    as_nobody = ["setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups", "--bounding-set=-all", "env"]
+    as_nobody += [f"HOME={home}", f"ANSIBLE_HOME={home}/ansible", f"XDG_CACHE_HOME={home}/cache", "PYTHONDONTWRITEBYTECODE=1"]
+    playbook = Path(sys.executable).parent / "ansible-playbook"
+    control = [next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl")), "-c", root / "etc/supervisord.conf"]
+    try:
+        done = subprocess.run(
+            [*as_nobody, playbook, "site.yml", "--skip-tags", "verify", "-e", f"lowmem_root={root}", "-e", "lowmem_port=18997"],
+            cwd=Path(__file__).resolve().parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+        assert (root / "etc/vllm.env").stat().st_uid == nobody.pw_uid
+        server = psutil.Process(int((root / "run/supervisord.pid").read_text())).children()[0]
+        assert server.uids().effective == nobody.pw_uid
+    finally:
+        subprocess.run([*control, "shutdown"], check=False)
+        shutil.rmtree(home)
