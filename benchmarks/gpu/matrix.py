@@ -49,7 +49,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - a shell script, nothing that a browser reads
+        autoescape=False,
     )
     # Ansible's own filters, as far as the launcher uses them
     templates.filters |= {"quote": lambda v: shlex.quote(str(v)), "regex_replace": lambda v, pattern, by: re.sub(pattern, by, v)}
