@@ -40,11 +40,12 @@ def default_of(option: dict[str, Any]) -> str:
 def kind_of(option: dict[str, Any]) -> str:
     if "choices" in option:
         return " \\| ".join(f"`{choice}`" for choice in option["choices"])
-    return f"{option['type']} of {option['elements']}" if "elements" in option else str(option["type"])
+    kind = str(option.get("type", "str"))
+    return f"{kind} of {option['elements']}" if "elements" in option else kind
 
 
 def section(role: str, spec: dict[str, Any]) -> str:
-    rows = [f"## {role}", "", paragraphs(spec["description"]), "", "| variable | type | default | |", "|---|---|---|---|"]
+    rows = [f"## {role}", "", paragraphs(spec.get("description") or f"{spec['short_description']}."), "", "| variable | type | default | |", "|---|---|---|---|"]
     for name, option in spec["options"].items():
         cells = [f"`{name}`", kind_of(option), default_of(option), paragraphs(option["description"])]
         rows.append("| " + " | ".join(cell.replace("\n", " ").strip() for cell in cells) + " |")
