@@ -35,6 +35,20 @@ KV_DTYPES: dict[str, tuple[str, str]] = {
 }
 
 
+# vLLM's names of one checkpoint format each
+FORMATS = {
+    "awq": "awq",
+    "awq_marlin": "awq",
+    "auto_awq": "awq",
+    "gptq": "gptq",
+    "gptq_marlin": "gptq",
+    "auto_gptq": "gptq",
+    "compressed-tensors": "compressed-tensors",
+    "auto-round": "auto-round",
+    "inc": "auto-round",
+}
+
+
 def version(text: str) -> tuple[int, int, int]:
     """`0.32.0` as a tuple. BadInput for anything else, and for versions before the V1 engine's offload options."""
     match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:[.+-].*)?", text)
@@ -75,7 +89,7 @@ def checked(name: str, value: Scalar) -> Scalar:
         raise BadInput(
             f"knob {name!r} is unknown; knobs are vLLM's flags in snake_case{', did you mean ' + ' or '.join(close) if close else ''}"
         )
-    if spec.get("auto") and value == "auto":
+    if spec.get("auto") and str(value) in ("auto", *spec.get("auto_is", ())):
         return "auto"
     kind = spec["type"]
     try:
@@ -166,6 +180,7 @@ class Engine:
     tp: int
     dtype: str
     max_model_len: int
+    auto_len: bool  # the engine shortens max_model_len to what its pool holds
     max_num_seqs: int
     max_num_batched_tokens: int
     utilization: float
@@ -230,25 +245,20 @@ def resolve(
         dtype = {"half": "float16", "float": "float32"}.get(dtype, "float16" if card.dtype == "float32" else card.dtype)
     if dtype == "float32" and card.quantization.method in ("awq", "gptq"):
         raise BadInput(f"dtype=float32 is not supported for quantization method {card.quantization.method}; use float16 or bfloat16")
-    if "quantization" in v and v["quantization"] not in (
-        "awq",
-        "awq_marlin",
-        "auto_awq",
-        "gptq",
-        "gptq_marlin",
-        "auto_gptq",
-        "compressed-tensors",
-        "auto-round",
-        "inc",
-        "fp8",
-    ):
+    if "quantization" in v and v["quantization"] not in (*FORMATS, "fp8"):
         raise BadInput(f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from the checkpoint")
+    named = FORMATS.get(str(v.get("quantization")))
+    if named and card.quantization.method not in ("none", named):
+        raise BadInput(
+            f"quantization={v['quantization']} does not match the checkpoint's own method, {card.quantization.method}; leave the knob out"
+        )
     if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
         raise BadInput(
             f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none; quantize it first or leave the "
             "knob out"
         )
-    max_len = int(v.get("max_model_len", card.max_position_embeddings))
+    auto_len = v.get("max_model_len") in ("auto", -1)
+    max_len = card.max_position_embeddings if auto_len else int(v.get("max_model_len", card.max_position_embeddings))
     if max_len > card.max_position_embeddings:
         raise BadInput(
             f"max_model_len={max_len} is more than the {card.max_position_embeddings} positions of {card.name} "
@@ -308,6 +318,7 @@ def resolve(
         tp=tp,
         dtype=dtype,
         max_model_len=max_len,
+        auto_len=auto_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
         utilization=float(v.get("gpu_memory_utilization", 0.92)),
@@ -371,7 +382,9 @@ def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
     q = card.quantization
     if q.method == "auto-round" and q.bits in (2, 3) and engine.vllm < (0, 30, 0):
         reasons.append(f"{q.bits}-bit auto-round weights need vLLM 0.30 or later (Humming kernels)")
-    if q.method in ("gptq",) and q.bits in (2, 3):
+    if q.method == "awq" and q.bits != 4:
+        reasons.append(f"{q.bits}-bit AWQ has no loader (4 bits only); use auto-round for 2 and 3 bits")
+    if q.method == "gptq" and q.bits in (2, 3):
         reasons.append(f"{q.bits}-bit GPTQ has no loader (4 and 8 bits only); use auto-round for {q.bits} bits")
     if q.method == "fp8" and have < (8, 9) and engine.vllm < (0, 17, 0):
         reasons.append("fp8 weights need compute capability 8.9 or weight-only Marlin")

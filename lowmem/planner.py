@@ -36,6 +36,7 @@ from lowmem.schema import (
     ModelCard,
     Plan,
     Profile,
+    Quantization,
     Scalar,
     ServiceLimits,
     Verdict,
@@ -51,6 +52,7 @@ class Inputs:
     """Everything a plan is a function of."""
 
     profile: Profile
+    base: ModelCard  # the model as named, before the profile's quantization
     card: ModelCard
     device: Device
     count: int
@@ -105,9 +107,17 @@ def gather(
         if memory_limit_bytes < MIB:
             raise BadInput(f"memory limit {memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g. 20GiB")
         limits = limits.model_copy(update={"memory_bytes": memory_limit_bytes})
-    c = cards.quantized(c, p.quantization)
+    quantized = cards.quantized(c, wanted_quantization(p, merged))
     place = Deploy.model_validate(deploy) if deploy is not None and not isinstance(deploy, Deploy) else deploy
-    return Inputs(p, c, d, n, merged, env, load, limits, vllm_version, place)
+    return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place)
+
+
+def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:
+    """What the checkpoint to come is made as: the profile's quantization, in the format that a `quantization` knob names."""
+    method = knobs.FORMATS.get(str(given["quantization"].value)) if "quantization" in given else None
+    if method is None or profile.quantization.method == "none":
+        return profile.quantization
+    return Quantization.model_validate({**profile.quantization.model_dump(), "method": method})
 
 
 def _before(profile: Profile, name: str) -> str:
@@ -255,7 +265,7 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
             f"kv_cache: CUDA out of memory: a pool of {mib(memory.terms['kv_cache'])} is {mib(short)} ({short} bytes) more than "
             f"{device.title} has left when the engine allocates it; lower kv_cache_memory_bytes"
         )
-    elif memory.kv_tokens < engine.max_model_len:
+    elif memory.kv_tokens < engine.max_model_len and not engine.auto_len:
         need = math.ceil(engine.max_model_len / engine.block_tokens) * memory.kv_block_bytes
         short = need - memory.terms["kv_cache"]
         reasons.append(
@@ -419,7 +429,6 @@ def service_limits(engine: Engine, device: Device, host: Mapping[str, int], card
 
 def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Plan]:
     """Plans of the other profiles for the same model and device, with the same load where it fits the profile, best first."""
-    base = inputs.card if inputs.profile.quantization.method == "none" or inputs.card.header_bytes is not None else None
     found = []
     for name in names or profiles.names():
         if name == inputs.profile.name:
@@ -428,12 +437,11 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
             p = profiles.load_profile(name)
             if devices.load_device(p.device).kind != inputs.device.kind:
                 continue
-            model = base or _unquantized(inputs)
             for count in sorted({inputs.count, p.device_count}):
                 try:
                     plan = compute(
                         gather(
-                            p, model, inputs.device, count, None, clients=inputs.load.clients, input_tokens=inputs.load.input_tokens,
+                            p, inputs.base, inputs.device, count, None, clients=inputs.load.clients, input_tokens=inputs.load.input_tokens,
                             output_tokens=inputs.load.output_tokens, vllm_version=inputs.vllm_version,
                         )
                     )  # fmt: skip
@@ -443,14 +451,6 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
         except BadInput:
             continue
     return sorted(found, key=lambda q: _rank(q, inputs))
-
-
-def _unquantized(inputs: Inputs) -> ModelCard:
-    """The card as it was before the profile's quantization was applied."""
-    if inputs.profile.quantization.method == "none" or inputs.card.quantization != inputs.profile.quantization:
-        return inputs.card
-    entry = cards.builtin().get(inputs.card.name)
-    return cards.load_card(inputs.card.name) if entry else inputs.card
 
 
 def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:

@@ -65,7 +65,8 @@ def _logged(lines: list[str], pattern: str) -> str | None:
 def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
     """A run of the reference file beside its plan; nothing of the run but its arguments, versions and load goes into the plan."""
     bare = profiles.load_profile("low_mem")
-    empty = bare.model_copy(update={"name": "reference", "knobs": {}, "environment": {}})
+    awq = bare.quantization.model_copy(update={"method": "awq"})
+    empty = bare.model_copy(update={"name": "reference", "quantization": awq, "knobs": {}, "environment": {}})
     knobs = knobs_of(run["args"])
     count = int(knobs.get("tensor_parallel_size", 1))
     plan = make_plan(

@@ -239,3 +239,31 @@ def test_a_mistyped_profile_key_is_an_error(tmp_path):
     (tmp_path / "mine.yml").write_text(text)
     with pytest.raises(BadInput, match="device_cuont"):
         make_plan(str(tmp_path / "mine.yml"))
+
+
+def test_a_quantization_knob_names_the_format_of_the_checkpoint_to_come():
+    plan = make_plan("low_mem", overrides={"quantization": "awq"})
+    assert plan.quantization.method == "awq"
+    assert plan.verdict == "fits"
+    assert plan.start_peak_bytes > plan.limit_bytes
+    assert any(r.startswith("start: while loading") for r in plan.reasons)
+    assert make_plan("low_mem").start_peak_bytes <= plan.limit_bytes
+
+
+def test_loading_awq_needs_eight_and_a_half_bytes_a_weight_of_the_largest_linear():
+    plan = make_plan("low_mem", device="rtx-4090", overrides={"quantization": "awq"}, memory_limit_bytes=24 * GIB)
+    largest = 8192 * 2 * 28672 // 2
+    assert plan.verdict == "fits"
+    small = make_plan("low_mem", device="a10", overrides={"quantization": "awq"}, memory_limit_bytes=22 * GIB)
+    need = plan.per_gpu["weights"] + plan.before_start_bytes + round(8.5 * largest)
+    assert (need > 22589 * MIB) == (small.verdict == "impossible")
+
+
+def test_max_model_len_auto_is_what_the_pool_holds():
+    plan = make_plan("low_latency", overrides={"max_model_len": "auto"})
+    assert plan.verdict in ("fits", "slow")
+    assert plan.argv[plan.argv.index("--max-model-len") + 1] == "auto"
+
+
+def test_a_two_bit_awq_does_not_exist():
+    assert any("2-bit AWQ has no loader" in r for r in make_plan("extreme", overrides={"quantization": "awq"}).reasons)
