@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,35 @@ HOST = STATE / "host"
 PYTHON = os.environ.get("LOWMEM_TEST_PYTHON") or str(Path(sys.executable).resolve())
 
 
-def play(
-    tasks: list[dict[str, Any]], tmp_path: Path, variables: dict[str, Any] | None = None, *arguments: str
-) -> subprocess.CompletedProcess[str]:
-    """Run tasks on this machine with the repository's own ansible.cfg; stdout has stderr as well."""
-    (tmp_path / "play.yml").write_text(
-        json.dumps(
-            [
-                {
-                    "hosts": "localhost",
-                    "connection": "local",
-                    "gather_facts": False,
-                    "tasks": tasks,
-                    "vars": {"ansible_python_interpreter": sys.executable, **(variables or {})},
-                }
-            ]
-        ),
+def start(tasks: list[dict[str, Any]], folder: Path, variables: dict[str, Any] | None = None, *arguments: str) -> subprocess.Popen[str]:
+    """Run tasks on this machine with the repository's own ansible.cfg; `folder` gets the playbook; stdout has stderr as well."""
+    settings = {"ansible_python_interpreter": sys.executable, **(variables or {})}
+    (folder / "play.yml").write_text(
+        json.dumps([{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks, "vars": settings}]),
         encoding="utf-8",
     )
-    return subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(tmp_path / "play.yml"), *arguments],
+    return subprocess.Popen(
+        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(folder / "play.yml"), *arguments],
         cwd=REPOSITORY,
         env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_LOCALHOST_WARNING": "0", "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0"},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        check=False,
     )
+
+
+@dataclass(frozen=True)
+class Played:
+    returncode: int
+    stdout: str
+
+
+def play(tasks: list[dict[str, Any]], folder: Path, variables: dict[str, Any] | None = None, *arguments: str) -> Played:
+    """As `start`, to its end."""
+    with start(tasks, folder, variables, *arguments) as process:
+        said, _ = process.communicate()
+    return Played(process.returncode, said)
 
 
 def include(role: str, variables: dict[str, Any] | None = None, tasks_from: str = "main") -> dict[str, Any]:

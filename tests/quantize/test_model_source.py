@@ -156,7 +156,7 @@ def test_only_the_damaged_file_is_fetched_again(downloader: Path, hub: StubHub, 
 
 @pytest.mark.engine
 def test_a_token_is_used_and_never_shown(downloader: Path, tmp_path: Path) -> None:
-    hub = StubHub({**FILES, "model.safetensors": weights(1000)}, COMMIT, token="hf_secret")  # noqa: S106
+    hub = StubHub({**FILES, "model.safetensors": weights(1000)}, COMMIT, token="hf_secret")
     try:
         what = from_hub(tmp_path)
         assert "401; set model_source_token" in preflight(what, hub.endpoint)

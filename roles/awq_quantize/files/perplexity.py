@@ -52,7 +52,7 @@ def perplexity(folder: Path, text: str, window: int = 256) -> float:
     embedding = fill(core.embed_tokens, "model.embed_tokens")
     hidden = embedding(tokens)
     positions = torch.arange(tokens.shape[1], device=device).unsqueeze(0)
-    rotary = type(core.rotary_emb)(config=config, device=device)(hidden, positions)
+    rotary = type(core.rotary_emb)(config=config).to(device)(hidden, positions)
     for i, layer in enumerate(core.layers):
         out = fill(layer, f"model.layers.{i}")(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
         hidden = out[0] if isinstance(out, tuple) else out
