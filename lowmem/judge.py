@@ -22,11 +22,14 @@ _MEASURED_TERMS = {
 }
 
 
-def terms(plan: Plan, log: EngineLog, service_idle_bytes: int | None, service_peak_bytes: int | None) -> tuple[Term, ...]:
+def terms(
+    plan: Plan, log: EngineLog, service_idle_bytes: int | None, service_load_bytes: int | None, service_start_bytes: int | None = None
+) -> tuple[Term, ...]:
     """Every planned per-GPU term beside its measurement.
 
     What the engine does not report alone (context, NCCL, activations, lazily loaded kernels) is compared as one sum, `rest`:
     idle memory above base less the terms that the engine reports. `activations` is also listed alone where the engine says it.
+    `start` is the highest sample before the service was ready, which may pass everything that follows.
     """
     rows: list[Term] = []
     reported_bytes = 0
@@ -49,11 +52,11 @@ def terms(plan: Plan, log: EngineLog, service_idle_bytes: int | None, service_pe
         source = "idle memory less the terms above that the engine reports"
         rows.append(Term(name="rest", planned_bytes=planned_rest, measured_bytes=service_idle_bytes - reported_bytes, source=source))
     rows.append(Term(name="total", planned_bytes=plan.per_gpu.get("total"), measured_bytes=service_idle_bytes, source="idle sample"))
-    growth = None if service_idle_bytes is None or service_peak_bytes is None else service_peak_bytes - service_idle_bytes
-    rows.append(Term(name="load_growth", planned_bytes=sum(plan.load_growth.values()), measured_bytes=growth, source="peak less idle"))
-    rows.append(
-        Term(name="peak", planned_bytes=plan.peak_bytes or None, measured_bytes=service_peak_bytes, source="highest sample, start and load")
-    )
+    growth = None if service_idle_bytes is None or service_load_bytes is None else service_load_bytes - service_idle_bytes
+    rows.append(Term(name="load_growth", planned_bytes=sum(plan.load_growth.values()), measured_bytes=growth, source="load less idle"))
+    rows.append(Term(name="peak", planned_bytes=plan.peak_bytes or None, measured_bytes=service_load_bytes, source="highest under load"))
+    if service_start_bytes is not None:
+        rows.append(Term(name="start", planned_bytes=None, measured_bytes=service_start_bytes, source="highest before it was ready"))
     offloaded = log.values.get("cpu_offload") or log.values.get("prefetch_offload")
     planned_pinned = next((plan.host_ram[n] for n in ("pinned_offload", "offload") if n in plan.host_ram), None)
     if offloaded or planned_pinned:

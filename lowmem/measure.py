@@ -565,7 +565,13 @@ def run(options: Options) -> Receipt:
     peak = sampler.peak(source, *measured) or before
     idle = idle if served else ()
     on_top = [p - b for p, b in zip(peak, before, strict=True)]
-    idle_on_top = [p - b for p, b in zip(idle, before, strict=False)]
+    loaded = [phase for phase in measured if phase.startswith("load:")] or ["none"]
+    starting = sampler.peak(source, "loading", "start")
+
+    def above(reading: Sequence[int]) -> int | None:
+        """The GPU with the most above what was in use before."""
+        return max((r - b for r, b in zip(reading, before, strict=True)), default=None) if reading else None
+
     alike = same_device(plan, hardware)
     if not alike:
         notes.append(
@@ -592,12 +598,12 @@ def run(options: Options) -> Receipt:
         hardware=hardware,
         argv=argv or (*plan.argv, *options.extra),
         environment=environment,
-        terms=judge.terms(plan, log, max(idle_on_top, default=None), max(on_top, default=None) if served else None),
+        terms=judge.terms(plan, log, above(idle), above(sampler.peak(source, *loaded)), above(starting)),
         memory_source="NVML version-2 `used`, all processes, per GPU" if gpus else tree.source,
         memory_before_bytes=before,
         memory_idle_bytes=idle,
         memory_peak_bytes=peak,
-        memory_peak_start_bytes=sampler.peak(source, "loading", "start"),
+        memory_peak_start_bytes=starting,
         memory_phases_bytes={phase: readings[source] for phase, readings in sampler.peaks.items()},
         host_memory_bytes={
             name: max(sampler.peak(probe, *measured), default=0)

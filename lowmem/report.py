@@ -16,7 +16,7 @@ from lowmem.receipt import read
 from lowmem.schema import Receipt
 from lowmem.units import MIB
 
-SUMS = ("total", "rest", "peak", "load_growth")
+SUMS = ("total", "rest", "peak", "start", "load_growth")
 """Rows of a receipt that are sums of others, or come on top of them: not parts of a bar."""
 
 

@@ -102,7 +102,7 @@ def test_terms_beside_their_measurement() -> None:
             "Graph capturing finished in 1 secs, took 0.25 GiB",
         ]
     )
-    rows = {t.name: (t.planned_bytes, t.measured_bytes) for t in terms(plan(), log, 20000 * MIB, 20100 * MIB)}
+    rows = {t.name: (t.planned_bytes, t.measured_bytes) for t in terms(plan(), log, 20000 * MIB, 20100 * MIB, 22000 * MIB)}
     assert rows == {
         "weights": (17000 * MIB, 17408 * MIB),
         "kv_cache": (1600 * MIB, 1536 * MIB),
@@ -113,6 +113,7 @@ def test_terms_beside_their_measurement() -> None:
         "total": (19400 * MIB, 20000 * MIB),
         "load_growth": (100 * MIB, 100 * MIB),
         "peak": (19500 * MIB, 20100 * MIB),
+        "start": (None, 22000 * MIB),
     }
 
 
