@@ -55,12 +55,19 @@ class Engine:
         self.pid = pid
         self.log = log
         self.process = process
-        self.seen: set[int] = set()
+        self.seen: set[psutil.Process] = set()
 
     def alive(self) -> bool:
         if self.process is not None:
             return self.process.poll() is None
         return self.pid is None or psutil.pid_exists(self.pid)
+
+    def look(self) -> None:
+        """Notes the processes that live now; psutil knows each by its start time too, so that a number used again is no mistake."""
+        if self.pid is not None:
+            with contextlib.suppress(psutil.Error):
+                main = psutil.Process(self.pid)
+                self.seen |= {main, *main.children(recursive=True)}
 
     def log_lines(self) -> list[str]:
         if self.log is None or not self.log.exists():
@@ -87,14 +94,14 @@ class Engine:
         """Ends the processes that were started here and no others; says which had to be killed."""
         if self.process is None:
             return []
-        self.seen |= ProcessTree(self.process.pid, pss=False).pids()
+        self.look()
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGTERM)
         killed: list[str] = []
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        left = [p for p in self.seen if psutil.pid_exists(p)]
-        _, alive = psutil.wait_procs([psutil.Process(p) for p in left if psutil.pid_exists(p)], timeout=10)
+        # Workers outlive the server that ended by a moment; where it did not end, they have had their time.
+        _, alive = psutil.wait_procs(self.seen, timeout=10 if self.process.poll() is not None else 0)
         for process in alive:
             with contextlib.suppress(psutil.Error):
                 killed.append(f"{process.pid} ({process.name()})")
@@ -214,8 +221,7 @@ def wait_ready(engine: Engine, api: Api, sampler: Sampler, timeout_s: float) -> 
     began = time.monotonic()
     said = began
     while time.monotonic() - began < timeout_s:
-        if engine.pid:
-            engine.seen |= ProcessTree(engine.pid, pss=False).pids()
+        engine.look()
         if not engine.alive():
             return None
         if sampler.phase == "loading" and any(_LOADED.search(line) for line in engine.log_lines()):
