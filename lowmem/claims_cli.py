@@ -29,7 +29,7 @@ def check_article(
 
     out = Console(highlight=False)
     for c in found:
-        colour = {"yes": "green", "barely": "yellow"}.get(c.holds, "red")
+        colour = {"by plan": "yellow", "barely": "yellow"}.get(c.holds, "red")
         out.print(f"[bold]{escape(c.claim)}[/]  [{colour}]{c.holds}[/]", soft_wrap=True)
         out.print(f"    {escape(c.truth)}", soft_wrap=True)
         out.print(f"    [cyan]recipe:[/] {escape(c.recipe)}", soft_wrap=True)
