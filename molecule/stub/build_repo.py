@@ -91,6 +91,8 @@ def driver(out: Path, version: str, cuda: str) -> None:
     needs = f"nvidia-kernel-open-dkms (= {full}) | nvidia-kernel-dkms (= {full}), libcuda1 (= {full}), nvidia-persistenced (= {full})"
     package(out, "nvidia-driver-cuda", full, {"/usr/bin/nvidia-smi": (smi, 0o755)}, depends=needs)
     package(out, "libcuda1", full)
+    nodes = "#!/bin/sh\n# STUB: the node is an empty file\n[ \"$*\" = '-c=0 -u' ] && touch /dev/nvidia-uvm\n"
+    package(out, "nvidia-modprobe", full, {"/usr/bin/nvidia-modprobe": (nodes, 0o755)})
     for name, licence, other in (
         ("nvidia-kernel-open-dkms", "Dual MIT/GPL", "nvidia-kernel-dkms"),
         ("nvidia-kernel-dkms", "NVIDIA", "nvidia-kernel-open-dkms"),

@@ -9,8 +9,8 @@ import pytest
 TWO, EIGHT = "gpu-driver-two", "gpu-driver-eight"
 VERSION = {TWO: "580.95.05", EIGHT: "580.159.04"}
 HELD = {
-    TWO: ["libcuda1", "nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-persistenced"],
-    EIGHT: ["libcuda1", "nvidia-driver-cuda", "nvidia-fabricmanager", "nvidia-kernel-dkms", "nvidia-persistenced"],
+    TWO: ["libcuda1", "nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-modprobe", "nvidia-persistenced"],
+    EIGHT: ["libcuda1", "nvidia-driver-cuda", "nvidia-fabricmanager", "nvidia-kernel-dkms", "nvidia-modprobe", "nvidia-persistenced"],
 }
 
 
@@ -65,6 +65,10 @@ def test_persistence_daemon_runs_with_the_drop_in(host):
     assert host.service("nvidia-persistenced").is_enabled
     process = host.check_output("systemctl show nvidia-persistenced --property=ExecStart")
     assert "argv[]=/usr/bin/nvidia-persistenced --persistence-mode --verbose" in process
+
+
+def test_the_device_node_that_cuda_needs_is_made_at_boot(host):
+    assert host.file("/dev/nvidia-uvm").exists
 
 
 def test_fabric_manager_only_where_there_are_switches(host, name):
