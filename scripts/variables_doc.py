@@ -45,7 +45,14 @@ def kind_of(option: dict[str, Any]) -> str:
 
 
 def section(role: str, spec: dict[str, Any]) -> str:
-    rows = [f"## {role}", "", paragraphs(spec.get("description") or f"{spec['short_description']}."), "", "| variable | type | default | |", "|---|---|---|---|"]
+    rows = [
+        f"## {role}",
+        "",
+        paragraphs(spec.get("description") or f"{spec['short_description']}."),
+        "",
+        "| variable | type | default | |",
+        "|---|---|---|---|",
+    ]
     for name, option in spec["options"].items():
         cells = [f"`{name}`", kind_of(option), default_of(option), paragraphs(option["description"])]
         rows.append("| " + " | ".join(cell.replace("\n", " ").strip() for cell in cells) + " |")
