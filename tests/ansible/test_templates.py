@@ -42,7 +42,7 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
     return render(playbook, tmp_path_factory.mktemp("rendered") / "cuda", {**plan, "device_kind": "cuda", "service": service})
 
 
-@pytest.mark.parametrize("name", ["low_mem.sh", "vllm.env", "supervisord.conf", "vllm.service", "vllm.logrotate"])
+@pytest.mark.parametrize("name", ["low_mem.sh", "vllm.env", "supervised.sh", "supervisord.conf", "vllm.service", "vllm.logrotate"])
 def test_golden(rendered: Path, name: str) -> None:
     """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_templates.py, and read the diff."""
     if os.environ.get("LOWMEM_GOLDEN") == "write":
@@ -50,9 +50,10 @@ def test_golden(rendered: Path, name: str) -> None:
     assert (rendered / name).read_text() == (GOLDEN / name).read_text()
 
 
-def test_the_launcher_is_legal_bash(rendered: Path) -> None:
-    subprocess.run(["bash", "-n", rendered / "low_mem.sh"], check=True)
-    subprocess.run(["shellcheck", "--severity=warning", rendered / "low_mem.sh"], check=True)
+def test_the_launchers_are_legal_bash(rendered: Path) -> None:
+    for name in ("low_mem.sh", "supervised.sh"):
+        subprocess.run(["bash", "-n", rendered / name], check=True)
+        subprocess.run(["shellcheck", "--severity=warning", rendered / name], check=True)
 
 
 def test_the_launcher_gives_exactly_the_plans_arguments(rendered: Path, plan: dict[str, Any], tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_no_secret_but_in_the_environment_file(rendered: Path) -> None:
 def test_supervisor_reads_its_configuration(rendered: Path) -> None:
     program = configparser.ConfigParser(interpolation=None)
     program.read(rendered / "supervisord.conf")
-    assert program["program:vllm"]["command"] == "/srv/vllm-lowmem/etc/low_mem.sh"
+    assert program["program:vllm"]["command"] == "/srv/vllm-lowmem/etc/supervised.sh"
     assert program["program:vllm"]["autorestart"] == "true"
     assert program["program:vllm"]["startsecs"] == "45"
     assert program["program:vllm"]["startretries"] == "3"
