@@ -146,7 +146,7 @@ def test_the_killed_server_answers_again_and_leaves_nothing(deployed: Any) -> No
 
 
 def test_a_service_that_cannot_start_is_given_up_and_shown(deployed: Any, playbook: Any, tmp_path: Path) -> None:
-    """A second deployment beside the first, whose vLLM is told something that it does not know."""
+    """A second deployment beside the first, whose vLLM is told to log at a level that does not exist."""
     root = tmp_path / "host"
     root.mkdir()
     for folder in ("envs", "models"):
@@ -155,7 +155,7 @@ def test_a_service_that_cannot_start_is_given_up_and_shown(deployed: Any, playbo
         "lowmem_root": str(root),
         "lowmem_port": 18998,
         "vllm_service_start_limit": 1,
-        "vllm_service_extra_environment": {"VLLM_CPU_OMP_THREADS_BIND": "9000-9001"},
+        "vllm_service_extra_environment": {"VLLM_LOGGING_LEVEL": "NOSUCH"},
     }
     try:
         done = playbook("site.yml", "--skip-tags", "verify", variables=variables)
