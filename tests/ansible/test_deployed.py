@@ -176,7 +176,9 @@ def test_an_ordinary_user_deploys_it(deployed: Any) -> None:
     home = Path(tempfile.mkdtemp(prefix="lowmem-", dir="/var/tmp"))
     root = home / "host"
     (root / "models").mkdir(parents=True)
-    (root / "envs").symlink_to(deployed.root / "envs")
+    (root / "envs").mkdir()
+    for environment in (deployed.root / "envs").glob("*-*/"):
+        (root / "envs" / environment.name).symlink_to(environment)
     for entry in (deployed.root / "models").iterdir():
         copy = shutil.copytree if entry.is_dir() else shutil.copy2
         copy(entry, root / "models" / entry.name)
@@ -185,10 +187,11 @@ def test_an_ordinary_user_deploys_it(deployed: Any) -> None:
     as_nobody = ["setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups", "--bounding-set=-all", "env"]
     as_nobody += [f"HOME={home}", f"ANSIBLE_HOME={home}/ansible", f"XDG_CACHE_HOME={home}/cache", "PYTHONDONTWRITEBYTECODE=1"]
     playbook = Path(sys.executable).parent / "ansible-playbook"
+    settings = ["-e", f"lowmem_root={root}", "-e", "lowmem_port=18997", "-e", f"ansible_remote_tmp={home}/tmp"]
     control = [next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl")), "-c", root / "etc/supervisord.conf"]
     try:
         done = subprocess.run(
-            [*as_nobody, playbook, "site.yml", "--skip-tags", "verify", "-e", f"lowmem_root={root}", "-e", "lowmem_port=18997"],
+            [*as_nobody, playbook, "site.yml", "--skip-tags", "verify", *settings],
             cwd=Path(__file__).resolve().parents[2],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
