@@ -107,7 +107,7 @@ def gather(
         if memory_limit_bytes < MIB:
             raise BadInput(f"memory limit {memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g. 20GiB")
         limits = limits.model_copy(update={"memory_bytes": memory_limit_bytes})
-    quantized = cards.quantized(c, wanted_quantization(p, merged))
+    quantized = cards.quantized(c, fitting_group(c, wanted_quantization(p, merged), merged))
     place = Deploy.model_validate(deploy) if deploy is not None and not isinstance(deploy, Deploy) else deploy
     return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place)
 
@@ -118,6 +118,23 @@ def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantiza
     if method is None or profile.quantization.method == "none":
         return profile.quantization
     return Quantization.model_validate({**profile.quantization.model_dump(), "method": method})
+
+
+def fitting_group(card: ModelCard, quantization: Quantization, given: Mapping[str, Knob]) -> Quantization:
+    """The largest group size, from the profile's down to 32, that divides every layer's inputs on each card; the profile's if none does.
+
+    A checkpoint to come can be made to fit the model; one that exists is what it is.
+    """
+    cards_per_layer = given["tensor_parallel_size"].value if "tensor_parallel_size" in given else 1
+    if card.quantization.method != "none" or quantization.group_size <= 0 or not isinstance(cards_per_layer, int):
+        return quantization
+    linears = [g for g in card.groups if g.kind == "linear"]
+    for size in (quantization.group_size, 64, 32):
+        if size <= quantization.group_size and not any(
+            g.in_features % (size * (cards_per_layer if g.split == "row" else 1)) for g in linears
+        ):
+            return quantization.model_copy(update={"group_size": size})
+    return quantization
 
 
 def _before(profile: Profile, name: str) -> str:

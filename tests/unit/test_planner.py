@@ -267,3 +267,17 @@ def test_max_model_len_auto_is_what_the_pool_holds():
 
 def test_a_two_bit_awq_does_not_exist():
     assert any("2-bit AWQ has no loader" in r for r in make_plan("extreme", overrides={"quantization": "awq"}).reasons)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "count", "knobs", "group_size"),
+    [
+        ("llama-2-70b", "a100-40g", 2, {}, 128),
+        ("smollm2-135m", "a100-40g", 1, {}, 64),  # 576 inputs
+        ("qwen2.5-72b", "a100-80g", 2, {"tensor_parallel_size": 2}, 64),  # 29,568 inputs: 14,784 a card are 115.5 groups of 128
+        ("qwen2.5-72b", "a100-80g", 1, {}, 128),
+    ],
+)
+def test_the_group_size_fits_the_model_and_its_split(model: str, device: str, count: int, knobs: dict[str, int], group_size: int) -> None:
+    plan = make_plan("low_latency", model=model, device=device, count=count, overrides=knobs)
+    assert plan.quantization.group_size == group_size
