@@ -25,9 +25,9 @@ def bar(value: float, whole: float, width: int = _BAR) -> str:
 
 def plan_text(plan: Plan, width: int = 120) -> str:
     """What `show_plan` prints, as plain text without colour."""
-    with Console(file=io.StringIO(), width=width, color_system=None, highlight=False, legacy_windows=False) as console:
-        show_plan(plan, console)
-        return str(console.file.getvalue())  # type: ignore[attr-defined]
+    page = io.StringIO()
+    show_plan(plan, Console(file=page, width=width, color_system=None, highlight=False))
+    return page.getvalue()
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from typing import Any
 
@@ -25,8 +24,6 @@ options:
     type: dict, required: true}
 """
 
-PAGE_COLUMNS = 120
-
 
 class ActionModule(ActionBase):
     _requires_connection = False
@@ -45,11 +42,9 @@ class ActionModule(ActionBase):
             }
         )
         try:
-            from rich.console import Console
-
             from lowmem.errors import BadInput
             from lowmem.planner import make_plan
-            from lowmem.render import show_plan
+            from lowmem.render import plan_text
         except ModuleNotFoundError as error:
             raise AnsibleActionFail(f"{error}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from error
         try:
@@ -63,9 +58,7 @@ class ActionModule(ActionBase):
             )
         except BadInput as error:
             raise AnsibleActionFail(str(error)) from error
-        page = io.StringIO()
-        show_plan(plan, Console(file=page, width=PAGE_COLUMNS, highlight=False))
-        self._display.display(page.getvalue())
+        self._display.display(plan_text(plan))
         if plan.verdict == "impossible":
             raise AnsibleActionFail(f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed.")
         return {"changed": False, "plan": json.loads(plan.model_dump_json())}
