@@ -19,6 +19,7 @@ COMMANDS = {
     "receipt": "lowmem.receipt:receipt",
     "report": "lowmem.report:report",
     "doctor": "lowmem.doctor:doctor",
+    "watch": "lowmem.watchdog:watch",
 }
 """Subcommand -> `module:function`; the function is an ordinary typer command."""
 

@@ -38,8 +38,9 @@ def complete(deployed: Any, **replaced: str) -> tuple[int, dict[str, Any]]:
 
 
 def server_of(deployed: Any) -> psutil.Process:
-    """The API server: the supervisor's only child."""
-    [server] = psutil.Process(int((deployed.root / "run/supervisord.pid").read_text())).children()
+    """The API server: the supervisor's child that is not the watchdog."""
+    children = psutil.Process(int((deployed.root / "run/supervisord.pid").read_text())).children()
+    [server] = [child for child in children if "watch" not in child.cmdline()]
     return server
 
 
@@ -200,8 +201,8 @@ def test_an_ordinary_user_deploys_it(deployed: Any) -> None:
         )
         assert done.returncode == 0, done.stdout
         assert (root / "etc/vllm.env").stat().st_uid == nobody.pw_uid
-        server = psutil.Process(int((root / "run/supervisord.pid").read_text())).children()[0]
-        assert server.uids().effective == nobody.pw_uid
+        supervisor = psutil.Process(int((root / "run/supervisord.pid").read_text()))
+        assert {child.uids().effective for child in supervisor.children()} == {nobody.pw_uid}
     finally:
         subprocess.run([*control, "shutdown"], check=False)
         shutil.rmtree(home)

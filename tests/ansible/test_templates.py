@@ -42,7 +42,10 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
     return render(playbook, tmp_path_factory.mktemp("rendered") / "cuda", {**plan, "device_kind": "cuda", "service": service})
 
 
-@pytest.mark.parametrize("name", ["low_mem.sh", "vllm.env", "supervised.sh", "supervisord.conf", "vllm.service", "vllm.logrotate"])
+@pytest.mark.parametrize(
+    "name",
+    ["low_mem.sh", "vllm.env", "supervised.sh", "supervisord.conf", "vllm.service", "vllm-watchdog.service", "vllm.logrotate"],
+)
 def test_golden(rendered: Path, name: str) -> None:
     """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_templates.py, and read the diff."""
     if os.environ.get("LOWMEM_GOLDEN") == "write":

@@ -1,4 +1,4 @@
-"""What the tests of playbooks, roles and plugins share: the repository's own ansible-playbook, run as an operator runs it."""
+"""What the tests share: the record of faults, the demo's deployment, the repository's own ansible-playbook, run as an operator runs it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from lowmem.files import write_text
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -102,3 +104,31 @@ def deployed(demo_root: Path) -> Deployed:
     done = run_playbook("site.yml", "--skip-tags", "verify", variables=variables)
     assert done.rc == 0, done.text
     return Deployed(demo_root, json.loads(plan.read_text()))
+
+
+class Fault:
+    """What one fault of the catalogue did, written down when its test has passed; docs/reliability.md is made of these records."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: list[str] = []
+        self.recovery_s: float | None = None
+
+    def saw(self, what: str) -> None:
+        self.seen.append(what)
+
+    def write(self) -> None:
+        folder = Path(os.environ.get("LOWMEM_FAULTS", REPOSITORY / ".lowmem/faults"))
+        record = {"fault": self.name, "seen": self.seen, "recovery_s": self.recovery_s, "on": "this machine"}
+        write_text(folder / f"{self.name}.json", json.dumps(record, indent=2))
+
+
+@pytest.fixture
+def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
+    """The fault that the test's `fault` marker names."""
+    [name] = request.node.get_closest_marker("fault").args
+    record = Fault(name)
+    failed = request.session.testsfailed
+    yield record
+    if request.session.testsfailed == failed:
+        record.write()
