@@ -130,5 +130,5 @@ def fault(request: pytest.FixtureRequest) -> Iterator[Fault]:
     record = Fault(name)
     failed = request.session.testsfailed
     yield record
-    if request.session.testsfailed == failed:
+    if record.seen and request.session.testsfailed == failed:
         record.write()

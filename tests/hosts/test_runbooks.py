@@ -1,5 +1,5 @@
 """The commands in the runbooks that need no GPU host run, as they stand (blocks marked `bash run`). Those marked `bash host` run in the
-gpu_driver scenario. Every file and variable that a runbook names exists."""
+gpu_driver scenario, those marked `bash demo` on the demo's deployment. Every file and variable that a runbook names exists."""
 
 import os
 import re
@@ -11,17 +11,26 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 RUNBOOKS = sorted((ROOT / "docs/runbooks").glob("*.md"))
-BLOCK = re.compile(r"^( *)```bash run\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    pytest.param(line.strip(), id=f"{path.stem}: {line.strip()[:50]}")
-    for path in RUNBOOKS
-    for _, block in BLOCK.findall(path.read_text())
-    for line in block.splitlines()
-    if line.strip()
-]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def commands(kind):
+    block = re.compile(rf"^( *)```bash {kind}\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    return [
+        pytest.param(line.strip(), id=f"{path.stem}: {line.strip()[:50]}")
+        for path in RUNBOOKS
+        for _, text in block.findall(path.read_text())
+        for line in text.splitlines()
+        if line.strip()
+    ]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("command", commands("demo"))
+def test_command_runs_on_the_demo(command, deployed):
+    test_command_runs(command)
+
+
+@pytest.mark.parametrize("command", commands("run"))
 def test_command_runs(command):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(

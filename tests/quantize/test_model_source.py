@@ -143,6 +143,43 @@ def test_a_killed_download_goes_on_where_it_stopped(downloader: Path, hub: StubH
 
 
 @pytest.mark.engine
+@pytest.mark.fault("disk-full-download")
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted by root only")
+def test_a_full_disk_ends_the_download_and_a_larger_one_goes_on(downloader: Path, hub: StubHub, tmp_path: Path, fault: Any) -> None:
+    """Somebody else takes the room while the download runs; too little room from the start is refused before it."""
+    models = tmp_path / "models"
+    models.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", models], check=True)
+    try:
+        hub.stop_after = 10_000_000
+        with subprocess.Popen(
+            **command(downloader, from_hub(models), hub), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            assert hub.stopped.wait(60)
+            hub.stop_after = None
+            try:
+                (models / "ballast").write_bytes(b"0" * 45_000_000)
+            finally:
+                hub.go_on.set()
+            _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 1
+        [said] = stderr.strip().splitlines()[-1:]
+        assert "No space left on device" in said
+        assert "Traceback" not in stderr
+        assert not (models / "m").exists()
+        assert not (models / "m.manifest.json").exists()
+        fault.saw(f"said: {said.replace(str(models), 'models')[:160]}")
+        (models / "ballast").unlink()
+        done = fetch(downloader, from_hub(models), hub)
+        assert done.returncode == 0, done.stderr
+        assert (models / "m/model.safetensors").read_bytes() == FILES["model.safetensors"]
+        assert contents(models) == [".m.lock", "m", "m.manifest.json"]
+        fault.saw("with room the same run ended well")
+    finally:
+        subprocess.run(["umount", models], check=True)
+
+
+@pytest.mark.engine
 def test_only_the_damaged_file_is_fetched_again(downloader: Path, hub: StubHub, tmp_path: Path) -> None:
     assert fetch(downloader, from_hub(tmp_path), hub).returncode == 0
     hub.ranges.clear()

@@ -1,0 +1,134 @@
+"""The demo's deployment as the faults see it: its processes, a client, and a second watchdog with a limit short enough for a test."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from .ledger import Client
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PORT = 18994
+
+
+@dataclass(frozen=True)
+class Service:
+    """A deployed server under a supervisor."""
+
+    root: Path
+    client: Client
+
+    @property
+    def environment(self) -> Path:
+        return next(path.parent for path in (self.root / "envs").glob("vllm-*/.complete"))
+
+    def control(self, *words: str) -> str:
+        command = [str(self.environment / "bin/supervisorctl"), "-c", str(self.root / "etc/supervisord.conf"), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+
+    def family(self) -> dict[str, psutil.Process]:
+        """server, engine and worker of the server that runs now."""
+        supervisor = psutil.Process(int((self.root / "run/supervisord.pid").read_text()))
+        [server] = [child for child in supervisor.children() if "watch" not in child.cmdline()]
+        named = {process.name(): process for process in server.children(recursive=True)}
+        return {"server": server, "engine": named["VLLM::EngineCore"], "worker": named["VLLM::Worker"]}
+
+    def log(self) -> str:
+        return (self.root / "log/vllm.log").read_text(errors="replace")
+
+
+@pytest.fixture
+def service(deployed: Any) -> Service:
+    """The demo's own, answering."""
+    client = Client(deployed.url, deployed.key, deployed.plan["deploy"]["served_model_name"])
+    client.recovery_s(time.monotonic())
+    return Service(deployed.root, client)
+
+
+def arguments(root: Path) -> list[str]:
+    program = str(Path(sys.executable).parent / "ansible-playbook")
+    settings = ["-e", f"lowmem_root={root}", "-e", f"lowmem_port={PORT}", "-e", "vllm_service_settle_s=20"]
+    return [program, "site.yml", "--skip-tags", "verify", *settings]
+
+
+@pytest.fixture(scope="session")
+def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Of a second deployment beside the demo's, with a copy of its checkpoint; where root runs the tests its log lies on a small tmpfs."""
+    root = tmp_path_factory.mktemp("second") / "host"
+    (root / "log").mkdir(parents=True)
+    (root / "log").chmod(0o700)
+    (root / "envs").symlink_to(deployed.root / "envs")
+    shutil.copytree(deployed.root / "models", root / "models")
+    mounted = os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", root / "log"]).returncode
+    yield root
+    control = next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl"))
+    subprocess.run([control, "-c", root / "etc/supervisord.conf", "shutdown"], check=False)
+    deadline = time.monotonic() + 90
+    while (root / "run/supervisord.pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    if mounted:
+        subprocess.run(["umount", root / "log"], check=True)
+
+
+@pytest.fixture(scope="session")
+def killed_play(root: Path) -> dict[str, str]:
+    """The first play on this root, killed with SIGKILL in the task after the one that wrote the environment file."""
+    with subprocess.Popen(arguments(root), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True) as play:
+        for line in play.stdout or ():
+            if line.startswith("TASK [vllm_service : Write the launcher]"):
+                os.killpg(play.pid, signal.SIGKILL)
+    return {path.name: path.read_text() for path in (root / "etc").iterdir()}
+
+
+@pytest.fixture(scope="session")
+def second(root: Path, killed_play: dict[str, str], deployed: Any) -> Service:
+    """Deployed by the play that came after the killed one. Its server counts as started before it answers (settle_s), so that one fault
+    after another is no series of failed starts."""
+    done = subprocess.run(arguments(root), cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    [key] = re.findall(r"^VLLM_API_KEY=(.+)$", (root / "etc/vllm.env").read_text(), re.MULTILINE)
+    return Service(root, Client(f"http://127.0.0.1:{PORT}", key, deployed.plan["deploy"]["served_model_name"]))
+
+
+def none_left(processes: dict[str, psutil.Process]) -> list[psutil.Process]:
+    """Those that still live, after a moment for the kernel."""
+    _, alive = psutil.wait_procs(list(processes.values()), timeout=10)
+    return [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Callable[[Service, float], Any]:
+    """watched(service, silence_s): a context with a watchdog of its own beside the deployment's; gives the path of what it says."""
+
+    @contextmanager
+    def start(service: Service, silence_s: float) -> Iterator[Path]:
+        said = tmp_path / "watchdog.log"
+        command = [service.environment / "bin/lowmem", "watch", "--plan", service.root / "etc/plan.json"]
+        command += ["--env-file", service.root / "etc/vllm.env", "--silence-s", str(silence_s), "--every-s", "1", "--report-s", "10"]
+        with said.open("w") as stream:
+            process = subprocess.Popen([str(word) for word in command], stdout=stream, stderr=stream)
+        try:
+            deadline = time.monotonic() + 60
+            while "serving" not in said.read_text():
+                assert process.poll() is None, said.read_text()
+                assert time.monotonic() < deadline, said.read_text()
+                time.sleep(0.2)
+            yield said
+        finally:
+            process.kill()
+            process.wait()
+
+    return start

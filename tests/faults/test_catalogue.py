@@ -1,0 +1,28 @@
+"""The catalogue, the tests and the pages name the same faults."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CATALOGUE = yaml.safe_load((ROOT / "tests/faults/catalogue.yml").read_text())
+PAGE = (ROOT / "docs/reliability.md").read_text()
+
+
+def test_the_page_lists_exactly_the_catalogue() -> None:
+    rows = re.findall(r"^\| \*\*([\w-]+)\*\*: (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", PAGE, re.MULTILINE)
+    assert [row[:4] for row in rows] == [(name, f["fault"], f["injected"], f["expected"]) for name, f in CATALOGUE.items()]
+    assert all(seen.strip() for *_, seen, _ in rows)
+
+
+def test_each_fault_has_a_test_and_each_test_its_fault() -> None:
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    marked = set(re.findall(r'fault\("([\w-]+)"\)', text)) | {f"{who}-killed" for who in ("engine", "server", "worker")}
+    assert marked == set(CATALOGUE)
+
+
+def test_each_fault_has_its_runbook() -> None:
+    assert {f["runbook"] for f in CATALOGUE.values() if not (ROOT / "docs/runbooks" / f["runbook"]).is_file()} == set()
