@@ -84,7 +84,7 @@ def offload_findings(plan: Plan, log: EngineLog) -> list[str]:
 
 
 def limit_findings(plan: Plan, service_peak_bytes: Sequence[int], loads: Sequence[LoadResult]) -> list[str]:
-    """Limits of the plan that were missed, each with its term, value and limit."""
+    """Limits of the plan that were missed, each with its term, value and limit. The peak is that of the ready service, idle or loaded."""
     findings = []
     limit = plan.limits.memory_bytes
     for index, used in enumerate(service_peak_bytes):

@@ -6,7 +6,7 @@ import math
 
 from lowmem.cards import DTYPE_BYTES
 from lowmem.knobs import Engine
-from lowmem.memory import CardMemory, constant, kv_bytes_per_token
+from lowmem.memory import CardMemory, constant, kv_bytes_per_token, streamed_layers
 from lowmem.schema import Device, Latency, Load, ModelCard
 from lowmem.units import GB
 
@@ -31,6 +31,12 @@ def _expert_share(card: ModelCard, tokens: int) -> float:
 
 def _embedding_bytes(card: ModelCard, engine: Engine) -> int:
     return sum(g.parameters * 2 // engine.tp for g in card.groups if g.kind == "embedding" and not card.tied)
+
+
+def _efficiency(which: str, kernel: str, device: Device) -> float:
+    """Of this kernel on cards of this compute capability where that was measured, else of the kernel."""
+    table = constant("latency", which)
+    return float(table.get(f"{kernel}@{device.capability}", table[kernel]))
 
 
 def latency(card: ModelCard, engine: Engine, device: Device, memory: CardMemory, load: Load) -> Latency:
@@ -62,22 +68,27 @@ def latency(card: ModelCard, engine: Engine, device: Device, memory: CardMemory,
         if engine.tp == 1:
             return 0.0
         wire = tokens * card.hidden_size * DTYPE_BYTES[engine.dtype] / (device.peer_gb_per_s * GB / 1e3)
-        return 2 * card.layers * (float(constant("latency", "all_reduce_ms")["eager" if engine.eager else "graph"]) + wire)
+        over = "eager" if engine.eager else "graph" if device.peer_gb_per_s > device.link_gb_per_s else "graph_over_pcie"
+        return 2 * card.layers * (float(constant("latency", "all_reduce_ms")[over]) + wire)
 
-    launches = card.layers * float(constant("latency", "eager_ms_per_layer")) if engine.eager and device.kind == "cuda" else 0.0
+    cuda = device.kind == "cuda"
+    launches = card.layers * float(constant("latency", "eager_ms_per_layer")) if engine.eager and cuda else 0.0
     fixed = float(constant("latency", "step_ms"))
+    small = card.layers * float(constant("latency", "graph_ms_per_layer")) if cuda else 0.0  # what a layer takes beside its matrix products
+    # Of the layers in a row that stay on the card, only the first finds a copy to run beside it.
+    staying = 1 - streamed_layers(engine, card) / card.layers
 
     def expected(tokens: int) -> float:
         """A step of so many tokens with the efficiencies seen."""
         t = work(tokens)
-        gpu = max(
-            t["hbm_weights"] / constant("latency", "hbm_efficiency")[name] + t["hbm_kv"],
-            t["flops"] / constant("latency", "flop_efficiency")[name],
+        gpu = small + max(
+            t["hbm_weights"] / _efficiency("hbm_efficiency", name, device) + t["hbm_kv"],
+            t["flops"] / _efficiency("flop_efficiency", name, device),
         )
-        if engine.offload == "prefetch":  # copies run beside the computing
-            body = max(gpu, t["link_offload"] / constant("latency", "link_efficiency")["prefetch"])
+        if engine.offload == "prefetch":  # copies run beside the computing of the layers that are copied
+            body = max(gpu, t["link_offload"] / constant("latency", "link_efficiency")["prefetch"] + gpu * staying)
         else:  # UVA reads happen inside the kernels, again for every tile of rows
-            tiles = math.ceil(tokens / constant("latency", "uva_tile_tokens"))
+            tiles = math.ceil(tokens / constant("latency", "uva_tile_tokens").get(name, 256))
             body = gpu + tiles * t["link_offload"] / constant("latency", "link_efficiency")["uva"]
         return float(max(body, launches) + all_reduces(tokens) + fixed)
 

@@ -570,7 +570,9 @@ def run(options: Options) -> Receipt:
     log = enginelog.read(engine.log_lines())
     peak = sampler.peak(source, *measured) or before
     idle = idle if served else ()
-    on_top = [p - b for p, b in zip(peak, before, strict=True)]
+    # The limit is for the service that answers; what passes it for seconds while loading is a term of its own, and a note.
+    ready = sampler.peak(source, *(phase for phase in measured if phase not in ("loading", "start"))) or before
+    on_top = [p - b for p, b in zip(ready, before, strict=True)]
     loaded = [phase for phase in measured if phase.startswith("load:")] or ["none"]
     starting = sampler.peak(source, "loading", "start")
 
@@ -585,6 +587,8 @@ def run(options: Options) -> Receipt:
         )
     if results and not any(r.load == plan.load for r in results):
         notes.append("none of the loads is the plan's: latency limits were not compared")
+    if served and (highest := above(starting)) is not None and highest > plan.limits.memory_bytes:
+        notes.append(f"memory: up to {highest / MIB:,.0f} MiB while starting, over the limit of {plan.limits.memory_bytes / MIB:,.0f} MiB")
     if sampler.longest_gap_s > max(0.2, 2 * options.interval_s):
         notes.append(f"longest gap between two memory samples: {sampler.longest_gap_s * 1000:.0f} ms")
     if gpus is None:
@@ -603,7 +607,7 @@ def run(options: Options) -> Receipt:
         versions=versions(),
         hardware=hardware,
         argv=argv or (*plan.argv, *options.extra),
-        environment=environment,
+        environment=environment or {k: v for k, v in sorted(options.variables.items()) if _TELLING.match(k) and not _SECRET.search(k)},
         terms=judge.terms(plan, log, above(idle), above(sampler.peak(source, *loaded)), above(starting)),
         memory_source="NVML version-2 `used`, all processes, per GPU" if gpus else tree.source,
         memory_before_bytes=before,

@@ -178,6 +178,13 @@ def offloaded_parameters(engine: Engine, layers: tuple[tuple[Parameter, ...], ..
     return taken
 
 
+def streamed_layers(engine: Engine, card: ModelCard) -> int:
+    """Decoder layers that the prefetch back end copies to the card for every step, 0 with another back end."""
+    if engine.offload != "prefetch" or ignores_offload(engine):
+        return 0
+    return sum(n % engine.group_size >= engine.group_size - engine.num_in_group for n in range(card.layers))
+
+
 def ignores_offload(engine: Engine) -> bool:
     """True for the versions whose default model runner drops weight offload without a word."""
     return (0, 24, 0) <= engine.vllm < (0, 28, 0)
@@ -283,6 +290,8 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     growth = _mib("growth_mib") + (_mib("first_use_mib") if engine.tp == 1 else 0)
     kept = _mib("idle_cache_mib") if new else _mib("idle_cache_old_mib")
     if new:  # the runner's own buffers, as wide as the largest step
+        kept += _mib("eager_cache_mib") if engine.eager else 0
+        kept += round(float(constant("memory", "loading_cache_mib").get(card.quantization.method, 0)) * MIB)
         kept += 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
     terms = {
         "weights": w.on_card,
@@ -293,7 +302,7 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
         "cuda_graphs": graph,
         "offload_buffers": offload_buffers(engine, w),
     }
-    load = {"activations": round(act * float(constant("memory", "load_activation_ratio")))}
+    load = {"activations": round(act * float(constant("memory", "load_activation_ratio")[engine.kernel]))}
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
@@ -408,6 +417,8 @@ def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory
         "api_server": round(float(constant("service", "api_host_mib")) * MIB),
         "workers": engine.tp * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
         "pinned_offload": engine.tp * pinned,
+        # the prefetch back end copies each offloaded layer into pinned memory and keeps the first copy until loading has ended
+        "offload_loading": engine.tp * w.offloaded if engine.offload == "prefetch" else 0,
         "kv_offload": engine.kv_offload_bytes,
     }
     return {k: v for k, v in terms.items() if v}

@@ -12,7 +12,8 @@ from typing import Any
 
 from lowmem import profiles
 from lowmem.planner import make_plan
-from lowmem.schema import Plan, Scalar
+from lowmem.receipt import read
+from lowmem.schema import Plan, Receipt, Scalar
 from lowmem.units import MIB
 
 _SHORT = {"-tp": "--tensor-parallel-size"}
@@ -142,4 +143,69 @@ def load_session(path: Path) -> list[Session]:
         )
         seen = {k: run[k] for k in ("calibrates", "loaded_mib", "before_start_mib", "idle_mib", "start_peak_mib", "outcome")}
         found.append(Session(run["name"], plan, **seen))
+    return found
+
+
+_PLAYED = ("host", "port", "gpu_memory_utilization", "attention_config.flash_attn_version")
+"""Arguments that say nothing about memory or time: the address, and what playing a smaller card takes."""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A receipt of a run on a real card beside the plan that today's code makes for that card with the same arguments."""
+
+    name: str
+    receipt: Receipt
+    plan: Plan
+
+    @property
+    def idle_mib(self) -> float:
+        return max(a - b for a, b in zip(self.receipt.memory_idle_bytes, self.receipt.memory_before_bytes, strict=True)) / MIB
+
+    @property
+    def peak_mib(self) -> float:
+        """Highest under load."""
+        return float(next(t.measured_bytes or 0 for t in self.receipt.terms if t.name == "peak")) / MIB
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean over the requests of the first load."""
+        return self.receipt.loads[0].tpot_ms.mean
+
+
+def received(name: str, receipt: Receipt, device: str = "h200") -> Received:
+    """Nothing of the receipt but arguments, environment, model and load goes into the plan."""
+    words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    knobs = {k: v for k, v in knobs_of(shlex.join(words)).items() if k not in _PLAYED}
+    names = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM")
+    old, load = receipt.plan, receipt.loads[0].load
+    empty = profiles.load_profile("low_mem").model_copy(
+        update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}
+    )
+    plan = make_plan(
+        empty,
+        "llama-2-70b",
+        device,
+        old.device_count,
+        knobs,
+        clients=load.clients,
+        input_tokens=load.input_tokens,
+        output_tokens=load.output_tokens,
+        environment={n: receipt.environment[n] for n in names if n in receipt.environment},
+        vllm_version=old.vllm_version,
+        memory_limit_bytes=143771 * MIB,
+        search=False,
+    )
+    return Received(name, receipt, plan)
+
+
+def load_receipts(folder: Path) -> list[Received]:
+    """The receipts of a folder whose service answered a load, by name; other JSON files are passed over."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        if '"argv"' in file.read_text(encoding="utf-8"):
+            receipt = read(file)
+            if receipt.loads:
+                found.append(received(file.stem, receipt))
     return found

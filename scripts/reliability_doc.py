@@ -32,8 +32,8 @@ them: each ends with a complete answer or with an error that the client saw; a r
 Written by `scripts/reliability_doc.py` from the records of `pytest -m fault`, {when}: vLLM {vllm}, profile demo_cpu under its supervisor,
 {cpu_cores} cores ({cpu}). Recovery: from the fault to the next complete answer; most of it is vLLM's own start.
 
-Not injected yet: disk full during quantization, a stale process on the device, reboot, a cut network, a bad upgrade, a clock jump, and any of
-this under systemd with the real engine.
+Not injected yet: disk full during quantization, a stale process on the device, reboot, a cut network, a bad upgrade, a clock jump, and
+any of this under systemd with the real engine.
 
 | fault | injected | expected | seen | recovery | runbook |
 |---|---|---|---|--:|---|

@@ -104,6 +104,35 @@ def ballast(card_mib: int | None) -> Iterator[None]:
         held.wait(30)
 
 
+def dump_stacks(pid: int, file: Path) -> None:
+    """What every Python process under `pid` is doing, by py-spy where it is installed."""
+    import psutil
+
+    try:
+        processes = psutil.Process(pid).children(recursive=True)
+    except psutil.Error:
+        return
+    with file.open("a") as stream:
+        for process in processes:
+            stream.write(f"--- {process.pid} after {time.monotonic():.0f} s\n")
+            stream.flush()
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                command = [os.environ.get("PY_SPY", "py-spy"), "dump", "--pid", str(process.pid)]
+                subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=20)
+
+
+def watch_stalls(pid: int, log: Path, done: threading.Event, stall_s: float = 40, dumps: int = 2) -> None:
+    """Writes LOG's stacks beside it when the engine has said nothing for a while before it is ready."""
+    while dumps and not done.wait(5):
+        said = log.read_bytes() if log.exists() else b""
+        if b"startup complete" in said:
+            return
+        if said and time.time() - log.stat().st_mtime > stall_s:
+            dump_stacks(pid, log.with_suffix(".stacks.txt"))
+            dumps -= 1
+            done.wait(stall_s)
+
+
 def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
     where, receipt = folder / run["name"], out / f"{run['name']}.json"
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1"}
@@ -116,11 +145,14 @@ def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, 
     command += [f"--arg={a}" for a in run.get("args", [])]
     began = time.monotonic()
     process = subprocess.Popen(command, env=environment, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = threading.Event()
+    threading.Thread(target=watch_stalls, args=(process.pid, receipt.with_suffix(".log"), done), daemon=True).start()
     try:
         said, _ = process.communicate(timeout=max(30, until - began))
     except subprocess.TimeoutExpired:
         process.terminate()  # `lowmem measure` then stops its engine and still writes the receipt
         said, _ = process.communicate()
+    done.set()
     lines = [f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s", *said.splitlines()[-14:]]
     print("\n".join(lines), flush=True)
 

@@ -42,9 +42,22 @@ def auto_round(bits: int, group_size: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def compressed_tensors(group_size: int) -> dict[str, Any]:
+    """As llm-compressor's AWQModifier with scheme W4A16_ASYM saves it."""
+    weights = {
+        "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size, "dynamic": False,
+        "observer": "minmax",
+    }  # fmt: skip
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
+    }  # fmt: skip
+
+
 QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
     "fp16": None,
     "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"},
+    "w4": compressed_tensors(128),
     "w4-gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
     "w3": auto_round(3, 128),
     "w2": auto_round(2, 128),

@@ -13,7 +13,7 @@ def test_pinned_allocations_round_up_to_a_power_of_two(asked, given):
 
 
 def test_host_ram_of_an_offloading_plan():
-    plan = make_plan("offload", overrides={"cpu_offload_gb": 0.4})
+    plan = make_plan("offload", overrides={"offload_group_size": 0, "offload_num_in_group": 1, "cpu_offload_gb": 0.4})
     # 429,496,730 bytes, in MiB: qkv, o and gate_up with weights, zeros and scales each, then down's weights, which meet the budget
     asked = [40, 0.3125, 1.25, 32, 0.25, 1, 224, 1.75, 7, 112]
     pinned = [64, 0.5, 2, 32, 0.25, 1, 256, 2, 8, 128]

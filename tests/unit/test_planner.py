@@ -12,6 +12,7 @@ from lowmem.planner import make_plan
 from lowmem.schema import Plan
 from lowmem.units import GIB, MIB
 
+UVA = {"offload_group_size": 0, "offload_num_in_group": 1}
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 VERDICT = {
     "low_mem": "fits",
@@ -95,7 +96,7 @@ def test_a_fitting_plan_has_no_nearest():
 
 def test_the_article_is_sent_to_a_profile_that_fits():
     plan = make_plan("article")
-    assert plan.nearest == "extreme"
+    assert plan.nearest == "low_mem"
     assert plan.reasons[0].startswith("unrecognized arguments: --max-batch-size")
     assert any("No available memory for the cache blocks: Available KV cache memory: -1" in r for r in plan.reasons)
 
@@ -148,7 +149,7 @@ def test_kv_bytes_per_token(dtype, bytes_per_token):
 
 def test_uva_offload_takes_whole_parameters_in_order():
     # the engine logged "Total CPU offloaded parameters: 19.04" for 19 asked
-    plan = make_plan("offload", overrides={"cpu_offload_gb": 19})
+    plan = make_plan("offload", overrides=UVA | {"cpu_offload_gb": 19})
     assert plan.weight_terms["offloaded"] / GIB == pytest.approx(19.04, abs=0.005)
 
 

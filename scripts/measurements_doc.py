@@ -1,0 +1,146 @@
+"""Writes what README.md and docs/measurements/README.md say of the receipts, and draws docs/measurements/*/plan-and-measured.png.
+
+    python scripts/measurements_doc.py
+
+Only the text between the markers is written; a test compares it with the receipts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowmem.planner import make_plan
+from lowmem.reference import Received, load_receipts
+from lowmem.report import bars
+from lowmem.units import MIB
+
+TOP = Path(__file__).resolve().parent.parent
+FOLDER = TOP / "docs" / "measurements" / "2026-11-23-2xh200"
+BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
+WHAT = {
+    "low_mem": "`low_mem`, two cards",
+    "plain": "the same model and cards with the engine's defaults",
+    "low_latency": "`low_latency`, one card",
+    "extreme_uncapped": "`extreme`, one card, 2 bits",
+    "offload_prefetch": "`offload`, one card, prefetch",
+    "offload_uva": "the same with UVA",
+}
+
+
+def headline(runs: dict[str, Received]) -> str:
+    """The table of README.md."""
+    lines = [
+        "| run | limit, MiB a card | peak under load | planned | TPOT p50, p99 at 8 clients | tokens/s | on an A100-40G, planned |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, what in WHAT.items():
+        run = runs[name]
+        load, limit = run.receipt.loads[0], run.receipt.plan.limits.memory_bytes / MIB
+        over = f" (**{run.peak_mib - limit:,.0f} over**)" if run.peak_mib > limit else ""
+        profile = {"plain": "benchmarks/gpu/plain.yml", "extreme_uncapped": "extreme", "offload_prefetch": "offload"}.get(name, name)
+        scaled = "" if name == "offload_uva" else f"{make_plan(profile, search=False).latency_ms.decode_expected:,.0f} ms"
+        cells = [
+            what,
+            f"{limit:,.0f}",
+            f"{run.peak_mib:,.0f}{over}",
+            f"{run.plan.peak_bytes / MIB:,.0f}",
+            f"{load.tpot_ms.p50:,.1f}, {load.tpot_ms.p99:,.1f} ms",
+            f"{load.output_tokens_per_s:,.0f}",
+            scaled,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def details(runs: dict[str, Received]) -> str:
+    """The tables of docs/measurements/README.md: today's plan against each receipt, and every load."""
+    lines = [
+        "| run | idle, MiB a card | planned | error | peak under load | planned | error | highest before ready "
+        "| mean TPOT, ms | planned | error |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, run in runs.items():
+        idle, peak, tpot = run.plan.per_gpu["total"] / MIB, run.plan.peak_bytes / MIB, run.plan.latency_ms.decode_expected
+        start = next(t.measured_bytes or 0 for t in run.receipt.terms if t.name == "start") / MIB
+        lines.append(
+            f"| `{name}` | {run.idle_mib:,.0f} | {idle:,.0f} | {idle / run.idle_mib - 1:+.1%} | {run.peak_mib:,.0f} | {peak:,.0f} "
+            f"| {peak / run.peak_mib - 1:+.1%} | {start:,.0f} | {run.tpot_ms:,.1f} | {tpot:,.1f} | {tpot / run.tpot_ms - 1:+.1%} |"
+        )
+    lines += [
+        "",
+        "| run | clients | in, out | tokens/s | TPOT p50 | p99 | one decode step (ITL p50) | TTFT p50 | p99 | HBM floor of a step |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, run in runs.items():
+        terms = run.plan.latency_ms.terms
+        floor = max(terms["hbm_weights"] + terms["hbm_kv"], terms["link_offload"])
+        for load in run.receipt.loads:
+            lines.append(
+                f"| `{name}` | {load.load.clients} | {load.load.input_tokens}, {load.load.output_tokens} | {load.output_tokens_per_s:,.1f} "
+                f"| {load.tpot_ms.p50:,.1f} | {load.tpot_ms.p99:,.1f} | {load.itl_ms.p50:,.1f} | {load.ttft_ms.p50:,.0f} "
+                f"| {load.ttft_ms.p99:,.0f} | {floor:,.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def written(page: str, block: str) -> str:
+    """The page with the block between its markers."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+
+
+def pages() -> dict[Path, str]:
+    runs = {run.name: run for run in load_receipts(FOLDER)}
+    blocks = {TOP / "README.md": headline(runs), FOLDER.parent / "README.md": details(runs)}
+    return {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
+
+
+def draw(runs: list[Received], file: Path) -> None:
+    """Planned and measured memory of each run as stacked bars, the limit as a line."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(11, 6.2), layout="constrained")
+    colours: dict[str, tuple[float, ...]] = {}
+    palette = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for row, run in enumerate(runs):
+        fresh = run.receipt.model_copy(
+            update={
+                "terms": tuple(
+                    t.model_copy(update={"planned_bytes": run.plan.per_gpu.get(t.name, sum(run.plan.load_growth.values()))})
+                    if t.name in run.plan.per_gpu or t.name == "load_growth"
+                    else t
+                    for t in run.receipt.terms
+                )
+            }
+        )
+        limit = run.receipt.plan.limits.memory_bytes / 2**30
+        for offset, bar in zip((-0.2, 0.2), bars(fresh), strict=True):
+            left = 0.0
+            for term, size, _ in bar["parts"]:
+                colour = colours.setdefault(term, palette[len(colours) % len(palette)])
+                axes.barh(row + offset, size / 1024, 0.36, left=left, color=colour, edgecolor="white", linewidth=0.4)
+                left += size / 1024
+            axes.text(max(left, limit) + 0.2, row + offset, f"{bar['name']} {left * 1024:,.0f}", va="center", fontsize=8)
+        axes.plot([limit, limit], [row - 0.42, row + 0.42], color="black", linewidth=1.5)
+    axes.set_yticks(range(len(runs)), [run.name for run in runs])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 46)
+    axes.set_xlabel("GiB of a card (figures: MiB); the black line is the profile's limit")
+    axes.set_title("Memory of a card under load: planned by today's constants, and measured on H200")
+    squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
+    figure.legend(squares, list(colours), loc="outside lower center", fontsize=8, ncols=9)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+
+
+def main() -> None:
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
+    draw(load_receipts(FOLDER), FOLDER / "plan-and-measured.png")
+
+
+if __name__ == "__main__":
+    main()

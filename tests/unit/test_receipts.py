@@ -1,0 +1,58 @@
+"""Today's plan against the receipts of real cards (docs/measurements), and the pages that quote them."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from lowmem.reference import load_receipts
+from lowmem.units import MIB
+
+TOP = Path(__file__).parents[2]
+RUNS = {r.name: r for r in load_receipts(TOP / "docs" / "measurements" / "2026-11-23-2xh200")}
+PEAK_MIB = {
+    "low_mem": 20430, "low_mem-4-channels": 20466, "plain": 40022, "low_latency": 39304,
+    "offload_prefetch": 20576, "offload_uva": 20250, "extreme_uncapped": 20770,
+}  # fmt: skip
+
+
+def test_the_receipts_are_those_expected():
+    assert {name: round(run.peak_mib) for name, run in RUNS.items()} == PEAK_MIB
+
+
+@pytest.mark.parametrize("name", PEAK_MIB)
+def test_memory_within_two_percent(name):
+    run = RUNS[name]
+    assert run.plan.per_gpu["total"] / MIB == pytest.approx(run.idle_mib, rel=0.02)
+    assert run.plan.peak_bytes / MIB == pytest.approx(PEAK_MIB[name], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "mean_ms"),
+    [("low_mem", 16.5), ("plain", 14.8), ("low_latency", 24.6), ("offload_prefetch", 407.5), ("extreme_uncapped", 26.3)],
+)
+def test_decode_within_fifteen_percent(name, mean_ms):
+    assert RUNS[name].plan.latency_ms.decode_expected == pytest.approx(mean_ms, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "ms"), [("offload_uva", 400.9), ("offload_prefetch", 376.6)])
+def test_a_decode_step_over_the_link_within_a_twentieth(name, ms):
+    assert RUNS[name].plan.latency_ms.terms["steady_step"] == pytest.approx(ms, rel=0.05)
+
+
+def test_the_goal():
+    """20 GiB a card, 200 ms a token, at most 30 % less throughput than the engine's defaults; our target is 5 %."""
+    recipe, plain = RUNS["low_mem"].receipt, RUNS["plain"].receipt
+    assert recipe.verdict == "passed"
+    assert recipe.loads[0].tpot_ms.p99 == pytest.approx(17.66, abs=0.01)
+    assert recipe.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(0.961, abs=0.001)
+
+
+def test_pages_say_what_the_receipts_say():
+    spec = importlib.util.spec_from_file_location("measurements_doc", TOP / "scripts" / "measurements_doc.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for path, text in module.pages().items():
+        assert path.read_text() == text, "run: python scripts/measurements_doc.py"
