@@ -104,3 +104,54 @@ def test_too_little_memory(playbook: Any, clean_root: Path, manage: bool, memory
     )
     assert done.rc != 0
     assert words in done.flat
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        (
+            {"memlock_bytes": 8 * 2**20},
+            "the plan pins 20.00 GiB and this session may lock 8.0 MiB: an engine started by hand fails to offload",
+        ),
+        (
+            {"numa": [{"total_bytes": 16 * 2**30}, {"total_bytes": 48 * 2**30}, {"total_bytes": 16 * 2**30}]},
+            None,
+        ),
+        (
+            {"numa": [{"total_bytes": 16 * 2**30}, {"total_bytes": 16 * 2**30}]},
+            "the plan pins 20.00 GiB and no NUMA node has more than 16.00 GiB: a part is read across sockets, slower than PCIe",
+        ),
+        (
+            {"memory": {"total_bytes": 25 * 2**30, "swap_total_bytes": 0}},
+            "25.00 GiB of RAM, which leaves 1.00 GiB for everything else",
+        ),
+    ],
+    ids=["locked memory", "a node that holds it", "no node that holds it", "little left"],
+)
+def test_pinned_memory_that_could_not_be_backed_is_warned_of(
+    playbook: Any, clean_root: Path, host: dict[str, Any], words: str | None
+) -> None:
+    plan = {**json.loads((FILES / "plan.json").read_text()), "host_ram": {"pinned_offload": 20 * 2**30}, "host_ram_bytes": 24 * 2**30}
+    seen = {
+        "memory": {"total_bytes": 256 * 2**30, "swap_total_bytes": 0},
+        "sysctl": {"vm.swappiness": 10, "vm.max_map_count": 262144},
+        "memlock_bytes": -1,
+        "numa": [{"total_bytes": 256 * 2**30}],
+    }
+    done = playbook(
+        str(FILES / "role.yml"),
+        variables={
+            "role": "host_memory",
+            "entry": "main",
+            "lowmem_plan": plan,
+            "host_memory_root": str(clean_root),
+            "host_memory_manage": False,
+            "host_memory_host": seen | host,
+            "lowmem_environment": {},
+        },
+    )
+    assert done.rc == 0, done.text
+    assert done.changed == 0
+    assert done.flat.count("WARNING: ") == (0 if words is None else 1)
+    if words:
+        assert words in done.flat

@@ -50,6 +50,18 @@ def test_an_old_driver(gpu_report, monkeypatch):
     assert card["processes"] == [{"pid": 4242, "name": "VLLM::Worker_TP0", "used_mib": 37990}]
 
 
+def test_a_real_answer(gpu_report, monkeypatch):
+    """`nvidia-smi -q -x` of two H200, driver 580.159.04, 2026-11-23; identities replaced, supported clocks left out."""
+    smi = answer(gpu_report, monkeypatch, 0, (ROOT / "tests" / "data" / "nvidia-smi-h200.xml").read_text())
+    assert (smi["rc"], smi["driver_version"], smi["cuda_version"]) == (0, "580.159.04", "13.0")
+    first, second = smi["gpus"]
+    assert (first["name"], second["name"]) == ("NVIDIA H200", "NVIDIA H200")
+    assert (first["memory_total_mib"], first["memory_free_mib"]) == (143771, 143156)
+    assert (first["link_generation_max"], first["link_width_max"]) == (5, 16)
+    assert (first["mig"], first["remap_pending"], first["slowed_by"], first["processes"]) == ("Disabled", "No", ["gpu_idle"], [])
+    assert (first["ecc_uncorrected_volatile"], first["ecc_uncorrected_aggregate"]) == (0, 0)
+
+
 def test_the_names_that_are_to_come(gpu_report, monkeypatch):
     text = OLD.replace("driver_version", "kmd_version").replace("cuda_version", "cuda_umd_version")
     smi = answer(gpu_report, monkeypatch, 0, text)

@@ -8,6 +8,13 @@ def test_nvcc_is_the_version_asked_for(host):
     assert not host.package("cuda-nvcc-13-1").is_installed
 
 
+def test_a_c_and_a_cxx_compiler_work(host):
+    source = "int main(void) { return 42; }"
+    host.check_output(f"echo '{source}' >/tmp/answer.c && gcc -o /tmp/answer /tmp/answer.c && g++ -x c++ -o /tmp/answer++ /tmp/answer.c")
+    assert host.run("/tmp/answer").rc == 42
+    assert host.run("/tmp/answer++").rc == 42
+
+
 def test_no_driver_came_along(host):
     for name in ("nvidia-open", "nvidia-driver-cuda", "libcuda1", "nvidia-kernel-open-dkms"):
         assert not host.package(name).is_installed
