@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.explain import measured_effects
 from lowmem.reference import load_receipts
 from lowmem.units import MIB
 
@@ -56,3 +57,11 @@ def test_pages_say_what_the_receipts_say():
     spec.loader.exec_module(module)
     for path, text in module.pages().items():
         assert path.read_text() == text, "run: python scripts/measurements_doc.py"
+
+
+def test_explain_quotes_what_was_measured():
+    measured = measured_effects(TOP / "docs" / "measurements", "offload")
+    assert list(measured) == ["offload_group_size"]
+    assert "376.6 against 400.9 ms a decode step" in measured["offload_group_size"]
+    assert round(RUNS["offload_prefetch"].receipt.loads[0].itl_ms.p50, 1) == 376.6
+    assert round(RUNS["offload_uva"].receipt.loads[0].itl_ms.p50, 1) == 400.9
