@@ -39,7 +39,7 @@ def test_every_process_belongs_to_the_services_user(deployment: Any, owner: str)
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("etc/vllm.env", "0o600"), ("etc/low_mem.sh", "0o755"), ("etc/plan.json", "0o644"), ("log", "0o700"), ("cache", "0o700")],
+    [("etc/vllm.env", "0o600"), ("current/low_mem.sh", "0o755"), ("current/plan.json", "0o644"), ("log", "0o700"), ("cache", "0o700")],
 )
 def test_modes(deployment: Any, name: str, mode: str) -> None:
     assert oct(deployment.host.file(deployment.path(name)).mode) == mode

@@ -44,7 +44,10 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
 
 @pytest.mark.parametrize(
     "name",
-    ["low_mem.sh", "vllm.env", "supervised.sh", "supervisord.conf", "vllm.service", "vllm-watchdog.service", "vllm.logrotate"],
+    [
+        "low_mem.sh", "engine.env", "vllm.env", "supervised.sh", "supervise.sh", "supervisord.conf", "vllm.service", "vllm-watchdog.service",
+        "vllm.logrotate",
+    ],
 )
 def test_golden(rendered: Path, name: str) -> None:
     """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_templates.py, and read the diff."""
@@ -54,7 +57,7 @@ def test_golden(rendered: Path, name: str) -> None:
 
 
 def test_the_launchers_are_legal_bash(rendered: Path) -> None:
-    for name in ("low_mem.sh", "supervised.sh"):
+    for name in ("low_mem.sh", "supervised.sh", "supervise.sh"):
         subprocess.run(["bash", "-n", rendered / name], check=True)
         subprocess.run(["shellcheck", "--severity=warning", rendered / name], check=True)
 
@@ -65,10 +68,16 @@ def test_the_launcher_gives_exactly_the_plans_arguments(rendered: Path, plan: di
     probe.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$SEEN"\nenv -0 >"$SEEN.env"\n')
     probe.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "VLLM_BIN": str(probe), "SEEN": str(tmp_path / "seen")}
-    subprocess.run([rendered / "low_mem.sh", "--one-more", "a b"], env=environment, check=True)
+    launcher = tmp_path / "low_mem.sh"
+    launcher.write_text((rendered / "low_mem.sh").read_text().replace("/srv/vllm-lowmem/etc/vllm.env", str(rendered / "vllm.env")))
+    launcher.chmod(0o755)
+    shutil.copy(rendered / "engine.env", tmp_path)
+    (tmp_path / "elsewhere").symlink_to(launcher)
+    subprocess.run([tmp_path / "elsewhere", "--one-more", "a b"], env=environment, check=True)
     assert (tmp_path / "seen").read_text().split("\0")[:-1] == ["serve", *plan["argv"], "--one-more", "a b"]
     seen = dict(pair.split("=", 1) for pair in (tmp_path / "seen.env").read_text().split("\0")[:-1])
     assert seen["VLLM_API_KEY"] == "sk-test-0123456789abcdef"
+    assert seen["LOWMEM_RELEASE"] == str(tmp_path)
     assert seen["VLLM_LOGGING_LEVEL"] == "DEBUG it's"
     assert seen["HF_HOME"] == "/srv/vllm-lowmem/cache/huggingface"
     for variable in plan["environment"]:
@@ -118,7 +127,7 @@ def test_a_gpu_unit_may_lock_memory_and_see_its_devices(rendered: Path, rendered
 
 def test_templates_hold_no_number() -> None:
     """Every figure is in the plan or a default; file modes and what a format itself asks for are all that is left."""
-    allowed = {"low_mem.sh.j2": {"0"}, "vllm.env.j2": set(), "supervisord.conf.j2": {"0600", "1", "077"}, "vllm.service.j2": {"0077", "6"}}
+    allowed = {"low_mem.sh.j2": {"0"}, "vllm.env.j2": set(), "engine.env.j2": set(), "supervisord.conf.j2": {"0600", "1", "077"}, "vllm.service.j2": {"0077", "6"}}
     for name, numbers in allowed.items():
         text = re.sub(r"\{[{%].*?[%}]\}", "", (REPOSITORY / "templates" / name).read_text())
         text = "\n".join(line for line in text.splitlines() if not line.startswith(("#", ";")))

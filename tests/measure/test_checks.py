@@ -90,6 +90,7 @@ class Host:
         for name, mode in (("etc", 0o755), ("log", 0o700), ("run", 0o700), ("cache", 0o700), ("env/bin", 0o755)):
             (root / name).mkdir(parents=True)
             (root / name).chmod(mode)
+        (root / "current").symlink_to("etc")
         arguments = [("", str(root / "models" / "m")), ("--served-model-name", "fake"), ("--host", "127.0.0.1")]
         arguments += [("--port", str(port)), ("--max-model-len", "2048")]
         self.plan = make_plan(

@@ -87,12 +87,23 @@ def test_an_environment_whose_python_is_gone_is_built_again(build_env: ModuleTyp
     assert calls == ["build", "build"]
 
 
-def test_new_local_wheels_are_installed_without_a_new_build(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
-    build_env.ensure(tmp_path / "env", spec(wheels=("1/lowmem-1.whl",)))
-    build_env.ensure(tmp_path / "env", spec(wheels=("2/lowmem-1.whl", "1/plugin-1.whl")))
+def test_other_local_wheels_make_another_environment_from_the_one_that_is_there(
+    build_env: ModuleType, calls: list[str], tmp_path: Path
+) -> None:
+    build_env.ensure(tmp_path / "env-1", spec(wheels=("1/lowmem-1.whl",)))
+    (tmp_path / "env-1/bin/tool").write_text(f"#!{tmp_path}/env-1/bin/python\n")
+    (tmp_path / "env-1/bin/tool").chmod(0o755)
+    (tmp_path / "env-1/module.py").write_text("x = 1\n")
+    build_env.ensure(tmp_path / "env-2", spec(wheels=("2/lowmem-1.whl", "1/plugin-1.whl")))
     assert calls == ["build", "wheels"]
+    assert (tmp_path / "env-2/bin/tool").read_text() == f"#!{tmp_path}/env-2/bin/python\n"
+    assert (tmp_path / "env-2/bin/tool").stat().st_mode & 0o777 == 0o755
+    # the old one is as it was, and its bytes are there once
+    assert (tmp_path / "env-1/bin/tool").read_text() == f"#!{tmp_path}/env-1/bin/python\n"
+    assert json.loads((tmp_path / "env-1/.complete").read_text()) == spec(wheels=("1/lowmem-1.whl",))["stamp"]
+    assert (tmp_path / "env-1/module.py").samefile(tmp_path / "env-2/module.py")
     # a wheel that is no longer wanted cannot be left in
-    build_env.ensure(tmp_path / "env", spec(wheels=("2/lowmem-1.whl",)))
+    build_env.ensure(tmp_path / "env-3", spec(wheels=("3/plugin-1.whl",)))
     assert calls == ["build", "wheels", "build"]
 
 

@@ -3,6 +3,9 @@
 build_env.py ENV SPEC: the folder to make, and a JSON object {stamp, lock, torch_lock, torch_index, wheels}. Run it with the Python
 that the environment is to have. Progress goes to stdout, the noise of pip to stderr. Standard library only.
 
+An environment is never changed once it is complete: other wheels are another folder, so that whoever runs in the old one keeps it. The new
+one is then made of hard links to an old one with the same lock, in seconds and without room of its own.
+
 The environment counts as complete when its `.complete` file exists, which is written last: an interrupted build leaves none and is
 begun again. Two runs at once are kept apart by a lock; the second finds the work done.
 """
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -83,10 +87,49 @@ def works(env: Path) -> bool:
     return python.exists() and subprocess.run([str(python), "-c", "import pip"], capture_output=True, check=False).returncode == 0
 
 
-def only_wheels_differ(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    """Whether installing the local wheels again is enough: the rest is the same, and no package is gone from the list."""
-    packages = [{Path(wheel).name.split("-")[0] for wheel in stamp["wheels"]} for stamp in (old, new)]
-    return {**old, "wheels": []} == {**new, "wheels": []} and packages[0] <= packages[1]
+def stamp_of(env: Path) -> dict[str, Any] | None:
+    """What a complete environment was built from; None where it is not complete, or its Python does not start."""
+    mark = env / ".complete"
+    stamp: dict[str, Any] | None = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and works(env) else None
+    return stamp
+
+
+def donor(env: Path, wanted: dict[str, Any]) -> Path | None:
+    """A complete environment beside this one that differs in local wheels only, and has no package that the new one is not to have."""
+    for other in sorted(env.parent.glob("*/.complete")):
+        stamp = stamp_of(other.parent) if other.parent != env else None
+        if stamp and {**stamp, "wheels": []} == {**wanted, "wheels": []} and packages(stamp) <= packages(wanted):
+            return other.parent
+    return None
+
+
+def packages(stamp: dict[str, Any]) -> set[str]:
+    return {Path(wheel).name.split("-")[0] for wheel in stamp["wheels"]}
+
+
+def link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links, or another user's file
+        shutil.copy2(source, target)
+
+
+def clone(old: Path, env: Path) -> None:
+    """`env` as `old` is, the files hard links; scripts and settings that name the folder are written anew."""
+    say(f"{env.name}: made of {old.name}")
+    shutil.rmtree(env, ignore_errors=True)
+    # where the old folder is reached by a link, its scripts name either path
+    names = [str(path).encode() for path in dict.fromkeys((old, old.resolve()))]
+    shutil.copytree(old.resolve(), env, symlinks=True, copy_function=link, ignore=shutil.ignore_patterns(".complete"))
+    for path in [env / "pyvenv.cfg", *(env / "bin").iterdir()]:
+        content = b"" if path.is_symlink() or not path.is_file() else path.read_bytes()
+        if any(name in content for name in names):
+            for name in names:
+                content = content.replace(name, str(env).encode())
+            beside = path.with_name(f".{path.name}.new")
+            beside.write_bytes(content)
+            beside.chmod(path.stat().st_mode & 0o7777)
+            beside.replace(path)
 
 
 def ensure(env: Path, spec: dict[str, Any]) -> None:
@@ -97,12 +140,12 @@ def ensure(env: Path, spec: dict[str, Any]) -> None:
         except BlockingIOError:
             say(f"{env.name}: waiting for another run that is building it")
             fcntl.flock(guard, fcntl.LOCK_EX)
-        mark = env / ".complete"
-        stamp = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and works(env) else None
-        if stamp == spec["stamp"]:
+        if stamp_of(env) == spec["stamp"]:
             return
+        mark = env / ".complete"
         mark.unlink(missing_ok=True)
-        if stamp and only_wheels_differ(stamp, spec["stamp"]):
+        if old := donor(env, spec["stamp"]):
+            clone(old, env)
             install_wheels(env, spec["wheels"])
         else:
             build(env, spec)

@@ -1,0 +1,308 @@
+#!/usr/bin/python
+"""The releases of a deployment: what is served lies whole in one folder, and one link says which folder that is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: release
+short_description: Lay out, switch, mark and prune the releases of a deployment
+description:
+  - A release is C(<root>/releases/<id>), never changed once it is there. The id ends in a digest of its content, so the same content is the same release.
+  - C(<root>/current) links to the one that is served. It is replaced by a rename, so it always names a whole release.
+  - Which one runs is read from the environment of the server's process, not from what a play remembers.
+options:
+  root:
+    description: Folder that holds the deployment.
+    type: path
+    required: true
+  state:
+    description:
+      - V(read) changes nothing.
+      - V(staged) makes the release of O(files) and O(private).
+      - V(current) makes O(id) the one that is served from the next start on.
+      - V(proven) and V(refuted) note whether O(id) has served as it should.
+      - V(pruned) removes all but the current, the running and the last proven one and what they name, down to O(keep).
+    type: str
+    choices: [read, staged, current, proven, refuted, pruned]
+    required: true
+  id:
+    description: A release.
+    type: str
+  name:
+    description: With V(staged), what the id begins with.
+    type: str
+  files:
+    description: With V(staged), file name to content. Names that end in C(.sh) are programs.
+    type: dict
+    default: {}
+  private:
+    description: The same for files with mode 0600, whose content is never shown.
+    type: dict
+    default: {}
+  links:
+    description: With V(staged), link name to the path that it names.
+    type: dict
+    default: {}
+  validate:
+    description: With V(staged), file name to a command that must end well, as a list in which C(%s) is the file.
+    type: dict
+    default: {}
+  owner:
+    description: User that the private files belong to.
+    type: str
+  group:
+    description: Group that the private files belong to.
+    type: str
+  keep:
+    description: With V(pruned), how many releases stay; at least 2.
+    type: int
+    default: 3
+  environments:
+    description: With V(pruned), what the names of this service's environments begin with.
+    type: str
+author: vllm-lowmem
+"""
+
+RETURN = r"""
+id: {description: The release that was staged, returned: with V(staged), type: str}
+path: {description: Its folder, returned: with V(staged), type: str}
+current: {description: Id of the release that is served from the next start on; empty where there is none, returned: always, type: str}
+running: {description: Ids of the releases that servers run from now, returned: always, type: list}
+fallback: {description: "Id of the release other than O(id), or else than the current one, that was proven last; empty where there is none",
+  returned: always, type: str}
+releases: {description: "Every release by age of its proof, newest first: V(id), V(proven) in seconds since 1970 (0: never), V(links)",
+  returned: always, type: list}
+removed: {description: What was removed, returned: with V(pruned), type: list}
+"""
+
+MARK = ".proven"
+PROC = Path("/proc")
+
+
+class Store:
+    """The releases under one root."""
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root)
+        self.folder = self.root / "releases"
+        self.link = self.root / "current"
+
+    @property
+    def current(self) -> str:
+        try:
+            return self.link.readlink().name
+        except OSError:
+            return ""
+
+    def ids(self) -> list:
+        if not self.folder.is_dir():
+            return []
+        return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+    def proven(self, name: str) -> float:
+        try:
+            return (self.folder / name / MARK).stat().st_mtime
+        except OSError:
+            return 0
+
+    def links(self, name: str) -> dict:
+        return {entry.name: str(entry.readlink()) for entry in sorted((self.folder / name).iterdir()) if entry.is_symlink()}
+
+    def newest_first(self) -> list:
+        return sorted(self.ids(), key=lambda name: (self.proven(name), (self.folder / name).stat().st_mtime), reverse=True)
+
+    def fallback(self, other_than: str) -> str:
+        return next((name for name in self.newest_first() if name != other_than and self.proven(name)), "")
+
+    def running(self, proc: Path = PROC) -> list:
+        """Of the servers' processes that this user may look at; a server is told by `serve` among its arguments."""
+        prefix = f"LOWMEM_RELEASE={self.folder.resolve()}/".encode()
+        found = set()
+        for entry in proc.iterdir():
+            if not entry.name.isdigit():
+                continue
+            with contextlib.suppress(OSError):
+                if b"serve" not in (entry / "cmdline").read_bytes().split(b"\0"):
+                    continue
+                for variable in (entry / "environ").read_bytes().split(b"\0"):
+                    if variable.startswith(prefix):
+                        found.add(variable[len(prefix) :].decode())
+        return sorted(found)
+
+    def report(self, other_than: str) -> dict:
+        releases = [{"id": name, "proven": self.proven(name), "links": self.links(name)} for name in self.newest_first()]
+        return {"current": self.current, "running": self.running(), "fallback": self.fallback(other_than), "releases": releases}
+
+    def switch(self, name: str) -> None:
+        beside = self.link.with_name(f".{self.link.name}.{os.getpid()}")
+        beside.symlink_to(f"releases/{name}")
+        beside.replace(self.link)
+
+
+def digest(files: dict, links: dict) -> str:
+    return hashlib.sha256(json.dumps([files, links], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def differences(store: Store, staged: Path, files: dict) -> list:
+    """What an operator sees with --diff: the release beside the current one, file by file."""
+    found = []
+    for name, content in files.items():
+        before = text_of(store.link / name)
+        if before != content:
+            found.append(
+                {"before": before, "after": content, "before_header": str(store.link / name), "after_header": str(staged / name)}
+            )
+    return found
+
+
+def stage(module: AnsibleModule, store: Store) -> dict:
+    wanted = module.params
+    every = {**wanted["files"], **wanted["private"]}
+    name = f"{wanted['name']}-{digest(every, wanted['links'])}"
+    place = store.folder / name
+    result = {"changed": not place.is_dir() or store.current != name, "id": name, "path": str(place)}
+    if result["changed"]:
+        result["diff"] = differences(store, place, wanted["files"])
+    if place.is_dir() or module.check_mode:
+        return result
+    beside = store.folder / f".{name}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    beside.chmod(0o755)
+    for file, content in every.items():
+        path = beside / file
+        path.touch(mode=0o600)
+        path.write_text(content)
+        if file in wanted["private"]:
+            shutil.chown(path, wanted["owner"] or None, wanted["group"] or None) if wanted["owner"] or wanted["group"] else None
+        else:
+            path.chmod(0o755 if file.endswith(".sh") else 0o644)
+    for file, target in wanted["links"].items():
+        (beside / file).symlink_to(target)
+    for file, command in wanted["validate"].items():
+        done = module.run_command([word.replace("%s", str(beside / file)) for word in command])
+        if done[0]:
+            shutil.rmtree(beside)
+            module.fail_json(msg=f"{file} is not as it should be: {(done[2] or done[1]).strip()}", rc=done[0])
+    for leftover in store.folder.glob(f".{name}.*"):
+        if leftover != beside:
+            shutil.rmtree(leftover, ignore_errors=True)
+    beside.rename(place)
+    return result
+
+
+def mark(store: Store, name: str, good: bool, check_mode: bool) -> bool:
+    path = store.folder / name / MARK
+    if good == path.exists() and not (good and store.newest_first()[0] != name):
+        return False
+    if not check_mode:
+        path.touch() if good else path.unlink()
+    return True
+
+
+def own(path: Path) -> bool:
+    """Whether it lies in this root by itself: what is reached by a link belongs to somebody else."""
+    return path.is_dir() and not path.is_symlink() and not path.parent.is_symlink()
+
+
+def is_kept_copy(path: Path) -> bool:
+    """A checkpoint that was kept under its manifest's digest, and so no folder of anybody else's."""
+    found = re.search(r"-([0-9a-f]{12})$", path.name)
+    manifest = path.with_name(f"{path.name}.manifest.json")
+    return bool(found and manifest.is_file() and hashlib.sha256(manifest.read_bytes()).hexdigest().startswith(found[1]))
+
+
+def prune(store: Store, keep: int, environments: str, check_mode: bool) -> list:
+    if not store.current:
+        return []
+    running = [name for name in store.running() if (store.folder / name).is_dir()]
+    kept = list(dict.fromkeys(name for name in (store.current, *running, store.fallback(store.current), *store.newest_first()) if name))
+    needed = len(set(running) | {store.current} | ({store.fallback(store.current)} - {""}))
+    kept = kept[: max(keep, needed)]
+    named = {Path(target) for name in kept for target in store.links(name).values()}
+    candidates = [store.folder / name for name in store.ids() if name not in kept]
+    candidates += [path for path in (store.root / "envs").glob(f"{environments}-*") if environments and path not in named]
+    candidates += [path for path in (store.root / "models").glob("*-*") if path not in named and is_kept_copy(path)]
+    removed = [path for path in candidates if own(path)]
+    for path in [] if check_mode else removed:
+        # renamed first, so that a half-removed folder is never taken for a whole one
+        beside = path.with_name(f".{path.name}.removed")
+        shutil.rmtree(beside, ignore_errors=True)
+        path.rename(beside)
+        shutil.rmtree(beside)
+        for extra in (f"{path.name}.manifest.json", f"{path.name}.seen.json", f".{path.name}.lock"):
+            with contextlib.suppress(OSError):
+                path.with_name(extra).unlink()
+    if not check_mode:
+        for folder in ("envs", "models", "releases"):
+            for leftover in (store.root / folder).glob(".*.removed"):
+                shutil.rmtree(leftover, ignore_errors=True)
+    return [str(path) for path in removed]
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "root": {"type": "path", "required": True},
+            "state": {"type": "str", "required": True, "choices": ["read", "staged", "current", "proven", "refuted", "pruned"]},
+            "id": {"type": "str"},
+            "name": {"type": "str"},
+            "files": {"type": "dict", "default": {}},
+            "private": {"type": "dict", "default": {}, "no_log": True},
+            "links": {"type": "dict", "default": {}},
+            "validate": {"type": "dict", "default": {}},
+            "owner": {"type": "str"},
+            "group": {"type": "str"},
+            "keep": {"type": "int", "default": 3},
+            "environments": {"type": "str"},
+        },
+        required_if=[
+            ("state", "staged", ("name", "files")),
+            ("state", "current", ("id",)),
+            ("state", "proven", ("id",)),
+            ("state", "refuted", ("id",)),
+            ("state", "pruned", ("environments",)),
+        ],
+        supports_check_mode=True,
+    )
+    wanted = module.params
+    store = Store(wanted["root"])
+    result: dict = {"changed": False}
+    if wanted["state"] in ("current", "proven", "refuted") and wanted["id"] not in store.ids() and not module.check_mode:
+        module.fail_json(msg=f"there is no release {wanted['id']} on this host; there are: {', '.join(store.newest_first()) or 'none'}")
+    try:
+        if wanted["state"] == "staged":
+            result = stage(module, store)
+        elif wanted["state"] == "current" and store.current != wanted["id"]:
+            result = {"changed": True, "diff": {"before": f"{store.current}\n", "after": f"{wanted['id']}\n"}}
+            if not module.check_mode:
+                store.switch(wanted["id"])
+        elif wanted["state"] in ("proven", "refuted") and wanted["id"] in store.ids():
+            result["changed"] = mark(store, wanted["id"], wanted["state"] == "proven", module.check_mode)
+        elif wanted["state"] == "pruned":
+            removed = prune(store, max(2, wanted["keep"]), wanted["environments"], module.check_mode)
+            result = {"changed": bool(removed), "removed": removed}
+    except OSError as error:
+        module.fail_json(msg=str(error))
+    module.exit_json(**result, **store.report(wanted["id"] or result.get("id") or store.current))
+
+
+if __name__ == "__main__":
+    main()
