@@ -1,8 +1,8 @@
 """Keeps a checkpoint under its content's name, so that a release goes on with its own bytes when the model is made anew under the old name.
 
 `python -m lowmem.kept MODELS/NAME` makes `MODELS/NAME-<12 digits of its manifest's SHA-256>` of hard links, which take no room, with a
-manifest of its own, checks every byte of it against that manifest, and says where it is, as a line of JSON {path, changed}. A folder that is
-there already is checked too, and made again where it is not as its manifest has it.
+manifest of its own, checks every byte of it against that manifest, and says where it is, as a line of JSON {path, changed}. A folder that
+is there already is checked too, and made again where it is not as its manifest has it.
 """
 
 from __future__ import annotations

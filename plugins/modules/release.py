@@ -17,7 +17,7 @@ DOCUMENTATION = r"""
 module: release
 short_description: Lay out, switch, mark and prune the releases of a deployment
 description:
-  - A release is C(<root>/releases/<id>), never changed once it is there. The id ends in a digest of its content, so the same content is the same release.
+  - A release is C(<root>/releases/<id>), never changed once it is there. The id ends in a digest of its content.
   - C(<root>/current) links to the one that is served. It is replaced by a rename, so it always names a whole release.
   - Which one runs is read from the environment of the server's process, not from what a play remembers.
 options:
@@ -29,11 +29,12 @@ options:
     description:
       - V(read) changes nothing.
       - V(staged) makes the release of O(files) and O(private).
-      - V(current) makes O(id) the one that is served from the next start on.
-      - V(proven) and V(refuted) note whether O(id) has served as it should.
-      - V(pruned) removes all but the current, the running and the last proven one and what they name, down to O(keep).
+      - V(current) makes O(id) the one that is served from the next start on. Counts as changed too where another one runs.
+      - V(proven) notes that O(id) has served as it should, and removes what is too old, down to O(keep) releases, with the environments and
+        checkpoints that no kept release names. The current, the running and the last proven one always stay.
+      - V(refuted) takes that note back.
     type: str
-    choices: [read, staged, current, proven, refuted, pruned]
+    choices: [read, staged, current, proven, refuted]
     required: true
   id:
     description: A release.
@@ -63,12 +64,17 @@ options:
   group:
     description: Group that the private files belong to.
     type: str
+  shown:
+    description: With V(current), files of a release that C(<root>/etc) links to, through C(current).
+    type: list
+    elements: str
+    default: []
   keep:
-    description: With V(pruned), how many releases stay; at least 2.
+    description: With V(proven), how many releases stay; at least 2.
     type: int
     default: 3
   environments:
-    description: With V(pruned), what the names of this service's environments begin with.
+    description: With V(proven), what the names of this service's environments begin with.
     type: str
 author: vllm-lowmem
 """
@@ -82,7 +88,7 @@ fallback: {description: "Id of the release other than O(id), or else than the cu
   returned: always, type: str}
 releases: {description: "Every release by age of its proof, newest first: V(id), V(proven) in seconds since 1970 (0: never), V(links)",
   returned: always, type: list}
-removed: {description: What was removed, returned: with V(pruned), type: list}
+removed: {description: What was removed, returned: with V(proven), type: list}
 """
 
 MARK = ".proven"
@@ -144,9 +150,32 @@ class Store:
         return {"current": self.current, "running": self.running(), "fallback": self.fallback(other_than), "releases": releases}
 
     def switch(self, name: str) -> None:
-        beside = self.link.with_name(f".{self.link.name}.{os.getpid()}")
-        beside.symlink_to(f"releases/{name}")
-        beside.replace(self.link)
+        point(self.link, f"releases/{name}")
+
+
+def point(link: Path, target: str) -> None:
+    """A link to `target`, whatever was there before; by a rename, so that there is always one or the other."""
+    beside = link.with_name(f".{link.name}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        beside.unlink()
+    beside.symlink_to(target)
+    beside.replace(link)
+
+
+def make_current(module: AnsibleModule, store: Store) -> dict:
+    wanted = module.params
+    result: dict = {"changed": store.running() != [wanted["id"]]}
+    if store.current != wanted["id"]:
+        result = {"changed": True, "diff": {"before": f"{store.current}\n", "after": f"{wanted['id']}\n"}}
+        if not module.check_mode:
+            store.switch(wanted["id"])
+    for name in wanted["shown"]:
+        link, target = store.root / "etc" / name, f"../current/{name}"
+        if not link.is_symlink() or str(link.readlink()) != target:
+            result["changed"] = True
+            if not module.check_mode:
+                point(link, target)
+    return result
 
 
 def digest(files: dict, links: dict) -> str:
@@ -166,9 +195,7 @@ def differences(store: Store, staged: Path, files: dict) -> list:
     for name, content in files.items():
         before = text_of(store.link / name)
         if before != content:
-            found.append(
-                {"before": before, "after": content, "before_header": str(store.link / name), "after_header": str(staged / name)}
-            )
+            found.append({"before": before, "after": content, "before_header": str(store.link / name), "after_header": str(staged / name)})
     return found
 
 
@@ -209,6 +236,7 @@ def stage(module: AnsibleModule, store: Store) -> dict:
 
 
 def mark(store: Store, name: str, good: bool, check_mode: bool) -> bool:
+    """Whether there was something to note; the newest mark is the release that was proven last."""
     path = store.folder / name / MARK
     if good == path.exists() and not (good and store.newest_first()[0] != name):
         return False
@@ -261,7 +289,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "required": True},
-            "state": {"type": "str", "required": True, "choices": ["read", "staged", "current", "proven", "refuted", "pruned"]},
+            "state": {"type": "str", "required": True, "choices": ["read", "staged", "current", "proven", "refuted"]},
             "id": {"type": "str"},
             "name": {"type": "str"},
             "files": {"type": "dict", "default": {}},
@@ -270,15 +298,15 @@ def main() -> None:
             "validate": {"type": "dict", "default": {}},
             "owner": {"type": "str"},
             "group": {"type": "str"},
+            "shown": {"type": "list", "elements": "str", "default": []},
             "keep": {"type": "int", "default": 3},
             "environments": {"type": "str"},
         },
         required_if=[
             ("state", "staged", ("name", "files")),
             ("state", "current", ("id",)),
-            ("state", "proven", ("id",)),
+            ("state", "proven", ("id", "environments")),
             ("state", "refuted", ("id",)),
-            ("state", "pruned", ("environments",)),
         ],
         supports_check_mode=True,
     )
@@ -290,15 +318,13 @@ def main() -> None:
     try:
         if wanted["state"] == "staged":
             result = stage(module, store)
-        elif wanted["state"] == "current" and store.current != wanted["id"]:
-            result = {"changed": True, "diff": {"before": f"{store.current}\n", "after": f"{wanted['id']}\n"}}
-            if not module.check_mode:
-                store.switch(wanted["id"])
+        elif wanted["state"] == "current":
+            result = make_current(module, store)
         elif wanted["state"] in ("proven", "refuted") and wanted["id"] in store.ids():
             result["changed"] = mark(store, wanted["id"], wanted["state"] == "proven", module.check_mode)
-        elif wanted["state"] == "pruned":
-            removed = prune(store, max(2, wanted["keep"]), wanted["environments"], module.check_mode)
-            result = {"changed": bool(removed), "removed": removed}
+            if wanted["state"] == "proven":
+                result["removed"] = prune(store, max(2, wanted["keep"]), wanted["environments"], module.check_mode)
+                result["changed"] = result["changed"] or bool(result["removed"])
     except OSError as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result, **store.report(wanted["id"] or result.get("id") or store.current))

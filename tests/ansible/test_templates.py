@@ -45,7 +45,14 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
 @pytest.mark.parametrize(
     "name",
     [
-        "low_mem.sh", "engine.env", "vllm.env", "supervised.sh", "supervise.sh", "supervisord.conf", "vllm.service", "vllm-watchdog.service",
+        "low_mem.sh",
+        "engine.env",
+        "vllm.env",
+        "supervised.sh",
+        "supervise.sh",
+        "supervisord.conf",
+        "vllm.service",
+        "vllm-watchdog.service",
         "vllm.logrotate",
     ],
 )
@@ -127,7 +134,13 @@ def test_a_gpu_unit_may_lock_memory_and_see_its_devices(rendered: Path, rendered
 
 def test_templates_hold_no_number() -> None:
     """Every figure is in the plan or a default; file modes and what a format itself asks for are all that is left."""
-    allowed = {"low_mem.sh.j2": {"0"}, "vllm.env.j2": set(), "engine.env.j2": set(), "supervisord.conf.j2": {"0600", "1", "077"}, "vllm.service.j2": {"0077", "6"}}
+    allowed = {
+        "low_mem.sh.j2": {"0"},
+        "vllm.env.j2": set(),
+        "engine.env.j2": set(),
+        "supervisord.conf.j2": {"0600", "1", "077"},
+        "vllm.service.j2": {"0077", "6"},
+    }
     for name, numbers in allowed.items():
         text = re.sub(r"\{[{%].*?[%}]\}", "", (REPOSITORY / "templates" / name).read_text())
         text = "\n".join(line for line in text.splitlines() if not line.startswith(("#", ";")))

@@ -33,7 +33,7 @@ class Service:
 
     @property
     def environment(self) -> Path:
-        return next(path.parent for path in (self.root / "envs").glob("vllm-*/.complete"))
+        return (self.root / "current/env").resolve()
 
     def control(self, *words: str) -> str:
         command = [str(self.environment / "bin/supervisorctl"), "-c", str(self.root / "etc/supervisord.conf"), *words]
@@ -85,10 +85,10 @@ def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.fixture(scope="session")
 def killed_play(root: Path) -> dict[str, str]:
-    """The first play on this root, killed with SIGKILL in the task after the one that wrote the environment file."""
+    """The first play on this root, killed with SIGKILL when its release was whole and not yet the current one."""
     with subprocess.Popen(arguments(root), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True) as play:
         for line in play.stdout or ():
-            if line.startswith("TASK [vllm_service : Write the launcher]"):
+            if line.startswith("TASK [vllm_service : Switch to the release]"):
                 os.killpg(play.pid, signal.SIGKILL)
     return {path.name: path.read_text() for path in (root / "etc").iterdir()}
 

