@@ -6,8 +6,8 @@ set -euo pipefail
 
 # Whichever link it was started by: a release uses its own files only. The API key is in the environment, so that no secret is ever an argument.
 release=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+export LOWMEM_RELEASE=$release
 set -a
-LOWMEM_RELEASE=$release
 # shellcheck source=/dev/null
 source "$release/engine.env"
 # shellcheck source=/dev/null
