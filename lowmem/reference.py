@@ -200,12 +200,12 @@ def received(name: str, receipt: Receipt, device: str = "h200") -> Received:
     return Received(name, receipt, plan)
 
 
-def load_receipts(folder: Path) -> list[Received]:
-    """The receipts of a folder whose service answered a load, by name; other JSON files are passed over."""
+def load_receipts(folder: Path, device: str = "h200") -> list[Received]:
+    """The receipts of a folder whose service answered a load, by name, planned for `device`; other JSON files are passed over."""
     found = []
     for file in sorted(folder.glob("*.json")):
         if '"argv"' in file.read_text(encoding="utf-8"):
             receipt = read(file)
             if receipt.loads:
-                found.append(received(file.stem, receipt))
+                found.append(received(file.stem, receipt, device))
     return found

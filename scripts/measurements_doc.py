@@ -1,4 +1,4 @@
-"""Writes what README.md and docs/measurements/README.md say of the receipts, and draws docs/measurements/*/plan-and-measured.png.
+"""Writes what README.md and the pages of docs/measurements say of the receipts, and draws docs/measurements/*/plan-and-measured.png.
 
     python scripts/measurements_doc.py
 
@@ -16,6 +16,7 @@ from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
 FOLDER = TOP / "docs" / "measurements" / "2026-11-23-2xh200"
+ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 WHAT = {
     "low_mem": "`low_mem`, two cards",
@@ -92,11 +93,16 @@ def written(page: str, block: str) -> str:
 
 def pages() -> dict[Path, str]:
     runs = {run.name: run for run in load_receipts(FOLDER)}
-    blocks = {TOP / "README.md": headline(runs), FOLDER.parent / "README.md": details(runs)}
+    one_card = {run.name: run for run in load_receipts(ONE_CARD, "h100")}
+    blocks = {
+        TOP / "README.md": headline(runs),
+        FOLDER.parent / "README.md": details(runs),
+        ONE_CARD / "README.md": details(one_card),
+    }
     return {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
 
 
-def draw(runs: list[Received], file: Path) -> None:
+def draw(runs: list[Received], card: str, file: Path) -> None:
     """Planned and measured memory of each run as stacked bars, the limit as a line."""
     import matplotlib as mpl
 
@@ -130,7 +136,7 @@ def draw(runs: list[Received], file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 46)
     axes.set_xlabel("GiB of a card (figures: MiB); the black line is the profile's limit")
-    axes.set_title("Memory of a card under load: planned by today's constants, and measured on H200")
+    axes.set_title(f"Memory of a card under load: planned by today's constants, and measured on {card}")
     squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
     figure.legend(squares, list(colours), loc="outside lower center", fontsize=8, ncols=9)
     figure.savefig(file, dpi=110, metadata={"Software": None})
@@ -139,7 +145,8 @@ def draw(runs: list[Received], file: Path) -> None:
 def main() -> None:
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    draw(load_receipts(FOLDER), FOLDER / "plan-and-measured.png")
+    draw(load_receipts(FOLDER), "H200", FOLDER / "plan-and-measured.png")
+    draw(load_receipts(ONE_CARD, "h100"), "H100", ONE_CARD / "plan-and-measured.png")
 
 
 if __name__ == "__main__":

@@ -196,6 +196,18 @@ def test_bad_input_is_refused_before_anything_changes(root: Path, tmp_path: Path
     assert sorted(path.name for path in root.rglob("*") if path.is_symlink() or path.parent == root) == before
 
 
+def test_float_tensors_come_out_in_the_source_s_type(
+    autoawq: Path, environment: Callable[..., Path], on_host: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    answer = on_host(environment("autoawq-cpu", "0.2.9"), "half.py", str(tmp_path))
+    assert answer["float16"] == {"single": "F16", "brain": "F16", "half": "F16", "packed": "I32"}
+    assert answer["bfloat16"] == {"single": "BF16", "brain": "BF16", "half": "BF16", "packed": "I32"}
+    assert answer["config"] == {"dtype": "bfloat16"}
+    assert answer["refused"] == "model.safetensors: tensor large has values that float16 cannot hold"
+    assert answer["loss in torch.float16"] is False
+    assert answer["loss in torch.bfloat16"] is True
+
+
 def test_both_formats_are_read_back_right(autoawq: Path, environment: Callable[..., Path], on_host: Callable[..., dict[str, Any]]) -> None:
     answer = on_host(environment("autoawq-cpu", "0.2.9"), "four_bits.py")
     assert answer == {"awq": True, "compressed": True, "symmetric": True}

@@ -94,7 +94,7 @@ def spec(models: Path, **recipe: Any) -> dict[str, Any]:
         "source_name": "m",
         "name": "m-awq",
         "limit_ratio": 1.1,
-        "recipe": {"version": 1, "backend": "autoawq", "group_size": 0, "calibration_tokens": 1024, "sample_tokens": 256, **recipe},
+        "recipe": {"version": 2, "backend": "autoawq", "group_size": 0, "calibration_tokens": 1024, "sample_tokens": 256, **recipe},
     }
 
 

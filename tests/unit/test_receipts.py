@@ -1,6 +1,7 @@
 """Today's plan against the receipts of real cards (docs/measurements), and the pages that quote them."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from lowmem.units import MIB
 
 TOP = Path(__file__).parents[2]
 RUNS = {r.name: r for r in load_receipts(TOP / "docs" / "measurements" / "2026-11-23-2xh200")}
+ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
+BLIND = {r.name: r for r in load_receipts(ONE_CARD, "h100")}
 PEAK_MIB = {
     "low_mem": 20430, "low_mem-4-channels": 20466, "plain": 40022, "low_latency": 39304,
     "offload_prefetch": 20576, "offload_uva": 20250, "extreme_uncapped": 20770,
@@ -49,6 +52,36 @@ def test_the_goal():
     assert recipe.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(0.961, abs=0.001)
 
 
+@pytest.mark.parametrize(
+    ("name", "idle_mib", "peak_mib"),
+    [("ll-enforce_eager", 39198, 39256), ("ll-kv_cache_dtype-int8", 37584, 37700), ("ll-max_num_batched_tokens-2048", 39162, 39768)],
+)
+def test_memory_on_a_card_that_calibrated_nothing_within_two_percent(name, idle_mib, peak_mib):
+    run = BLIND[name]
+    assert (round(run.idle_mib), round(run.peak_mib)) == (idle_mib, peak_mib)
+    assert run.plan.per_gpu["total"] / MIB == pytest.approx(idle_mib, rel=0.02)
+    assert run.plan.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "ms"), [("ll-kv_cache_dtype-int8", 20.04), ("ll-max_num_batched_tokens-2048", 19.07)])
+def test_a_decode_step_on_a_card_that_calibrated_nothing_within_fifteen_percent(name, ms):
+    assert BLIND[name].receipt.loads[0].itl_ms.p50 == pytest.approx(ms, abs=0.01)
+    assert BLIND[name].plan.latency_ms.terms["steady_step"] == pytest.approx(ms, rel=0.15)
+
+
+def test_the_page_of_one_card_quotes_its_files():
+    page = (ONE_CARD / "README.md").read_text()
+    shipped = json.loads((ONE_CARD / "same-client-low_latency.json").read_text())
+    profile = json.loads((ONE_CARD / "profile-low_latency.json").read_text())
+    load = shipped["loads"][0]
+    assert (shipped["memory_mib"]["idle"], shipped["memory_mib"]["load:8"]) == (39185, 39303)
+    assert "39,185 MiB idle" in page
+    assert f"{load['output_tokens_per_s']:.1f} tokens/s" in page
+    assert f"p50 {load['tpot_ms']['p50']:.1f}, p99 {load['tpot_ms']['p99']:.1f} ms" in page
+    assert f"{profile['busy_us'] / 109 / 1000:.1f} ms of kernels a step" in page
+    assert f"| {profile['kernels'][0]['us'] / 109 / 1000:.2f} | 85 % |" in page
+
+
 def test_pages_say_what_the_receipts_say():
     spec = importlib.util.spec_from_file_location("measurements_doc", TOP / "scripts" / "measurements_doc.py")
     assert spec is not None
@@ -64,4 +97,8 @@ def test_explain_quotes_what_was_measured():
     assert list(measured) == ["offload_group_size"]
     assert "376.6 against 400.9 ms a decode step" in measured["offload_group_size"]
     assert round(RUNS["offload_prefetch"].receipt.loads[0].itl_ms.p50, 1) == 376.6
+    one_card = measured_effects(TOP / "docs" / "measurements", "low_latency")
+    assert list(one_card) == ["max_num_batched_tokens", "kv_cache_memory_bytes"]
+    assert round(BLIND["ll-max_num_batched_tokens-2048"].peak_mib) - 39303 == 465
+    assert 39303 - round(BLIND["ll-kv_cache_dtype-int8"].peak_mib) == 1603
     assert round(RUNS["offload_uva"].receipt.loads[0].itl_ms.p50, 1) == 400.9

@@ -135,17 +135,19 @@ def full_recipe(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_half(folder: Path, dtype: str) -> None:
-    """Store float32 tensors (embeddings, norms, scales) in `dtype`, the source's own 16 bits."""
+    """Store every float tensor (embeddings, norms, scales) in `dtype`, the source's own 16 bits, whatever the library worked in."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    wanted = getattr(torch, dtype)
+    others = {"F32", "F16", "BF16"} - {{"float16": "F16", "bfloat16": "BF16"}[dtype]}
     for path in sorted(folder.glob("*.safetensors")):
-        if not any(tensor["dtype"] == "F32" for tensor in manifest.safetensors_header(path).values()):
+        if not any(tensor["dtype"] in others for tensor in manifest.safetensors_header(path).values()):
             continue
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
-        half = {name: t.to(getattr(torch, dtype)) if t.dtype == torch.float32 else t for name, t in tensors.items()}
+        half = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
         bad = next((name for name, t in half.items() if t.is_floating_point() and not t.isfinite().all()), None)
         if bad:
             raise Refused(f"{path.name}: tensor {bad} has values that {dtype} cannot hold")
