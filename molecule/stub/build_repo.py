@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Builds a signed STUB of NVIDIA's package repository: `build_repo.py OUT KERNEL…`, a KERNEL being a release such as 6.1.0-99-amd64.
 
-OUT/compute/cuda/repos/debian{12,13}/x86_64/ holds packages with NVIDIA's names and dependencies and none of its content, signed by a key
-made here, and that key as lowmem-stub.pub; OUT/fingerprint is its fingerprint, OUT/wrong.pub another key. Needs dpkg-deb, apt-ftparchive
-and gpg. About 2 s.
+OUT/compute/cuda/repos/{debian12,debian13,ubuntu2204,ubuntu2404}/x86_64/ holds packages with NVIDIA's names and dependencies for that
+system and none of its content, signed by a key made here, and that key as lowmem-stub.pub; OUT/fingerprint is its fingerprint,
+OUT/wrong.pub another key. Needs dpkg-deb, apt-ftparchive and gpg. About 5 s.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 VERSIONS = {"580.95.05": "13.0", "580.159.04": "13.0", "590.48.01": "13.1"}
-SUITES = ("debian12", "debian13")
+SUITES = {"Debian": ("debian12", "debian13"), "Ubuntu": ("ubuntu2204", "ubuntu2404")}
 
 
 def sh(*command: str | Path, **options: object) -> str:
@@ -80,35 +80,69 @@ done
 """
 
 
-def driver(out: Path, version: str, cuda: str) -> None:
-    full = f"{version}-1"
+def names(system: str, branch: str) -> dict[str, str]:
+    """What NVIDIA calls the parts: https://docs.nvidia.com/datacenter/tesla/driver-installation-guide, "Ubuntu 590 package renames"."""
+    if system == "Debian":
+        return {"smi": "nvidia-driver-cuda", "libcuda": "libcuda1", "open": "nvidia-kernel-open-dkms", "proprietary": "nvidia-kernel-dkms"}
+    suffix = f"-{branch}" if int(branch) < 590 else ""
+    return {
+        "smi": f"nvidia-utils{suffix}", "libcuda": f"libnvidia-compute{suffix}",
+        "open": f"nvidia-dkms{suffix}-open" if suffix else "nvidia-dkms-open", "proprietary": f"nvidia-dkms{suffix}",
+    }  # fmt: skip
+
+
+def driver(out: Path, system: str, version: str, cuda: str) -> None:
+    full = f"{version}-1" if system == "Debian" else f"{version}-1ubuntu1"
     branch = version.split(".")[0]
+    name = names(system, branch)
     for suffix in (branch, version):
         pin = f"Package: *nvidia* *libcuda* *cuda-drivers*\nPin: version {suffix}*\nPin-Priority: 1000\n"
         package(out, f"nvidia-driver-pinning-{suffix}", full, {"/etc/apt/preferences.d/nvidia-driver-pinning": (pin, 0o644)},
                 provides="nvidia-driver-pinning", conflicts="nvidia-driver-pinning", replaces="nvidia-driver-pinning")  # fmt: skip
     smi = (HERE / "files/nvidia-smi").read_text().replace("@VERSION@", version).replace("@CUDA@", cuda)
-    needs = f"nvidia-kernel-open-dkms (= {full}) | nvidia-kernel-dkms (= {full}), libcuda1 (= {full}), nvidia-persistenced (= {full})"
-    package(out, "nvidia-driver-cuda", full, {"/usr/bin/nvidia-smi": (smi, 0o755)}, depends=needs)
-    package(out, "libcuda1", full)
+    modules = f"{name['open']} (= {full}) | {name['proprietary']} (= {full})"
+    needs = {
+        "Debian": f"{modules}, {name['libcuda']} (= {full}), nvidia-persistenced (= {full})",
+        "Ubuntu": f"{name['libcuda']} (= {full})",
+    }[system]
+    package(
+        out,
+        name["smi"],
+        full,
+        {"/usr/bin/nvidia-smi": (smi, 0o755)},
+        depends=needs,
+        conflicts="stub-smi",
+        replaces="stub-smi",
+        provides="stub-smi",
+    )
+    package(out, name["libcuda"], full)
     nodes = "#!/bin/sh\n# STUB: the node is an empty file\n[ \"$*\" = '-c=0 -u' ] && touch /dev/nvidia-uvm\n"
     package(out, "nvidia-modprobe", full, {"/usr/bin/nvidia-modprobe": (nodes, 0o755)})
-    for name, licence, other in (
-        ("nvidia-kernel-open-dkms", "Dual MIT/GPL", "nvidia-kernel-dkms"),
-        ("nvidia-kernel-dkms", "NVIDIA", "nvidia-kernel-open-dkms"),
-    ):
+    for kind, licence in (("open", "Dual MIT/GPL"), ("proprietary", "NVIDIA")):
         files: Files = {}
         for module in ("nvidia", "nvidia-uvm"):
             fields = {"version": version, "license": licence, "name": module.replace("-", "_")}
             files[f"/usr/src/nvidia-stub/{module}.ko"] = (kernel_module(fields), 0o644)
-        package(out, name, full, files, {"postinst": PLACE}, conflicts=other, replaces=other, depends="kmod")
-    for name, process, what in (
+        package(
+            out,
+            name[kind],
+            full,
+            files,
+            {"postinst": PLACE},
+            conflicts="stub-dkms",
+            replaces="stub-dkms",
+            provides="stub-dkms",
+            depends="kmod",
+        )
+    for service, process, what in (
         ("nvidia-persistenced", "nvidia-persistenced", "NVIDIA's persistence daemon"),
         ("nvidia-fabricmanager", "nv-fabricmanager", "NVIDIA's fabric manager"),
     ):
-        unit = f"/usr/lib/systemd/system/{name}.service"
-        package(out, name, full, {unit: (daemon(what, process), 0o644), f"/usr/bin/{process}": ("#!/bin/sh\nexec sleep infinity\n", 0o755)})
-    package(out, "nvidia-open", full, depends=f"nvidia-driver-cuda (= {full})")
+        unit = f"/usr/lib/systemd/system/{service}.service"
+        files = {unit: (daemon(what, process), 0o644), f"/usr/bin/{process}": ("#!/bin/sh\nexec sleep infinity\n", 0o755)}
+        # the fabric manager has the same version string on both systems
+        package(out, service, f"{version}-1" if service == "nvidia-fabricmanager" else full, files)
+    package(out, "nvidia-open", full, depends=f"{name['smi']} (= {full}), {name['open']} (= {full})")
 
 
 def toolkit(out: Path) -> None:
@@ -131,28 +165,45 @@ def keys(home: Path, name: str) -> tuple[str, str]:
     return fingerprint, sh("gpg", "--armor", "--export", fingerprint, env=env)
 
 
+def packages(out: Path, system: str, releases: list[str]) -> None:
+    out.mkdir(parents=True)
+    for version, cuda in VERSIONS.items():
+        driver(out, system, version, cuda)
+    toolkit(out)
+    for release in releases:
+        package(out, f"linux-headers-{release}", "1", {f"/usr/src/linux-headers-{release}/Makefile": ("# STUB\n", 0o644)})
+    (out / "Packages").write_text(sh("apt-ftparchive", "packages", ".", cwd=out))
+    (out / "Release").write_text(sh("apt-ftparchive", "-o", "APT::FTPArchive::Release::Origin=lowmem-stub", "release", ".", cwd=out))
+
+
 def main() -> None:
     out, releases = Path(sys.argv[1]), sys.argv[2:]
     shutil.rmtree(out, ignore_errors=True)
-    first = out / "compute/cuda/repos" / SUITES[0] / "x86_64"
-    first.mkdir(parents=True)
-    for version, cuda in VERSIONS.items():
-        driver(first, version, cuda)
-    toolkit(first)
-    for release in releases:
-        package(first, f"linux-headers-{release}", "1", {f"/usr/src/linux-headers-{release}/Makefile": ("# STUB\n", 0o644)})
-    (first / "Packages").write_text(sh("apt-ftparchive", "packages", ".", cwd=first))
-    (first / "Release").write_text(sh("apt-ftparchive", "-o", "APT::FTPArchive::Release::Origin=lowmem-stub", "release", ".", cwd=first))
+    repositories = out / "compute/cuda/repos"
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "GNUPGHOME": home}
         fingerprint, public = keys(Path(home), "lowmem stub repository")
-        sh("gpg", "--batch", "--yes", "--default-key", fingerprint, "--clearsign", "-o", first / "InRelease", first / "Release", env=env)
-        (first / "lowmem-stub.pub").write_text(public)
+        for system, (suite, *others) in SUITES.items():
+            first = repositories / suite / "x86_64"
+            packages(first, system, releases)
+            sh(
+                "gpg",
+                "--batch",
+                "--yes",
+                "--default-key",
+                fingerprint,
+                "--clearsign",
+                "-o",
+                first / "InRelease",
+                first / "Release",
+                env=env,
+            )
+            (first / "lowmem-stub.pub").write_text(public)
+            for other in others:
+                shutil.copytree(first, repositories / other / "x86_64")
         (out / "fingerprint").write_text(fingerprint + "\n")
         (out / "wrong.pub").write_text(keys(Path(home), "somebody else")[1])
         sh("gpgconf", "--kill", "all", env=env)
-    for other in SUITES[1:]:
-        shutil.copytree(first, out / "compute/cuda/repos" / other / "x86_64")
 
 
 if __name__ == "__main__":

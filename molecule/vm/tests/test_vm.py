@@ -1,0 +1,62 @@
+"""What only a kernel of its own shows; run after the roles, and again after a reboot into other values."""
+
+import time
+
+LIMIT = 268435456
+
+
+def test_kernel_parameters(host):
+    assert host.sysctl("vm.swappiness") == 10
+    assert host.sysctl("vm.overcommit_memory") == 0
+    assert host.sysctl("vm.max_map_count") == 262144
+    assert host.sysctl("vm.nr_hugepages") == 8
+
+
+def test_swap_of_fstab_is_in_use(host):
+    assert host.check_output("swapon --show=NAME,SIZE --bytes --noheadings --raw") == "/swapfile 1073737728"
+    assert host.file("/etc/fstab").content_string.split() == ["/swapfile", "none", "swap", "sw", "0", "0"]
+
+
+def test_the_driver_is_loaded_by_the_kernel(host):
+    assert host.file("/sys/module/nvidia/version").content_string.strip() == "580.159.04"
+    assert host.file("/sys/module/nvidia_uvm/version").content_string.strip() == "580.159.04"
+    assert host.check_output("/usr/sbin/modinfo -F version nvidia") == "580.159.04"
+    assert host.service("systemd-modules-load").is_running
+
+
+def engine(host, what):
+    """The unit, started anew with an engine that takes this; its properties when it holds it or was ended."""
+    host.check_output("sudo sh -c %s", f"echo {what} >/opt/vllm-lowmem/etc/engine.txt; : >/opt/vllm-lowmem/log/vllm.log")
+    host.check_output(
+        "sudo sh -c %s", "systemctl daemon-reload; systemctl stop vllm; systemctl reset-failed vllm || true; systemctl start vllm"
+    )
+    for _ in range(120):
+        said = host.check_output("systemctl show vllm --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup")
+        now = dict(line.split("=", 1) for line in said.splitlines())
+        if now["ActiveState"] == "failed" or "holds" in host.file("/opt/vllm-lowmem/log/vllm.log").content_string:
+            return now
+        time.sleep(1)
+    raise AssertionError(now)
+
+
+def test_ordinary_memory_over_the_limit_goes_to_swap(host):
+    now = engine(host, "ordinary 400")
+    assert now["MemoryMax"] == str(LIMIT)
+    assert now["ActiveState"] == "active"
+    assert int(now["MemoryCurrent"]) <= LIMIT
+    assert int(now["MemorySwapCurrent"]) >= (400 << 20) - LIMIT
+
+
+def test_locked_memory_within_the_limit_is_had(host):
+    now = engine(host, "locked 128")
+    assert now["ActiveState"] == "active"
+    assert int(now["MemoryCurrent"]) >= 128 << 20
+
+
+def test_locked_memory_over_the_limit_ends_the_engine_and_it_stays_ended(host):
+    now = engine(host, "locked 400")
+    assert now["ActiveState"] == "failed"
+    log = host.check_output("sudo journalctl --unit=vllm --boot --no-pager")
+    assert "vllm.service: Failed with result 'oom-kill'." in log
+    assert host.check_output("systemctl is-system-running || true") in ("degraded", "running")
+    host.check_output("sudo systemctl reset-failed vllm")
