@@ -1,5 +1,6 @@
 """The test hosts themselves: real systemd, SSH, reboots, and nothing left on this machine, whatever way a run ended."""
 
+import ipaddress
 import json
 import os
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT
+from .conftest import ROOT, load
 
 TESTHOSTS = ROOT / "molecule/hosts/testhosts"
 
@@ -32,6 +33,56 @@ def hosts(tmp_path):
 
     yield call
     call("sweep", "")
+
+
+def module(monkeypatch, state):
+    """The program as a module that takes `state` for its own."""
+    monkeypatch.setenv("TESTHOSTS_STATE", str(state))
+    return load("molecule/hosts/testhosts")
+
+
+def test_two_checkouts_that_prefer_the_same_network_get_two(tmp_path, monkeypatch):
+    testhosts = module(monkeypatch, tmp_path)
+    first = int(testhosts.OWNER.rsplit("-", 1)[1], 16) % 200
+    bridges, used = {}, []
+    monkeypatch.setattr(testhosts, "owner", bridges.get)
+    monkeypatch.setattr(testhosts, "networks_in_use", lambda: [ipaddress.IPv4Network(n) for n in used])
+    assert testhosts.free_network() == first
+    bridges[first] = "lowmem-testhosts-of-another"
+    assert testhosts.free_network() == (first + 1) % 200
+    # somebody's network that has nothing to do with test hosts, wider than one of ours
+    used.append(f"10.213.{(first + 1) % 200}.128/25")
+    assert testhosts.free_network() == (first + 2) % 200
+    bridges.update(dict.fromkeys(range(200), "lowmem-testhosts-of-another"))
+    with pytest.raises(SystemExit, match=r"none of the networks 10\.213\.0\.0/24 to 10\.213\.199\.0/24 is free: see `ip route`"):
+        testhosts.free_network()
+
+
+def test_a_route_to_everything_private_leaves_the_networks_free(tmp_path, monkeypatch):
+    testhosts = module(monkeypatch, tmp_path)
+    answers = {"address": [{"addr_info": [{"local": "10.213.7.9", "prefixlen": 24}]}], "route": [{"dst": "default"}, {"dst": "10.0.0.0/8"}]}
+    monkeypatch.setattr(testhosts, "run", lambda *words, **_: subprocess.CompletedProcess(words, 0, json.dumps(answers[words[-1]]), ""))
+    assert testhosts.networks_in_use() == [ipaddress.IPv4Network("10.213.7.0/24")]
+
+
+def test_ubuntus_key_is_taken_only_by_its_fingerprint(tmp_path, monkeypatch):
+    """A mirror that serves a package with another key gives an error, and no keyring."""
+    testhosts = module(monkeypatch, tmp_path)
+    mirror = tmp_path / "mirror"
+    package = mirror / testhosts.UBUNTU_KEYRING
+    package.parent.mkdir(parents=True)
+    (tmp_path / "p/DEBIAN").mkdir(parents=True)
+    (tmp_path / "p/DEBIAN/control").write_text("Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@invalid>\nDescription: x\n")
+    (tmp_path / "p/usr/share/keyrings").mkdir(parents=True)
+    own = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+    (tmp_path / "p/usr/share/keyrings/ubuntu-archive-keyring.gpg").write_bytes(own.read_bytes())
+    subprocess.run(["dpkg-deb", "-b", tmp_path / "p", package], check=True, capture_output=True)
+    monkeypatch.setattr(testhosts, "UBUNTU_MIRROR", mirror.as_uri())
+    monkeypatch.setattr(testhosts, "CACHE", tmp_path / "cache")
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(SystemExit, match="does not hold the key F6ECB3762474EDA9D21B7022871920D1991BC93C: look at the mirror"):
+        testhosts.ubuntu_keyring()
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def ssh(record, command):
@@ -79,11 +130,29 @@ def test_what_is_missing_is_one_line(tmp_path):
         assert line.startswith("test hosts need root")
 
 
+@pytest.fixture
+def strangers_bridge(tmp_path, monkeypatch):
+    """The network that this state would like best is somebody else's."""
+    first = module(monkeypatch, tmp_path / "state").free_network()
+    commands = [
+        f"link add stranger{first} type bridge",
+        f"address add 10.213.{first}.1/24 dev stranger{first}",
+        f"link set stranger{first} up",
+    ]
+    for words in commands:
+        subprocess.run(["ip", *words.split()], check=True)
+    yield first
+    subprocess.run(["ip", "link", "delete", f"stranger{first}"], check=True)  # fails if it went with the hosts
+
+
 @needs_hosts
-def test_a_host_boots_reboots_and_leaves_nothing(hosts, tmp_path):
+def test_a_host_boots_reboots_and_leaves_nothing(hosts, strangers_bridge, tmp_path):
     before = vm()
     record = json.loads(hosts("up", "probe-one", "trixie").stdout)
     assert record["instance"] == "probe-one"
+    network = json.loads((tmp_path / "state/network.json").read_text())
+    assert network["number"] != strangers_bridge
+    assert record["address"].rsplit(".", 1)[0] + ".0/24" == network["subnet"]
     assert ssh(record, "cat /proc/1/comm") == "systemd"
     assert ssh(record, "sudo -n id -u") == "0"
     assert ssh(record, "hostname") == "probe-one"
@@ -106,7 +175,9 @@ def test_a_host_boots_reboots_and_leaves_nothing(hosts, tmp_path):
     assert hosts("sweep", "probe-").returncode == 0
     assert json.loads(hosts("list").stdout) == []
     assert "/s " not in Path("/proc/swaps").read_text()
-    assert vm() == before
+    if not [*Path("/sys/class/net").glob("lowmem*")]:  # another checkout's hosts keep what they found
+        assert vm() == before
+    assert not (tmp_path / "state/network.json").exists()
     assert not (tmp_path / "state/probe-one").exists()
     bridges = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True).stdout
     assert (

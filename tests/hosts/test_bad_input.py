@@ -1,0 +1,177 @@
+"""Every variable of the roles that prepare a host: a bad value ends in one line that names it, before the host is touched.
+
+A new variable without an entry here fails the test. One ansible-playbook run for all cases: each is a host of its inventory."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .conftest import ROOT
+
+ROLES = ("gpu_driver", "nvidia_repository", "cuda_toolkit", "host_memory")
+INT, BOOL = "cannot be converted to an int", "is not a valid boolean"
+URL = "it has to start with https://, http:// or file://"
+
+# variable -> (bad value, words of the answer); what the words do not name is the variable's name and the value, which are always asked for
+BAD = {
+    "gpu_driver_source": [("runfile", "must be one of: nvidia, distribution, preinstalled")],
+    "gpu_driver_branch": [
+        ("999", "known are 535, 550, 570, 580, 590, 595, 610: choose one of them."),
+        ("570", "whose CUDA is 12.8; the engine was built for 13.0 (gpu_driver_cuda_version): choose branch 580 or later."),
+        ("", "choose one of them."),
+    ],
+    "gpu_driver_version": [
+        ("590.48.01", "it has to be a version of branch 580 (gpu_driver_branch), such as 580.95.05: correct one of the two"),
+        ("580", "it has to be a version of branch 580"),
+        ("580.95.05; reboot", "it has to be a version of branch 580"),
+    ],
+    "gpu_driver_cuda_version": [
+        ("13", "it has to be major.minor, such as 13.0: read it from torch.version.cuda."),
+        ("14.0", "choose branch of a newer release of this project or later."),
+    ],
+    "gpu_driver_modules": [("nouveau", "must be one of: open, proprietary")],
+    "gpu_driver_cards": [(-1, "it has to be 0 (at least one card) to 16: correct it."), (17, "to 16: correct it."), ("two", INT)],
+    "gpu_driver_mig": [("on", "must be one of: refuse, allow")],
+    "gpu_driver_secure_boot": [("off", "must be one of: refuse, signed")],
+    "gpu_driver_hold": [("perhaps", BOOL)],
+    "gpu_driver_persistence": [("perhaps", BOOL)],
+    "gpu_driver_reboot": [("tonight", BOOL)],
+    "gpu_driver_reboot_timeout_s": [(59, "it has to be 60 to 7200 seconds: correct it."), (7201, "60 to 7200"), ("15m", INT)],
+    "nvidia_repository_base_url": [("mirror.example/cuda", URL), ("https://mirror.example/a folder", URL), ("", URL)],
+    "nvidia_repository_key_url": [("mirror.example/key.pub", f"{URL}: correct it, or leave it empty")],
+    "nvidia_repository_key_file": [("/nowhere/key.asc", "which is no file on the controller: correct the path, or leave it empty.")],
+    "nvidia_repository_key_fingerprint": [
+        ("3BF863CC", "it has to be the 40 hexadecimal digits of the primary key's fingerprint: read it with"),
+        ("Z" * 40, "it has to be the 40 hexadecimal digits"),
+    ],
+    "cuda_toolkit_parts": [(["everything"], "must be one or more of: c_compiler, nvcc")],
+    "cuda_toolkit_version": [("13", "it has to be major.minor, such as 13.0: read it from torch.version.cuda.")],
+    "host_memory_manage": [("perhaps", BOOL)],
+    "host_memory_swap_path": [
+        ("/swap file", "an absolute path of a file, with no blank, which fstab could not name): correct it."),
+        ("swapfile", "an absolute path"),
+        ("/swap/", "an absolute path of a file"),
+    ],
+    "host_memory_swap_gib": [
+        (-1, "(0 or more): correct it."),
+        ("64 GiB", INT),
+        (90_000_000, "free: make room, or choose another path or size."),
+    ],
+    "host_memory_swappiness": [(201, "(0 to 200): correct it."), (-1, "(0 to 200): correct it."), ("low", INT)],
+    "host_memory_overcommit": [(2, "must be one of: 0, 1")],
+    "host_memory_max_map_count": [
+        (65529, "(65530, the kernel's default, or more"),
+        (2147483648, "at most 2147483647): correct it."),
+        ("many", INT),
+    ],
+    "host_memory_hugepages": [(-1, "(0 or more): correct it."), (10_000_000, "which sets 19531.25 GiB aside"), ("all", INT)],
+    "host_memory_memlock": [("64G", "must be one of: infinity, default")],
+    "host_memory_user": [("Serve User", "a user's name of small letters"), ("", "a user's name"), ("x" * 33, "at most 32): correct it.")],
+    "host_memory_sysctl_file": [
+        ("/etc/sysctl.conf", "/etc/sysctl.d/NAME.conf, since only those are applied at boot): correct it."),
+        ("/etc/sysctl.d/60-lowmem", "/etc/sysctl.d/NAME.conf"),
+    ],
+    "host_memory_root": [("opt/vllm", "an absolute path): correct it.")],
+}
+CASES = [(variable, value, words) for variable, bad in BAD.items() for value, words in bad]
+
+# systems that the roles do not know; what each says, and what the same roles say on the four that they know, where this machine has no card
+SYSTEMS = [
+    (
+        "gpu_driver",
+        ["Debian", "11.9", "x86_64"],
+        "this host is debian11 on x86_64; supported are debian12, debian13, ubuntu2204, ubuntu2404 on x86_64",
+    ),
+    (
+        "gpu_driver",
+        ["Ubuntu", "20.04", "x86_64"],
+        "this host is ubuntu2004 on x86_64; supported are debian12, debian13, ubuntu2204, ubuntu2404",
+    ),
+    ("gpu_driver", ["Ubuntu", "24.04", "aarch64"], "this host is ubuntu2404 on aarch64; supported are"),
+    (
+        "nvidia_repository",
+        ["Fedora", "43", "x86_64"],
+        "this host is fedora43 on x86_64; supported are debian12, debian13, ubuntu2204, ubuntu2404",
+    ),
+    *(
+        (
+            "gpu_driver",
+            [name, version, "x86_64"],
+            "the PCI bus shows 0 NVIDIA cards, gpu_driver_cards asks for 1: reseat or power the missing card",
+        )
+        for name, version in (("Debian", "12.12"), ("Debian", "13.1"), ("Ubuntu", "22.04"), ("Ubuntu", "24.04"))
+    ),
+    ("cuda_toolkit", ["Ubuntu", "22.04", "x86_64"], None),
+    ("nvidia_repository", ["Ubuntu", "24.04", "x86_64"], None),
+    ("host_memory", ["Ubuntu", "24.04", "x86_64"], None),
+]
+
+
+def role_of(variable):
+    return next(role for role in ROLES if variable.startswith(f"{role}_"))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Host of the inventory -> what its first failed task said (None: none failed), and how many tasks changed something."""
+    plan = {"host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity"}}
+    hosts = {}
+    for number, (variable, value, _) in enumerate(CASES):
+        hosts[f"case-{number}"] = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"], variable: value}
+    for number, (role, system, _) in enumerate(SYSTEMS):
+        hosts[f"system-{number}"] = {"case_role": role, "case_system": system}
+    # what the roles' own places must not be taken from, so that a case fails for its own variable only
+    for host in hosts.values():
+        host.setdefault("host_memory_swap_gib", 0)
+        host["lowmem_plan"] = plan
+    inventory = tmp_path_factory.mktemp("inventory") / "hosts.json"
+    shared = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+    inventory.write_text(json.dumps({"cases": {"hosts": hosts, "vars": shared}}))
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), "-i", inventory, "tests/ansible/files/refusals.yml"],
+        cwd=ROOT,
+        env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORKS": "4"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    report = json.loads(done.stdout[done.stdout.index("{") :])
+    said = dict.fromkeys(hosts)
+    for task in report["plays"][0]["tasks"]:
+        for host, result in task["hosts"].items():
+            if result.get("failed") and said[host] is None:
+                said[host] = re.sub(r"^Validation of arguments failed:\n", "", result["msg"].strip())
+    return said, {host: counts["changed"] for host, counts in report["stats"].items()}
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_every_variable_has_an_entry_and_no_other(role):
+    options = yaml.safe_load((ROOT / "roles" / role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    assert {variable for variable in BAD if role_of(variable) == role} == set(options)
+
+
+@pytest.mark.parametrize(("number", "case"), [*enumerate(CASES)], ids=[f"{variable}={str(value)[:20]}" for variable, value, _ in CASES])
+def test_a_bad_value_is_one_line_that_names_it(answers, number, case):
+    (variable, value, words), (said, changed) = case, answers
+    line = said[f"case-{number}"]
+    assert line is not None, "it was not refused"
+    assert "\n" not in line
+    assert words in line
+    assert variable in line
+    assert str(value[0] if isinstance(value, list) else value) in line
+    assert changed[f"case-{number}"] == 0
+
+
+@pytest.mark.parametrize(("number", "case"), [*enumerate(SYSTEMS)], ids=["-".join([role, *system]) for role, system, _ in SYSTEMS])
+def test_systems(answers, number, case):
+    (_, _, words), (said, changed) = case, answers
+    line = said[f"system-{number}"]
+    assert (line is None) if words is None else (words in line)
+    assert changed[f"system-{number}"] == 0
