@@ -9,7 +9,7 @@ from .conftest import ROOT
 FILES = [f"roles/{role}/{part}/main.yml" for role in ("gpu_driver", "nvidia_repository") for part in ("defaults", "vars")]
 
 
-def ask(system, version, **given):
+def ask(system, version, wanted=None, **given):
     """The roles' own variables as Ansible resolves them on such a host, with what an inventory gives."""
     loader = DataLoader()
     variables = {}
@@ -18,9 +18,9 @@ def ask(system, version, **given):
     major = version.split(".", maxsplit=1)[0]
     facts = {"distribution": system, "distribution_version": version, "distribution_major_version": major, "architecture": "x86_64"}
     templar = Templar(loader=loader, variables=variables | given | {"ansible_facts": facts})
-    wanted = {
+    wanted = {name: name for name in wanted or ()} or {
         "packages": "gpu_driver_packages",
-        "pattern": "gpu_driver_release_pattern",
+        "pattern": "gpu_driver_release_regex",
         "telling": "gpu_driver_telling",
         "url": "nvidia_repository_url",
         "key": "nvidia_repository_wanted_key_url",
@@ -71,7 +71,7 @@ def test_an_exact_version_and_a_mirror():
         gpu_driver_version="580.159.04",
         nvidia_repository_base_url="https://mirror.example.org/nvidia/cuda/repos/",
     )
-    assert got["pattern"] == "580.159.04-*"
+    assert got["pattern"] == r"^([0-9]+:)?580\.159\.04[.+~-]"
     assert got["telling"] == "nvidia-driver-pinning-580.159.04"
     assert got["url"] == "https://mirror.example.org/nvidia/cuda/repos/ubuntu2404/x86_64/"
     assert got["key"] == "https://mirror.example.org/nvidia/cuda/repos/ubuntu2404/x86_64/3bf863cc.pub"
@@ -80,7 +80,41 @@ def test_an_exact_version_and_a_mirror():
 
 def test_nvidias_own_place_is_the_default():
     got = ask("Debian", "13.1")
-    assert got["pattern"] == "580.*"
+    assert got["pattern"] == "^([0-9]+:)?580[.+~-]"
     assert got["url"] == "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64/"
     assert got["key"] == "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64/8793F200.pub"
     assert got["fingerprint"] == "02182E60104FCDC26EAE1B8597A5D4CB8793F200"
+
+
+POLICY = """nvidia-utils-580:
+  Installed: (none)
+  Candidate: 580.159.04-1ubuntu1
+  Version table:
+     580.178.04-0ubuntu0.24.04.1 100
+        100 http://archive.ubuntu.com/ubuntu noble-updates/restricted amd64 Packages
+     580.159.04-1ubuntu1 1000
+        500 https://mirror.example.org/nvidia/cuda/repos/ubuntu2404/x86_64  Packages
+nvidia-persistenced:
+  Installed: 580.95.05-1ubuntu1
+  Candidate: 580.159.04-1ubuntu1
+  Version table:
+"""
+
+
+def test_what_is_there_and_of_the_branch_stays_and_the_rest_is_asked_for_by_its_version():
+    """580.178.04 of Ubuntu's own is higher, and was taken when apt was asked for 580.*."""
+    seen = {
+        "report": {
+            "packages": {"nvidia-persistenced": "580.95.05-1ubuntu1", "nvidia-modprobe": "570.1-1", "libnvidia-compute-580": "5800.1-1"}
+        }
+    }
+    got = ask(
+        "Ubuntu", "24.04", wanted=("gpu_driver_kept", "gpu_driver_new", "gpu_driver_candidates"),
+        gpu_driver_seen=seen, gpu_driver_policy={"stdout": POLICY},
+    )  # fmt: skip
+    assert got["gpu_driver_kept"] == ["nvidia-persistenced"]
+    assert sorted(got["gpu_driver_new"]) == ["libnvidia-compute-580", "nvidia-dkms-580-open", "nvidia-modprobe", "nvidia-utils-580"]
+    assert got["gpu_driver_candidates"] == {
+        "libnvidia-compute-580": "(none)", "nvidia-utils-580": "580.159.04-1ubuntu1", "nvidia-dkms-580-open": "(none)",
+        "nvidia-persistenced": "580.159.04-1ubuntu1", "nvidia-modprobe": "(none)",
+    }  # fmt: skip

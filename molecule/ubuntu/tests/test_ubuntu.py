@@ -33,6 +33,15 @@ def test_packages_have_ubuntus_names_and_are_held(host, name):
     assert host.check_output("apt-mark showhold").splitlines() == HELD[name]
 
 
+def test_the_packages_are_the_repositorys_and_not_ubuntus_own(host, name):
+    """Ubuntu has packages of the same names and of branch 580; those of NVIDIA's repository end in -1ubuntu1."""
+    package = {JAMMY: "nvidia-dkms-580", NOBLE: "nvidia-dkms-580-open"}[name]
+    table = host.check_output("apt-cache policy %s", package)
+    assert "restricted" in table, "Ubuntu has no such package any more: this test proves nothing"
+    for package in HELD[name]:
+        assert host.package(package).version in (f"{VERSION[name]}-1ubuntu1", f"{VERSION[name]}-1")
+
+
 def test_the_module_is_built_for_every_installed_kernel(host, name):
     kernels = {JAMMY: ["6.8.0-99-generic", host.check_output("uname -r")], NOBLE: [host.check_output("uname -r")]}[name]
     for kernel in kernels:
