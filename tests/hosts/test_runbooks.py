@@ -39,6 +39,54 @@ def test_command_runs(command):
     assert done.returncode == 0, done.stderr
 
 
+NINE = (
+    "new-host", "driver-upgrade", "gpu-fell-off-the-bus", "oom-at-start", "latency-too-high", "model-update", "rollback", "key-rotation",
+    "host-replacement",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NINE)
+def test_a_runbook_says_when_what_to_run_what_it_prints_and_what_to_do(name):
+    text = (ROOT / f"docs/runbooks/{name}.md").read_text()
+    labels = " ".join(re.findall(r"\*\*([^*]+)\*\*", text)).lower()
+    assert "when" in labels or "symptom" in labels
+    for part in ("what to run", "what it prints", "what to do"):
+        assert part in labels or part.removeprefix("what ") in labels, part
+    assert "```bash" in text
+
+
+PLAYS = sorted(
+    {
+        line.split("#")[0].strip().removeprefix(".lowmem/venv/bin/").replace("inventory/mine", "inventory/NAME")
+        for path in [*RUNBOOKS, ROOT / "inventory/README.md", ROOT / "README.md"]
+        for line in re.findall(r"^ *((?:\.lowmem/venv/bin/)?ansible-playbook .*)$", path.read_text(), re.MULTILINE)
+    }
+)
+
+
+@pytest.mark.parametrize("command", PLAYS)
+def test_a_play_that_needs_hosts_is_at_least_understood(command):
+    """Playbook, inventory, tags, limit and variables, with the examples' names where the operator puts his own."""
+    words = command.replace("NAME", "a100-2x40g").replace("HOST", "gpu-1.example.org").split()
+    done = subprocess.run(
+        [Path(sys.executable).with_name("ansible-playbook"), *words[1:], "--list-tasks", "--list-hosts"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"hosts \([1-9]", done.stdout), "inventory or limit name no host"
+    if "--tags" in words:
+        assert words[words.index("--tags") + 1] in done.stdout.split("TAGS:", 1)[1]
+
+
+def test_doctor_runs_on_this_machine_and_changes_nothing(playbook, tmp_path):
+    done = playbook("playbooks/doctor.yml", variables={"doctor_strict": False, "doctor_folder": str(tmp_path)})
+    assert done.rc == 0, done.text
+    assert done.changed == 0
+    assert "verdict: " in done.text
+    findings = (tmp_path / "demo.json").read_text()
+    assert '"subject": "RAM"' in findings
+
+
 @pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)
 def test_files_that_are_named_exist(path):
     text = path.read_text()
