@@ -1,0 +1,60 @@
+"""What inventory/README.md says of the inventories is so."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from .conftest import ROOT
+
+README = (ROOT / "inventory/README.md").read_text()
+FOLDERS = sorted(path.parent.name for path in (ROOT / "inventory").glob("*/hosts.yml"))
+BIN = Path(sys.executable).parent
+
+
+def variables(inventory, host):
+    done = subprocess.run(
+        [BIN / "ansible-inventory", "-i", inventory, "--host", host], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_every_inventory_is_in_the_table_with_its_profile():
+    rows = dict(re.findall(r"^\| `([\w-]+)` \|[^|]*\|([^|]*)\|", README, re.MULTILINE))
+    assert sorted(rows) == FOLDERS
+    for name, text in rows.items():
+        profile = yaml.safe_load((ROOT / "inventory" / name / "group_vars/vllm.yml").read_text())["lowmem_profile"]
+        assert f"`{profile}`" in text
+        assert (ROOT / "profiles" / f"{profile}.yml").exists()
+
+
+@pytest.mark.parametrize("name", [n for n in FOLDERS if n != "demo"])
+def test_an_inventory_for_gpus_says_what_its_hosts_need(name):
+    host = variables(f"inventory/{name}", "gpu-1.example.org")
+    assert host["lowmem_device"] == "a100-40g"
+    assert host["lowmem_device_count"] == {"a100-2x40g": 2, "a100-1x40g": 1}[name]
+    assert (host["gpu_driver_source"], host["gpu_driver_branch"], host["gpu_driver_reboot"]) == ("nvidia", "580", False)
+    assert host["cuda_toolkit_parts"] == ["c_compiler"]
+    assert host["host_memory_swap_gib"] > 0
+
+
+def test_a_secret_in_a_vault_leaves_the_other_variables(tmp_path):
+    """The commands of the README, with a plain file in place of the encrypted one."""
+    shutil.copytree(ROOT / "inventory/a100-2x40g", tmp_path / "inventory/mine")
+    (commands,) = re.findall(r"^ {4}(cd inventory/mine.*)$", README, re.MULTILINE)
+    subprocess.run(["bash", "-euc", commands], cwd=tmp_path, check=True)
+    (tmp_path / "inventory/mine/group_vars/vllm/vault.yml").write_text("vllm_service_api_key: from-the-vault\n")
+    host = variables(tmp_path / "inventory/mine", "gpu-1.example.org")
+    assert host["vllm_service_api_key"] == "from-the-vault"
+    assert host["lowmem_profile"] == "low_mem"
+
+
+def test_the_plan_that_it_names_can_be_asked_for():
+    (command,) = re.findall(r"`(lowmem plan [^`]*)`", README)
+    done = subprocess.run([BIN / command.split()[0], *command.split()[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("low_mem: llama-2-70b"), done.stderr
