@@ -115,7 +115,7 @@ def driver(out: Path, system: str, version: str, cuda: str) -> None:
         replaces="stub-smi",
         provides="stub-smi",
     )
-    package(out, name["libcuda"], full)
+    package(out, name["libcuda"], full, conflicts="stub-libcuda", replaces="stub-libcuda", provides="stub-libcuda")
     nodes = "#!/bin/sh\n# STUB: the node is an empty file\n[ \"$*\" = '-c=0 -u' ] && touch /dev/nvidia-uvm\n"
     package(out, "nvidia-modprobe", full, {"/usr/bin/nvidia-modprobe": (nodes, 0o755)})
     for kind, licence in (("open", "Dual MIT/GPL"), ("proprietary", "NVIDIA")):
