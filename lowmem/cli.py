@@ -14,6 +14,7 @@ COMMANDS = {
     "plan": "lowmem.plan_cli:plan",
     "explain": "lowmem.explain_cli:explain",
     "frontier": "lowmem.frontier_cli:frontier_command",
+    "fleet": "lowmem.fleet_cli:fleet",
     "check-article": "lowmem.claims_cli:check_article",
     "measure": "lowmem.measure:measure",
     "receipt": "lowmem.receipt:receipt",
