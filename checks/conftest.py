@@ -107,10 +107,17 @@ class Deployment:
         log = shlex.quote(self.path("log/vllm.log"))
         return str(self.host.run(f"grep -v 'HTTP/1.1. 200 OK' {log} | tail -n {lines}").stdout)
 
+    def unit(self) -> str:
+        """The systemd unit of this deployment, among those of its host."""
+        launcher = shlex.quote(f"ExecStart={self.path('current/low_mem.sh')}")
+        found = self.host.run(f"grep --files-with-matches --line-regexp --fixed-strings {launcher} /etc/systemd/system/vllm@*.service")
+        assert found.rc == 0, f"no unit vllm@….service of this host runs {self.path('current/low_mem.sh')}"
+        return str(found.stdout.split()[0].rsplit("/", 1)[1])
+
     def journal_tail(self) -> str:
         if self.host.file(self.path("etc/supervisord.conf")).exists:
             return ""
-        return str(self.host.run("journalctl -u vllm -n 20 --no-pager").stdout)
+        return str(self.host.run("journalctl -u 'vllm@*' -n 20 --no-pager").stdout)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -201,4 +208,4 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         TOLD.add(deployment.root)
         report.sections.append(("last lines of log/vllm.log", deployment.log_tail()))
         if journal := deployment.journal_tail():
-            report.sections.append(("journalctl -u vllm", journal))
+            report.sections.append(("journalctl -u 'vllm@*'", journal))

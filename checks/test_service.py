@@ -28,7 +28,7 @@ def test_the_manager_says_it_runs(deployment: Any) -> None:
         # STARTING: it answers already, and has not yet run for as long as the supervisor wants to see
         assert state.split()[1:2] in (["RUNNING"], ["STARTING"]), state
     else:
-        service = deployment.host.service("vllm")
+        service = deployment.host.service(deployment.unit())
         assert (service.is_running, service.is_enabled) == (True, True)
 
 

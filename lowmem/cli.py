@@ -20,6 +20,8 @@ COMMANDS = {
     "receipt": "lowmem.receipt:receipt",
     "report": "lowmem.report:report",
     "doctor": "lowmem.doctor:doctor",
+    "start-check": "lowmem.start_check:start_check",
+    "ready": "lowmem.ready:ready",
     "watch": "lowmem.watchdog:watch",
 }
 """Subcommand -> `module:function`; the function is an ordinary typer command."""

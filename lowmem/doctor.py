@@ -173,7 +173,7 @@ def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None
         f"{h['name'].rsplit('/', 1)[-1]} (pid {h['pid']}{', ' + units[h['pid']] if units.get(h['pid']) else ''})" for h in holders
     )
     need = plan["per_gpu"]["total"] / 2**20 if plan and card["index"] < plan["device_count"] else 0
-    ours = bool(holders) and all(units.get(h["pid"]) == "vllm.service" for h in holders)
+    ours = bool(holders) and all((units.get(h["pid"]) or "").startswith("vllm@") for h in holders)
     says = "memory not reported" if free is None else f"{free:,} of {total:,} MiB free" + (f", held by {who}" if who else "")
     enough = free is not None and (free >= need or ours)
     yield _line(

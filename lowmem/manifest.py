@@ -10,6 +10,7 @@ Standard library only: this file is also copied to hosts by itself, and is a com
 from __future__ import annotations
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -167,8 +168,9 @@ def _read_seen(path: Path) -> dict[str, Any]:
 def _write_seen(path: Path, seen: dict[str, Any]) -> None:
     try:
         write_json(path, seen)
-    except PermissionError:  # the service user may look, and need not remember
-        return
+    except OSError as error:  # the service's user, or its sandbox, may look and need not remember
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
 
 
 def main() -> int:

@@ -240,7 +240,7 @@ def compute(inputs: Inputs) -> Plan:
         latency_ms=speed,
         arguments=arguments,
         environment=environment_of(inputs, device),
-        service=service_limits(engine, device, host, card),
+        service=service_limits(engine, device, host, card, load, limits),
         deploy=inputs.deploy,
     )
 
@@ -389,6 +389,14 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
             Argument(flag="--host", value=place.host, why="the address the server listens on"),
             Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
         ]
+        if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
+            found.append(
+                Argument(
+                    flag="--shutdown-timeout",
+                    value=str(drain_s(inputs.load, inputs.limits)),
+                    why="seconds that a stop waits for open requests, which end whole; by default they are aborted at once",
+                )
+            )
     for name, knob in inputs.knobs.items():
         value = knob.value
         if name == "kv_cache_memory_bytes" and value == "auto":
@@ -430,12 +438,25 @@ def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable,
     return tuple(EnvironmentVariable(name=n, value=str(k.value), why=k.why) for n, k in {**always, **inputs.environment}.items())
 
 
-def service_limits(engine: Engine, device: Device, host: Mapping[str, int], card: ModelCard) -> ServiceLimits:
+DRAINS_SINCE = "0.32.0"
+"""The version whose source was read: API server and engine finish what they have and refuse what is new (v1/engine/core.py)."""
+
+RELEASE_S = 30
+"""After the last request, for workers to end and give their memory back; 3 to 4 s were seen."""
+
+
+def drain_s(load: Load, limits: Limits) -> int:
+    """Seconds in which a request of the plan's load ends, by the plan's own limits."""
+    return math.ceil((limits.ttft_p99_ms + load.output_tokens * limits.tpot_p99_ms) / 1000)
+
+
+def service_limits(engine: Engine, device: Device, host: Mapping[str, int], card: ModelCard, load: Load, limits: Limits) -> ServiceLimits:
     """What the service manager is told: time to start by checkpoint size, RAM with a quarter of headroom (half for pinned buffers)."""
     read_s = stored_bytes(card) / 200e6  # a slow disk
     return ServiceLimits(
         timeout_start_s=int(300 + read_s + (0 if engine.eager else 300)),  # seen: 50 s of compiling, 126 s of kernels made at first use
-        timeout_stop_s=60,
+        timeout_stop_s=drain_s(load, limits) + RELEASE_S,
+        drain_s=drain_s(load, limits),
         memory_max_bytes=math.ceil((sum(host.values()) * 1.25 + host.get("pinned_offload", 0) * 0.25) / MIB) * MIB,
         memlock="infinity" if engine.offload != "none" or engine.kv_offload_bytes or device.kind == "cuda" else "default",
     )

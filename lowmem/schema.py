@@ -175,6 +175,7 @@ class ServiceLimits(Strict):
 
     timeout_start_s: int
     timeout_stop_s: int
+    drain_s: int = Field(0, description="how long a server that is told to stop goes on with the requests it has")
     memory_max_bytes: Bytes = Field(description="cgroup limit: host RAM of the plan with headroom")
     memlock: Literal["infinity", "default"]
 

@@ -39,7 +39,9 @@ def rendered(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.TempP
 @pytest.fixture(scope="module")
 def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     service = {**plan["service"], "memlock": "infinity"}
-    return render(playbook, tmp_path_factory.mktemp("rendered") / "cuda", {**plan, "device_kind": "cuda", "service": service})
+    return render(
+        playbook, tmp_path_factory.mktemp("rendered") / "cuda", {**plan, "device_kind": "cuda", "device_count": 2, "service": service}
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,8 +53,8 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
         "supervised.sh",
         "supervise.sh",
         "supervisord.conf",
-        "vllm.service",
-        "vllm-watchdog.service",
+        "vllm@.service",
+        "vllm-watchdog@.service",
         "vllm.logrotate",
     ],
 )
@@ -113,23 +115,73 @@ def test_supervisor_reads_its_configuration(rendered: Path) -> None:
     assert program["unix_http_server"]["chmod"] == "0600"
 
 
-@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian package systemd)")
-def test_systemd_reads_the_unit(rendered: Path, tmp_path: Path) -> None:
-    unit = tmp_path / "vllm.service"
-    # the launcher's own path does not exist here
-    unit.write_text((rendered / "vllm.service").read_text().replace("/srv/vllm-lowmem/etc/low_mem.sh", "/bin/true"))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
-    complaints = [line for line in done.stderr.splitlines() if "vllm.service" in line]
-    assert complaints == []
+needs_systemd = pytest.mark.skipif(
+    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian package systemd)"
+)
 
 
-def test_a_gpu_unit_may_lock_memory_and_see_its_devices(rendered: Path, rendered_cuda: Path) -> None:
-    cpu, cuda = ((folder / "vllm.service").read_text().splitlines() for folder in (rendered, rendered_cuda))
+def analyzed(folder: Path, name: str, destination: Path) -> Path:
+    """A unit of this folder as a file whose programs exist here."""
+    unit = destination / name.replace("@", "@main")
+    text = (folder / name).read_text()
+    unit.write_text(re.sub(r"/srv/vllm-lowmem/current/(low_mem.sh|env/bin/lowmem)", "/bin/true", text))
+    return unit
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", ["vllm@.service", "vllm-watchdog@.service"])
+def test_systemd_reads_the_units(name: str, rendered: Path, rendered_cuda: Path, tmp_path: Path) -> None:
+    for folder in (rendered, rendered_cuda):
+        unit = analyzed(folder, name, tmp_path)
+        done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+        assert [line for line in done.stderr.splitlines() if unit.name in line] == []
+
+
+def named(unit: str, which: str) -> set[str]:
+    """The directives that the role's README says are left out of a unit; `which`: the column cpu or gpu."""
+    readme = (REPOSITORY / "roles/vllm_service/README.md").read_text()
+    rows = re.findall(
+        r"^\| `([^|]+)` \| ([^|]*) \| ([^|]+) \|$", readme.split(f"### Left out of {unit}\n")[1].split("\n### ")[0], re.MULTILINE
+    )
+    return {directive for directive, where, why in rows if where.strip() in ("both", which) and why.strip()}
+
+
+@needs_systemd
+@pytest.mark.parametrize(("unit", "most"), [("vllm@.service", 2.0), ("vllm-watchdog@.service", 2.0)])
+@pytest.mark.parametrize("which", ["cpu", "gpu"])
+def test_the_sandbox_is_as_tight_as_said(unit: str, most: float, which: str, rendered: Path, rendered_cuda: Path, tmp_path: Path) -> None:
+    """Every finding of `systemd-analyze security` is named in the role's README with its reason, and nothing else is named."""
+    file = analyzed(rendered if which == "cpu" else rendered_cuda, unit, tmp_path)
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager"]
+    findings = json.loads(subprocess.run([*command, "--json=short", file], capture_output=True, text=True, check=False).stdout)
+    bad = {f["json_field"] for f in findings if f["exposure"]}
+    assert bad == named(unit, which)
+    text = subprocess.run([*command, file], capture_output=True, text=True, check=False).stdout
+    [exposure] = re.findall(r"Overall exposure level for \S+: (\d+\.\d)", text)
+    assert float(exposure) <= most
+
+
+def test_a_gpu_unit_may_open_its_own_devices_and_no_others(rendered: Path, rendered_cuda: Path) -> None:
+    cpu, cuda = ((folder / "vllm@.service").read_text().splitlines() for folder in (rendered, rendered_cuda))
+    allowed = ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"]
+    assert [line for line in cuda if line.startswith("DeviceAllow")] == [f"DeviceAllow={device} rw" for device in allowed]
+    assert "DevicePolicy=closed" in cuda
     assert "LimitMEMLOCK=infinity" in cuda
-    assert "DeviceAllow=char-nvidia-uvm rw" in cuda
     assert "PrivateDevices=yes" not in cuda
+    assert "IPAddressDeny=any" not in cuda
     assert "LimitMEMLOCK=infinity" not in cpu
     assert "PrivateDevices=yes" in cpu
+    assert "IPAddressDeny=any" in cpu
+    # seen on a host: a single worker listened on 14 ports of the host's own address
+    assert "Environment=GLOO_SOCKET_IFNAME=lo" in cpu
+    assert "Environment=GLOO_SOCKET_IFNAME=lo" not in cuda
+
+
+def test_a_service_that_cannot_start_reaches_its_limit(rendered: Path) -> None:
+    """Also where each start takes all of its time: three times 2 x 300 s, a stop of 72 s and a pause of 5 s are less than the interval."""
+    lines = (rendered / "vllm@.service").read_text().splitlines()
+    assert "StartLimitBurst=3" in lines
+    assert "StartLimitIntervalSec=2708" in lines
 
 
 def test_templates_hold_no_number() -> None:
@@ -139,7 +191,8 @@ def test_templates_hold_no_number() -> None:
         "vllm.env.j2": set(),
         "engine.env.j2": set(),
         "supervisord.conf.j2": {"0600", "1", "077"},
-        "vllm.service.j2": {"0077", "6"},
+        "vllm@.service.j2": {"0077", "6", "65535"},
+        "vllm-watchdog@.service.j2": {"0077", "6"},
     }
     for name, numbers in allowed.items():
         text = re.sub(r"\{[{%].*?[%}]\}", "", (REPOSITORY / "templates" / name).read_text())

@@ -92,7 +92,7 @@ def test_who_holds_the_memory_is_named(healthy):
 
 def test_the_service_itself_may_hold_its_memory(healthy):
     change(healthy, "gpu.smi.gpus.0.memory_free_mib", 1200)
-    change(healthy, "gpu.holders", [{"pid": 77, "name": "VLLM::Worker", "unit": "vllm.service", "devices": ["/dev/nvidia0"]}])
+    change(healthy, "gpu.holders", [{"pid": 77, "name": "VLLM::Worker", "unit": "vllm@main.service", "devices": ["/dev/nvidia0"]}])
     assert findings(healthy)["GPU 0 memory"].grade == "ok"
 
 

@@ -27,11 +27,10 @@ def test_the_driver_is_loaded_by_the_kernel(host):
 def engine(host, what):
     """The unit, started anew with an engine that takes this; its properties when it holds it or was ended."""
     host.check_output("sudo sh -c %s", f"echo {what} >/opt/vllm-lowmem/etc/engine.txt; : >/opt/vllm-lowmem/log/vllm.log")
-    host.check_output(
-        "sudo sh -c %s", "systemctl daemon-reload; systemctl stop vllm; systemctl reset-failed vllm || true; systemctl start vllm"
-    )
+    again = "stop vllm@main", "reset-failed vllm@main || true", "start --no-block vllm@main"
+    host.check_output("sudo sh -c %s", "; systemctl ".join(["systemctl daemon-reload", *again]))
     for _ in range(120):
-        said = host.check_output("systemctl show vllm --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup")
+        said = host.check_output("systemctl show vllm@main --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup")
         now = dict(line.split("=", 1) for line in said.splitlines())
         if now["ActiveState"] == "failed" or "holds" in host.file("/opt/vllm-lowmem/log/vllm.log").content_string:
             return now
@@ -56,7 +55,7 @@ def test_locked_memory_within_the_limit_is_had(host):
 def test_locked_memory_over_the_limit_ends_the_engine_and_it_stays_ended(host):
     now = engine(host, "locked 400")
     assert now["ActiveState"] == "failed"
-    log = host.check_output("sudo journalctl --unit=vllm --boot --no-pager")
-    assert "vllm.service: Failed with result 'oom-kill'." in log
+    log = host.check_output("sudo journalctl --unit=vllm@main --boot --no-pager")
+    assert "vllm@main.service: Failed with result 'oom-kill'." in log
     assert host.check_output("systemctl is-system-running || true") in ("degraded", "running")
-    host.check_output("sudo systemctl reset-failed vllm")
+    host.check_output("sudo systemctl reset-failed vllm@main")

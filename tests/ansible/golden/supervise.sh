@@ -13,7 +13,7 @@ stop() {
     pid=$(control pid) || return 0
     [[ $pid =~ ^[0-9]+$ ]] || return 0
     control shutdown
-    for ((waited = 0; waited < 70; waited++)); do
+    for ((waited = 0; waited < 82; waited++)); do
         [[ -e /proc/$pid ]] || return 0
         sleep 1
     done

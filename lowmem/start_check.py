@@ -1,0 +1,243 @@
+"""`lowmem start-check`: whether what the plan was made for is still there, asked where and as whom the engine is about to start.
+
+The service manager runs it before each start (ExecStartPre, or supervised.sh), inside the same sandbox, with the same user, limits and
+devices: what it cannot open, the engine could not open. One line for each thing that is in the way, and status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import importlib.metadata
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import typer
+
+from lowmem import manifest
+from lowmem.devices import load_device
+from lowmem.errors import BadInput
+from lowmem.measure import read_plan
+from lowmem.schema import Plan
+from lowmem.units import MIB, gib, mib
+
+SMALLER_CARD = 0.98
+"""Drivers before 510 print 40,536 MiB where later ones print 40,960: a card is smaller than planned below this share of its size."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU that this process may open. `holders`: who computes on it, `pid (name)`."""
+
+    index: int
+    name: str
+    capability: str
+    total_bytes: int
+    free_bytes: int
+    holders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What changes by itself: memory that a killed engine still holds for a moment, a port that is being given back."""
+
+    cards: tuple[Card, ...]
+    cards_trouble: str
+    ram_available_bytes: int
+    port_taken: bool
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """What stays until somebody changes it."""
+
+    vllm_version: str
+    memlock_unlimited: bool
+    cores: frozenset[int]
+    checkpoint: tuple[str, ...]
+
+
+def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
+    if plan.verdict == "impossible":
+        yield f"the plan of profile {plan.profile} is impossible: {'; '.join(plan.reasons)}"
+    if seen.vllm_version.split("+")[0] != plan.vllm_version:
+        yield f"the environment has vLLM {seen.vllm_version or 'not at all'}, the plan is for {plan.vllm_version}: run site.yml again"
+    if plan.service.memlock == "infinity" and not seen.memlock_unlimited:
+        yield "the plan pins memory and this service may not lock as much as it needs: set LimitMEMLOCK=infinity (the unit has it)"
+    bound = {v.name: v.value for v in plan.environment}.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    missing = sorted(cores_of(bound) - seen.cores)
+    if missing:
+        yield (
+            f"VLLM_CPU_OMP_THREADS_BIND is {bound}, and this service may not run on core {', '.join(map(str, missing))}: "
+            "set it in vllm_service_extra_environment to cores that are there"
+        )
+    for line in seen.checkpoint:
+        yield f"{line}; it is not served: run site.yml again, which makes the checkpoint anew"
+
+
+def passing_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
+    if plan.device_kind == "cuda":
+        yield from _card_refusals(plan, seen)
+    if seen.ram_available_bytes < plan.host_ram_bytes:
+        yield (
+            f"{gib(seen.ram_available_bytes)} of RAM available, the plan needs {gib(plan.host_ram_bytes)}: "
+            "stop what holds it, or choose a profile that offloads less"
+        )
+    if seen.port_taken and plan.deploy:
+        yield (
+            f"port {plan.deploy.port} of {plan.deploy.host} is taken: "
+            f"`ss -ltnp sport = :{plan.deploy.port}` says by whom; stop it, or choose another lowmem_port"
+        )
+
+
+def _card_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
+    if seen.cards_trouble:
+        yield f"{seen.cards_trouble}: look at nvidia-smi, and run playbooks/doctor.yml"
+        return
+    if len(seen.cards) < plan.device_count:
+        yield (
+            f"{len(seen.cards)} GPU{'' if len(seen.cards) == 1 else 's'} may be opened here, the plan is for {plan.device_count}: "
+            "look at vllm_service_cards and at nvidia-smi"
+        )
+        return
+    planned = load_device(plan.device)
+    for card in seen.cards[: plan.device_count]:
+        if card.capability != planned.capability or card.total_bytes < SMALLER_CARD * planned.nvml_total_mib * MIB:
+            yield (
+                f"GPU {card.index} is {card.name} ({mib(card.total_bytes)}, compute capability {card.capability}), the plan is for "
+                f"{planned.title} ({mib(planned.nvml_total_mib * MIB)}, {planned.capability}): set lowmem_device and run site.yml again"
+            )
+        elif card.free_bytes < plan.peak_bytes:
+            held = f", held by {', '.join(card.holders)}" if card.holders else ""
+            yield (
+                f"GPU {card.index} has {mib(card.free_bytes)} free{held}; the plan needs {mib(plan.peak_bytes)}: "
+                "stop what holds it, or wait for it to end"
+            )
+
+
+def cores_of(bound: str) -> frozenset[int]:
+    """The cores that VLLM_CPU_OMP_THREADS_BIND names, as in 0-1|4,6; none for words such as auto."""
+    cores: set[int] = set()
+    for part in bound.replace("|", ",").split(","):
+        first, _, last = part.strip().partition("-")
+        if first.isdigit() and (not last or last.isdigit()):
+            cores |= set(range(int(first), int(last or first) + 1))
+    return frozenset(cores)
+
+
+def look_at_lasting(plan: Plan) -> Lasting:
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return Lasting(version, soft == resource.RLIM_INFINITY, frozenset(os.sched_getaffinity(0)), tuple(checkpoint_troubles(plan)))
+
+
+def checkpoint_troubles(plan: Plan) -> list[str]:
+    """Only the bytes that the manifest has are served. What was read once and has not changed since is not read again."""
+    if plan.deploy is None:
+        return []
+    folder = Path(plan.deploy.model_path)
+    listed = folder.with_name(f"{folder.name}.manifest.json")
+    if not folder.is_dir():
+        return [f"{folder}: there is no such checkpoint, or it may not be read"]
+    if not listed.exists():  # a checkpoint of the site's own
+        return []
+    try:
+        return [f"{folder}: {problem}" for problem in manifest.check(listed, folder)]
+    except (manifest.ManifestError, OSError) as error:
+        return [str(error)]
+
+
+def look_at_passing(plan: Plan) -> Passing:
+    trouble = ""
+    found: list[Card] = []
+    if plan.device_kind == "cuda":
+        try:
+            found = cards()
+        except RuntimeError as error:
+            trouble = str(error)
+    return Passing(
+        tuple(found), trouble, psutil.virtual_memory().available, bool(plan.deploy and taken(plan.deploy.host, plan.deploy.port))
+    )
+
+
+def taken(host: str, port: int) -> bool:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # as the server does it: connections that are closing are no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno == errno.EADDRINUSE
+    return False
+
+
+def cards() -> list[Card]:
+    """Every GPU that this process may open; RuntimeError where NVML does not start."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        raise RuntimeError("nvidia-ml-py is not in this environment") from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise RuntimeError(f"NVML does not start ({error})") from None
+    found = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        except nvml.NVMLError:  # another instance's, closed to this one by DeviceAllow
+            continue
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
+        name = nvml.nvmlDeviceGetName(handle)
+        holders: list[str] = []
+        with contextlib.suppress(nvml.NVMLError):
+            holders = [f"pid {p.pid}{_named(p.pid)}" for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+        found.append(
+            Card(
+                index=index,
+                name=name.decode() if isinstance(name, bytes) else str(name),
+                capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+                total_bytes=int(memory.total),
+                free_bytes=int(memory.free),
+                holders=tuple(holders),
+            )
+        )
+    return found
+
+
+def _named(pid: int) -> str:
+    try:
+        return f" ({psutil.Process(pid).name()})"
+    except psutil.Error:  # of another user, whom the sandbox hides
+        return ""
+
+
+def start_check(
+    plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
+    wait_s: Annotated[float, typer.Option(min=0, help="seconds to wait for what passes: memory or a port that is being given back")] = 20,
+) -> None:
+    """Say what is in the way of a start, one line each; exit status 1 where something is."""
+    planned = read_plan(plan)
+    if planned.deploy is None:
+        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    refused = list(lasting_refusals(planned, look_at_lasting(planned)))
+    deadline = time.monotonic() + (0 if refused else wait_s)
+    while (passing := list(passing_refusals(planned, look_at_passing(planned)))) and time.monotonic() < deadline:
+        time.sleep(1)
+    for line in refused + passing:
+        sys.stderr.write(f"start-check: {line}\n")
+    if refused or passing:
+        raise typer.Exit(1)
