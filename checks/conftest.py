@@ -102,6 +102,10 @@ class Deployment:
         found: dict[str, Any] = json.loads(self.python(PROCESSES, str(self.deploy.port)))
         return found
 
+    def environ(self, pid: int) -> str:
+        """What a process was started with; empty where it has ended."""
+        return str(self.host.run(f"tr '\\0' '\\n' </proc/{pid}/environ").stdout)
+
     def log_tail(self, lines: int = LOG_TAIL_LINES) -> str:
         """Without the lines of answered requests, which hide the rest."""
         log = shlex.quote(self.path("log/vllm.log"))

@@ -54,6 +54,11 @@ def test_the_key_is_in_no_argument_list(deployment: Any, key: str) -> None:
     assert [p["pid"] for p in deployment.processes()["processes"] if any(key in word for word in p["argv"])] == []
 
 
+def test_the_key_is_in_no_environment(deployment: Any, key: str) -> None:
+    holders = [p["pid"] for p in deployment.processes()["processes"] if key in deployment.environ(p["pid"])]
+    assert holders == []
+
+
 def test_the_log_has_no_key(deployment: Any, key: str) -> None:
     assert key not in deployment.read("log/vllm.log")
 

@@ -388,6 +388,7 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
             Argument(flag="--served-model-name", value=place.served_model_name, why="the name clients ask for"),
             Argument(flag="--host", value=place.host, why="the address the server listens on"),
             Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
+            Argument(flag="--middleware", value=API_KEYS, why="asks for an API key of a file; a key comes and goes without a restart"),
         ]
         if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
             found.append(
@@ -424,6 +425,8 @@ def startup_check(device: Device, memory: CardMemory) -> Argument:
         why="only the start-up check: this share of the card must be free; the pool is set in bytes",
     )
 
+
+API_KEYS = "lowmem.api_keys.ApiKeys"
 
 _LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from lowmem.api_keys import read_keys
+
 FILES = Path(__file__).parent / "files"
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -78,19 +80,38 @@ def test_the_launcher_gives_exactly_the_plans_arguments(rendered: Path, plan: di
     probe.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "VLLM_BIN": str(probe), "SEEN": str(tmp_path / "seen")}
     launcher = tmp_path / "low_mem.sh"
-    launcher.write_text((rendered / "low_mem.sh").read_text().replace("/srv/vllm-lowmem/etc/vllm.env", str(rendered / "vllm.env")))
-    launcher.chmod(0o755)
-    shutil.copy(rendered / "engine.env", tmp_path)
+    shutil.copy(rendered / "low_mem.sh", launcher)
+    settings = (rendered / "engine.env").read_text().replace("/srv/vllm-lowmem/etc/vllm.env", str(rendered / "vllm.env"))
+    (tmp_path / "engine.env").write_text(settings)
     (tmp_path / "elsewhere").symlink_to(launcher)
     subprocess.run([tmp_path / "elsewhere", "--one-more", "a b"], env=environment, check=True)
     assert (tmp_path / "seen").read_text().split("\0")[:-1] == ["serve", *plan["argv"], "--one-more", "a b"]
     seen = dict(pair.split("=", 1) for pair in (tmp_path / "seen.env").read_text().split("\0")[:-1])
-    assert seen["VLLM_API_KEY"] == "sk-test-0123456789abcdef"
+    assert "sk-test-0123456789abcdef" not in str(seen)
+    assert seen["LOWMEM_API_KEYS"] == str(rendered / "vllm.env")
     assert seen["LOWMEM_RELEASE"] == str(tmp_path)
     assert seen["VLLM_LOGGING_LEVEL"] == "DEBUG it's"
     assert seen["HF_HOME"] == "/srv/vllm-lowmem/cache/huggingface"
     for variable in plan["environment"]:
         assert seen[variable["name"]] == variable["value"]
+
+
+def test_a_launcher_that_cannot_read_the_keys_starts_nothing(rendered: Path, tmp_path: Path) -> None:
+    shutil.copy(rendered / "low_mem.sh", tmp_path)
+    shutil.copy(rendered / "engine.env", tmp_path)
+    done = subprocess.run(
+        [tmp_path / "low_mem.sh"], env={"PATH": os.environ["PATH"], "VLLM_BIN": "/bin/true"}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "/srv/vllm-lowmem/etc/vllm.env cannot be read: a server without API keys answers nobody\n"
+
+
+def test_the_key_file_is_read_alike_by_bash_and_by_the_server(rendered: Path) -> None:
+    script = 'source "$1"; printf "%s " "$VLLM_API_KEY" "$VLLM_API_KEY_default" "$VLLM_API_KEY_alice"'
+    said = subprocess.run(["bash", "-c", script, "bash", rendered / "vllm.env"], capture_output=True, text=True, check=True).stdout
+    first, alice = "sk-test-0123456789abcdef", "sk-alice~0123456789abcdef"
+    assert said.split() == [first, first, alice]
+    assert read_keys((rendered / "vllm.env").read_text()) == {"": first, "default": first, "alice": alice}
 
 
 def test_every_argument_stands_under_its_reason(rendered: Path, plan: dict[str, Any]) -> None:
@@ -187,7 +208,7 @@ def test_a_service_that_cannot_start_reaches_its_limit(rendered: Path) -> None:
 def test_templates_hold_no_number() -> None:
     """Every figure is in the plan or a default; file modes and what a format itself asks for are all that is left."""
     allowed = {
-        "low_mem.sh.j2": {"0"},
+        "low_mem.sh.j2": {"0", "1", "2"},
         "vllm.env.j2": set(),
         "engine.env.j2": set(),
         "supervisord.conf.j2": {"0600", "1", "077"},

@@ -58,10 +58,13 @@ def service(deployed: Any) -> Service:
     return Service(deployed.root, client)
 
 
-def arguments(root: Path) -> list[str]:
+def playbook_command(root: Path, name: str) -> list[str]:
     program = str(Path(sys.executable).parent / "ansible-playbook")
-    settings = ["-e", f"lowmem_root={root}", "-e", f"lowmem_port={PORT}", "-e", "vllm_service_settle_s=20"]
-    return [program, "site.yml", "--skip-tags", "verify", *settings]
+    return [program, name, "-e", f"lowmem_root={root}", "-e", f"lowmem_port={PORT}", "-e", "vllm_service_settle_s=20"]
+
+
+def arguments(root: Path) -> list[str]:
+    return [*playbook_command(root, "site.yml"), "--skip-tags", "verify"]
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +78,12 @@ def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
     mounted = os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", root / "log"]).returncode
     yield root
     control = next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl"))
-    subprocess.run([control, "-c", root / "etc/supervisord.conf", "shutdown"], check=False)
+    if (root / "etc/supervisord.conf").exists():
+        subprocess.run([control, "-c", root / "etc/supervisord.conf", "shutdown"], check=False)
     deadline = time.monotonic() + 90
     while (root / "run/supervisord.pid").exists() and time.monotonic() < deadline:
         time.sleep(0.5)
-    if mounted:
+    if mounted and (root / "log").is_mount():
         subprocess.run(["umount", root / "log"], check=True)
 
 

@@ -28,7 +28,7 @@ needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="a small file system 
 def test_a_killed_play_is_run_again(second: Service, killed_play: dict[str, str], fault: Any) -> None:
     # plan.json and the others are links that the switch makes; the play may have come so far
     assert sorted(killed_play)[-1] == "vllm.env"
-    assert killed_play["vllm.env"].endswith(f"VLLM_API_KEY={second.client.key}\n")
+    assert f"VLLM_API_KEY={second.client.key}\n" in killed_play["vllm.env"]
     assert second.client.complete(4).end == "answer"
     assert [path.name for path in (second.root / "etc").iterdir() if "tmp" in path.name] == []
     fault.saw("the second play went on, kept the key and ended with an answer")

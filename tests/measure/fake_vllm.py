@@ -41,7 +41,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def allowed(self) -> bool:
-        key = os.environ.get("VLLM_API_KEY")
+        key = os.environ.get("VLLM_API_KEY") or SETTINGS.get("key", "")[::-1]
         if key and not SETTINGS.get("open") and self.headers.get("Authorization") != f"Bearer {key}":
             self.answer({"error": "Unauthorized"}, 401)
             return False

@@ -126,7 +126,9 @@ class Host:
         self.write("env/bin/supervisorctl", "#!/bin/sh\necho 'vllm                             RUNNING   pid 1, uptime 0:01:00'\n", 0o755)
 
     def start(self, **settings: Any) -> None:
-        environment = os.environ | {"VLLM_API_KEY": "sk-0123456789abcdef", "FAKE_VLLM": json.dumps(settings)}
+        # backwards: the key itself is in no environment, as on a real host
+        settings = {"key": "sk-0123456789abcdef"[::-1], **settings}
+        environment = os.environ | {"FAKE_VLLM": json.dumps(settings)}
         launcher = [str(self.root / "etc" / "low_mem.sh")]
         self.server = subprocess.Popen(launcher, env=environment, stdout=subprocess.DEVNULL)
         for _ in range(100):
@@ -217,6 +219,11 @@ BROKEN: dict[str, tuple[str, Callable[[Host], object], list[str]]] = {
         "service",
         lambda h: (h.root / "models" / "m" / "config.json").chmod(0o666),
         ["service: the model is readable by the service and writable by its owner only"],
+    ),
+    "the key in the environment": (
+        "service",
+        lambda h: (h.stop(), h.start(leak="VLLM_API_KEY=sk-0123456789abcdef")),
+        ["service: the key is in no environment"],
     ),
     "the key in the log": ("service", lambda h: h.write("log/vllm.log", "sk-0123456789abcdef"), ["service: the log has no key"]),
     "a stopped service": ("service", lambda h: h.write("env/bin/supervisorctl", FATAL, 0o755), ["service: the manager says it runs"]),

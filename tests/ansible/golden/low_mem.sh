@@ -4,15 +4,15 @@
 # Checkpoint: /srv/vllm-lowmem/models/SmolLM2-135M-Instruct-awq, manifest 0123456789ab.
 set -euo pipefail
 
-# Whichever link it was started by: a release uses its own files only. The API key is in the environment, so that no secret is ever an argument.
+# Whichever link it was started by: a release uses its own files only.
 release=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 export LOWMEM_RELEASE=$release
 set -a
 # shellcheck source=/dev/null
 source "$release/engine.env"
-# shellcheck source=/dev/null
-source /srv/vllm-lowmem/etc/vllm.env
 set +a
+# No secret is an argument or in the environment: the server reads the keys from this file, and again when it changes.
+[[ -r $LOWMEM_API_KEYS ]] || { echo "$LOWMEM_API_KEYS cannot be read: a server without API keys answers nobody" >&2; exit 1; }
 
 arguments=(
     # the checkpoint
