@@ -114,6 +114,20 @@ def test_no_card_at_all(healthy):
     assert "driver module" not in found
 
 
+@pytest.mark.parametrize(
+    ("cards", "wanted", "verdict"), [(0, 1, "bad"), (1, 1, "ok"), (1, 2, "bad"), (2, 1, "ok"), (2, 2, "ok"), (8, 8, "ok")]
+)
+def test_as_many_cards_as_the_plan_has(healthy, cards, wanted, verdict):
+    one = healthy["gpu"]["smi"]["gpus"][0]
+    healthy["gpu"]["cards"] = healthy["gpu"]["cards"][:1] * cards
+    healthy["gpu"]["smi"]["gpus"] = [one | {"index": i} for i in range(cards)]
+    healthy["plan"]["device_count"] = wanted
+    found = triage(**healthy)
+    assert overall(found) == verdict
+    assert [f.says for f in found if f.subject == "cards"] == [f"{cards} on the PCI bus, {wanted} needed"]
+    assert len([f for f in found if f.subject.endswith("link")]) == cards
+
+
 def test_eight_cards(healthy):
     card = healthy["gpu"]["smi"]["gpus"][0]
     healthy["gpu"]["cards"] = healthy["gpu"]["cards"] * 4
