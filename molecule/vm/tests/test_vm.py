@@ -3,6 +3,7 @@
 import time
 
 LIMIT = 268435456
+UNIT = "vllm@main.service"
 
 
 def test_kernel_parameters(host):
@@ -28,10 +29,11 @@ def engine(host, what):
     """The unit, started anew with an engine that takes this; its properties when it holds it or was ended."""
     host.check_output("sudo sh -c %s", f"echo {what} >/opt/vllm-lowmem/etc/engine.txt; : >/opt/vllm-lowmem/log/vllm.log")
     host.check_output(
-        "sudo sh -c %s", "systemctl daemon-reload; systemctl stop vllm; systemctl reset-failed vllm || true; systemctl start vllm"
+        "sudo sh -c %s",
+        f"systemctl daemon-reload; systemctl stop {UNIT}; systemctl reset-failed {UNIT} || true; systemctl start --no-block {UNIT}",
     )
     for _ in range(120):
-        said = host.check_output("systemctl show vllm --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup")
+        said = host.check_output(f"systemctl show {UNIT} --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup")
         now = dict(line.split("=", 1) for line in said.splitlines())
         if now["ActiveState"] == "failed" or "holds" in host.file("/opt/vllm-lowmem/log/vllm.log").content_string:
             return now
@@ -56,6 +58,6 @@ def test_locked_memory_within_the_limit_is_had(host):
 def test_locked_memory_over_the_limit_ends_the_engine_and_it_stays_ended(host):
     now = engine(host, "locked 400")
     assert now["ActiveState"] == "failed"
-    log = host.check_output("sudo journalctl --unit=vllm --boot --no-pager")
-    assert "vllm.service: Failed with result 'oom-kill'." in log
-    host.check_output("sudo systemctl reset-failed vllm")
+    log = host.check_output(f"sudo journalctl --unit={UNIT} --boot --no-pager")
+    assert f"{UNIT}: Failed with result 'oom-kill'." in log
+    host.check_output(f"sudo systemctl reset-failed {UNIT}")
