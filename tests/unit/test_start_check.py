@@ -216,3 +216,35 @@ def test_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
         gone.wait()
     monkeypatch.setenv("MAINPID", str(gone.pid))
     assert not main_process_lives()
+
+
+NVML = """
+class NVMLError(Exception): pass
+class Memory:
+    total = 40960 * 2**20
+    def __init__(self, index): self.free = (40000 if index == 0 else 20000) * 2**20
+class Process:
+    pid = 4242424
+def nvmlInit(): pass
+def nvmlDeviceGetCount(): return 2
+def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetMemoryInfo(index, version=None): return Memory(index)
+def nvmlDeviceGetName(index): return "NVIDIA A100-SXM4-40GB"
+def nvmlDeviceGetCudaComputeCapability(index): return 8, 0
+def nvmlDeviceGetComputeRunningProcesses(index): return [Process] if index else []
+"""
+
+
+@pytest.mark.fault("stale-process")
+def test_a_start_beside_a_stale_process_is_refused(two_cards: Plan, tmp_path: Path, fault: Any) -> None:
+    """The whole command, with a stub in the place of nvidia-ml-py."""
+    (tmp_path / "pynvml.py").write_text(NVML)
+    plan = tmp_path / "plan.json"
+    plan.write_text(two_cards.model_dump_json())
+    done = run("start-check", "--plan", str(plan), "--wait-s", "0", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    [line] = [line for line in done.stderr.splitlines() if "GPU" in line]
+    assert line == (
+        "start-check: GPU 1 has 20,000 MiB free, held by pid 4242424; the plan needs 20,452 MiB: stop what holds it, or wait for it to end"
+    )
+    fault.saw(f"refused: {line.removeprefix('start-check: ')}")
