@@ -100,16 +100,25 @@ def kernels() -> dict[str, object]:
     }
 
 
+# Debian's own packages give the file another name than the module in it has, and an alias that modinfo does not follow.
+FILE_PREFIXES = ("nvidia", "nvidia-current", "nvidia-current-open")
+
+
 def module(name: str, kernel: str) -> dict[str, object]:
     loaded = Path("/sys/module", name).is_dir()
-    rc, version, _ = output("modinfo", "-k", kernel, "-F", "version", name)
-    _, licence, _ = output("modinfo", "-k", kernel, "-F", "license", name)
+    version, licence = None, None
+    for prefix in FILE_PREFIXES:
+        file = prefix + name.removeprefix("nvidia")
+        rc, out, _ = output("modinfo", "-k", kernel, "-F", "version", file)
+        if rc == 0:
+            version, licence = out.strip() or None, output("modinfo", "-k", kernel, "-F", "license", file)[1]
+            break
     return {
         "loaded": loaded,
         "loaded_version": read(f"/sys/module/{name}/version") if loaded else None,
-        "installed_version": (version.strip() or None) if rc == 0 else None,
+        "installed_version": version,
         # The open modules are "Dual MIT/GPL", the proprietary ones "NVIDIA".
-        "flavour": None if rc else ("open" if "GPL" in licence else "proprietary"),
+        "flavour": None if licence is None else ("open" if "GPL" in licence else "proprietary"),
     }
 
 

@@ -121,3 +121,19 @@ def test_the_stubs_kernel_module_is_elf(tmp_path):
     built = load("molecule/stub/build_repo.py").kernel_module({"version": "580.159.04", "license": "Dual MIT/GPL"})
     assert built[:4] == b"\x7fELF"
     assert b"version=580.159.04\0license=Dual MIT/GPL\0" in built
+
+
+@pytest.mark.parametrize(
+    ("file", "licence", "flavour"),
+    [("nvidia", "NVIDIA", "proprietary"), ("nvidia-current", "NVIDIA", "proprietary"), ("nvidia-current-open", "Dual MIT/GPL", "open")],
+)
+def test_the_installed_module_is_found_under_the_name_that_its_file_has(gpu_report, monkeypatch, file, licence, flavour):
+    """Debian's own packages install nvidia-current.ko, seen with 550.163.01 on Debian 13."""
+
+    def modinfo(*command, **_):
+        assert command[:3] == ("modinfo", "-k", "6.12.1")
+        return (0, {"version": "550.163.01\n", "license": f"{licence}\n"}[command[4]], "") if command[5] == file else (1, "", "not found")
+
+    monkeypatch.setattr(gpu_report, "output", modinfo)
+    found = gpu_report.module("nvidia", "6.12.1")
+    assert (found["installed_version"], found["flavour"]) == ("550.163.01", flavour)
