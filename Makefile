@@ -63,13 +63,9 @@ test: lint ## lint, then every test; builds the demo's environments where they a
 test-quick: lint ## lint, then the tests that need no engine
 	@$(BIN)/pytest -m "not engine" $(ARGS)
 
-# Slow, and only by name: a virtual machine emulated in software; the distributions' own driver packages.
-OPT_IN := vm distribution
-
 .PHONY: molecule
 molecule: setup $(DEVTOOLS) ## the roles on real systemd hosts (root); one scenario with SCENARIO=name
-	@molecule/hosts/testhosts check $(if $(filter vm,$(SCENARIO)),--kind vm)
-	@$(BIN)/molecule test $(if $(SCENARIO),--scenario-name $(SCENARIO),--all --report $(OPT_IN:%=--exclude %))
+	@$(BIN)/python molecule/run $(SCENARIO)
 
 .PHONY: docs
 docs: setup ## write docs/variables.md again from the roles' argument specs

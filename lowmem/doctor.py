@@ -220,11 +220,13 @@ def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None
         slow = width < widest or (generation < best and card["performance_state"] == "P0")
         do = "reseat the card or its riser, and look for the slot's limit in the firmware: offloading is bound by this link"
         yield _line(f"{name} link", not slow, f"PCIe {generation} x{width}, the card and slot can do {best} x{widest}", do, "warn")
-    for reason in card["slowed_by"]:
-        if reason in SLOWED:
-            grade, do = SLOWED[reason]
-            heat = f" at {card['temperature_c']} °C" if card["temperature_c"] is not None else ""
-            yield Finding(subject=f"{name} clocks", grade=grade, says=f"held down by {reason}{heat}", do=do)
+    heat = f" at {card['temperature_c']} °C" if card["temperature_c"] is not None else ""
+    reasons = [r for r in card["slowed_by"] if r in SLOWED]
+    for reason in reasons:
+        grade, do = SLOWED[reason]
+        yield Finding(subject=f"{name} clocks", grade=grade, says=f"held down by {reason}{heat}", do=do)
+    if not reasons:
+        yield Finding(subject=f"{name} clocks", grade="ok", says=f"not held down{heat}")
 
 
 def _xids(seen: list[dict[str, Any]]) -> Iterator[Finding]:

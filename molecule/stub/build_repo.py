@@ -1,18 +1,23 @@
 #!/usr/bin/env python3
-"""Builds a signed STUB of NVIDIA's package repository: `build_repo.py OUT KERNEL…`, a KERNEL being a release such as 6.1.0-99-amd64.
+"""Builds a signed STUB of NVIDIA's package repository and of a machine with cards: `build_repo.py OUT CACHE KERNEL…`, a KERNEL being a
+release such as 6.1.0-99-amd64. What was built before from the same sources is copied from CACHE.
 
 OUT/compute/cuda/repos/{debian12,debian13,ubuntu2204,ubuntu2404}/x86_64/ holds packages with NVIDIA's names and dependencies for that
 system and none of its content, signed by a key made here, and that key as lowmem-stub.pub; OUT/fingerprint is its fingerprint,
-OUT/wrong.pub another key. Needs dpkg-deb, apt-ftparchive and gpg. About 5 s.
+OUT/wrong.pub another key. OUT.tar is laid over a host's root: that repository, the stub's programs and its units, switched on.
+Needs dpkg-deb, apt-ftparchive and gpg. About 5 s.
 """
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
 import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -176,9 +181,7 @@ def packages(out: Path, system: str, releases: list[str]) -> None:
     (out / "Release").write_text(sh("apt-ftparchive", "-o", "APT::FTPArchive::Release::Origin=lowmem-stub", "release", ".", cwd=out))
 
 
-def main() -> None:
-    out, releases = Path(sys.argv[1]), sys.argv[2:]
-    shutil.rmtree(out, ignore_errors=True)
+def build(out: Path, releases: list[str]) -> None:
     repositories = out / "compute/cuda/repos"
     with tempfile.TemporaryDirectory() as home:
         env = {**os.environ, "GNUPGHOME": home}
@@ -186,24 +189,56 @@ def main() -> None:
         for system, (suite, *others) in SUITES.items():
             first = repositories / suite / "x86_64"
             packages(first, system, releases)
-            sh(
-                "gpg",
-                "--batch",
-                "--yes",
-                "--default-key",
-                fingerprint,
-                "--clearsign",
-                "-o",
-                first / "InRelease",
-                first / "Release",
-                env=env,
-            )
+            sign = ("gpg", "--batch", "--yes", "--default-key", fingerprint, "--clearsign", "-o", first / "InRelease", first / "Release")
+            sh(*sign, env=env)
             (first / "lowmem-stub.pub").write_text(public)
             for other in others:
                 shutil.copytree(first, repositories / other / "x86_64")
         (out / "fingerprint").write_text(fingerprint + "\n")
         (out / "wrong.pub").write_text(keys(Path(home), "somebody else")[1])
         sh("gpgconf", "--kill", "all", env=env)
+
+
+def machine(out: Path, tar: Path) -> None:
+    """What is laid over a host's root. The stub's modprobe comes before the real one on PATH; its units are enabled as systemctl does it."""
+
+    def mine(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = "root"
+        entry.mode |= 0o755 if entry.isdir() else 0o644
+        return entry
+
+    links = {
+        "usr/local/sbin/modprobe": "/opt/stub-gpu/stub-gpu",
+        "etc/systemd/system/sysinit.target.wants/stub-gpu.service": "/etc/systemd/system/stub-gpu.service",
+        "etc/systemd/system/multi-user.target.wants/stub-repo.service": "/etc/systemd/system/stub-repo.service",
+    }
+    with tarfile.open(tar, "w") as archive:
+        archive.add(out, "opt/stub-repo", filter=mine)
+        archive.add(HERE / "files/stub-gpu", "opt/stub-gpu/stub-gpu", filter=mine)
+        for unit in ("stub-gpu.service", "stub-repo.service"):
+            archive.add(HERE / "files" / unit, f"etc/systemd/system/{unit}", filter=mine)
+        for name, target in links.items():
+            link = mine(tarfile.TarInfo(name))
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            archive.addfile(link)
+
+
+def main() -> None:
+    out, cache, releases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    sources = hashlib.sha256("".join([*releases, *(p.read_text() for p in (Path(__file__), HERE / "files/nvidia-smi"))]).encode())
+    built = cache / f"stub-repo-{sources.hexdigest()[:12]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / ".stub-repo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            for old in cache.glob("stub-repo-*"):
+                shutil.rmtree(old)
+            build(cache / "stub-repo-partial", releases)
+            (cache / "stub-repo-partial").rename(built)
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(built, out)
+    machine(out, out.with_suffix(".tar"))
 
 
 if __name__ == "__main__":

@@ -18,13 +18,21 @@ ROLES = ("gpu_driver", "nvidia_repository", "cuda_toolkit", "host_memory")
 INT, BOOL = "cannot be converted to an int", "is not a valid boolean"
 URL = "it has to start with https://, http:// or file://"
 
-# variable -> (bad value, words of the answer); what the words do not name is the variable's name and the value, which are always asked for
+# variable -> (bad value, words of the answer, what else is set); the variable's name and the value are looked for in every answer as well
 BAD = {
-    "gpu_driver_source": [("runfile", "must be one of: nvidia, distribution, preinstalled")],
+    "gpu_driver_source": [
+        ("runfile", "must be one of: nvidia, distribution, preinstalled"),
+        ("distribution", "the packages of debian12 are of branch 535: choose another branch or another source."),
+    ],
     "gpu_driver_branch": [
         ("999", "known are 535, 550, 570, 580, 590, 595, 610: choose one of them."),
         ("570", "whose CUDA is 12.8; the engine was built for 13.0 (gpu_driver_cuda_version): choose branch 580 or later."),
         ("", "choose one of them."),
+        (
+            "570",
+            "apt can be locked to 580, 590, 595, 610 in NVIDIA's repository: choose another branch or another source.",
+            {"gpu_driver_cuda_version": "12.8"},
+        ),
     ],
     "gpu_driver_version": [
         ("590.48.01", "it has to be a version of branch 580 (gpu_driver_branch), such as 580.95.05: correct one of the two"),
@@ -33,6 +41,7 @@ BAD = {
     ],
     "gpu_driver_cuda_version": [
         ("13", "it has to be major.minor, such as 13.0: read it from torch.version.cuda."),
+        ("cu130", "it has to be major.minor, such as 13.0"),
         ("14.0", "choose branch of a newer release of this project or later."),
     ],
     "gpu_driver_modules": [("nouveau", "must be one of: open, proprietary")],
@@ -79,7 +88,7 @@ BAD = {
     ],
     "host_memory_root": [("opt/vllm", "an absolute path): correct it.")],
 }
-CASES = [(variable, value, words) for variable, bad in BAD.items() for value, words in bad]
+CASES = [(variable, value, words, *others) for variable, bad in BAD.items() for value, words, *others in bad]
 
 # systems that the roles do not know; what each says, and what the same roles say on the four that they know, where this machine has no card
 SYSTEMS = [
@@ -122,8 +131,9 @@ def answers(tmp_path_factory):
     """Host of the inventory -> what its first failed task said (None: none failed), and how many tasks changed something."""
     plan = {"host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity"}}
     hosts = {}
-    for number, (variable, value, _) in enumerate(CASES):
-        hosts[f"case-{number}"] = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"], variable: value}
+    for number, (variable, value, _, *others) in enumerate(CASES):
+        system = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"]}
+        hosts[f"case-{number}"] = {**system, variable: value, **(others[0] if others else {})}
     for number, (role, system, _) in enumerate(SYSTEMS):
         hosts[f"system-{number}"] = {"case_role": role, "case_system": system}
     # what the roles' own places must not be taken from, so that a case fails for its own variable only
@@ -157,9 +167,9 @@ def test_every_variable_has_an_entry_and_no_other(role):
     assert {variable for variable in BAD if role_of(variable) == role} == set(options)
 
 
-@pytest.mark.parametrize(("number", "case"), [*enumerate(CASES)], ids=[f"{variable}={str(value)[:20]}" for variable, value, _ in CASES])
+@pytest.mark.parametrize(("number", "case"), [*enumerate(CASES)], ids=[f"{variable}={str(value)[:20]}" for variable, value, *_ in CASES])
 def test_a_bad_value_is_one_line_that_names_it(answers, number, case):
-    (variable, value, words), (said, changed) = case, answers
+    (variable, value, words, *_), (said, changed) = case, answers
     line = said[f"case-{number}"]
     assert line is not None, "it was not refused"
     assert "\n" not in line

@@ -30,6 +30,7 @@ def test_a_healthy_host_is_ok_on_every_line(healthy):
     assert found["GPU 1 memory"].says == "40,385 of 40,960 MiB free"
     assert found["driver module"].says == "loaded 580.159.04, installed 580.159.04"
     assert found["GPU 0 link"].says == "PCIe 4 x16, the card and slot can do 4 x16"
+    assert found["GPU 0 clocks"].says == "not held down at 34 °C"
     assert overall(list(found.values())) == "ok"
 
 
