@@ -1,0 +1,98 @@
+"""Scenarios side by side: what holds the same thing takes turns, a failure is shown and does not stop the others, all in one table."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from .conftest import ROOT, load
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    module = load("molecule/run")
+    monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(module, "TOOK", tmp_path / "logs/took.json")
+    monkeypatch.setattr(module, "TESTHOSTS", "/bin/true")
+    monkeypatch.setattr(module, "hosts_used", lambda name: 100.0)
+    monkeypatch.setattr(sys, "argv", ["run"])
+    return module
+
+
+def play(runner, monkeypatch, scripts, holds):
+    """Runs `scripts` (name -> shell) in place of Molecule."""
+    monkeypatch.setattr(runner, "command", lambda name: ["bash", "-c", scripts[name]])
+    monkeypatch.setattr(
+        runner, "known", lambda: {n: runner.Scenario(n, set(holds.get(n, [])), runner.LOGS / f"{n}.log") for n in scripts}
+    )
+    return runner.main()
+
+
+def test_what_holds_the_same_thing_takes_turns(runner, monkeypatch, tmp_path, capsys):
+    alone = f"mkdir {tmp_path}/held && sleep 0.3 && rmdir {tmp_path}/held"
+    status = play(runner, monkeypatch, {"a": alone, "b": alone, "c": alone, "d": "true"}, {n: ["vm settings"] for n in "abc"})
+    assert status == 0, capsys.readouterr().out
+
+
+def test_two_that_hold_nothing_run_at_once(runner, monkeypatch, tmp_path):
+    """Each waits for the other's file."""
+    script = "touch {0}/{1}; for _ in $(seq 600); do [ -e {0}/{2} ] && exit; sleep 0.1; done; exit 1"
+    assert play(runner, monkeypatch, {"a": script.format(tmp_path, "a", "b"), "b": script.format(tmp_path, "b", "a")}, {}) == 0
+
+
+def test_a_failure_is_shown_and_the_others_run_all_the_same(runner, monkeypatch, capsys):
+    scripts = {
+        "bad": "echo 'INFO     [bad > converge] Executing'; seq 100; echo 'the reason'; exit 3",
+        "good": "echo 'INFO     [good > verify] Executing'",
+        "last": "true",
+    }
+    monkeypatch.setenv("MOLECULE_LANES", "1")
+    assert play(runner, monkeypatch, scripts, {}) == 1
+    out = capsys.readouterr().out
+    assert "bad: converge\n" in out
+    assert "good: verify\n" in out
+    assert "the reason\n" in out
+    assert "\n41\n" not in out  # the end of the log, not all of it
+    assert (runner.LOGS / "bad.log").read_text().count("\n") == 102
+    table = [line.split() for line in out.splitlines()[-5:]]
+    assert table[0] == ["scenario", "result", "took", "processor", "time"]
+    assert [row[:2] for row in table[1:4]] == [["bad", "FAILED"], ["good", "passed"], ["last", "passed"]]
+    assert table[4][0] == "all"
+    assert table[4][-4:] == ["5", "min", "0", "s"]  # three times the 100 s of its hosts, and next to nothing of its own
+
+
+def test_the_longest_of_the_last_time_begins(runner, monkeypatch, capsys):
+    runner.LOGS.mkdir()
+    runner.TOOK.write_text('{"short": 10, "long": 500, "gone": 9}')
+    monkeypatch.setenv("MOLECULE_LANES", "1")
+    say = "echo '[%s > create] Executing'"
+    assert play(runner, monkeypatch, {n: say % n for n in ("short", "long", "new")}, {}) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "create" in line] == ["new:", "long:", "short:"]
+
+
+def test_a_name_that_is_none_is_one_line():
+    done = subprocess.run([sys.executable, ROOT / "molecule/run", "gpu_drivers"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("no scenario gpu_drivers: there are cuda_toolkit, ")
+
+
+def test_slow_ones_are_run_by_name_only():
+    module = load("molecule/run")
+    assert module.BY_NAME_ONLY < set(module.known())
+
+
+def test_scenarios_that_set_vm_parameters_say_so():
+    """They are the machine's, whichever host sets them."""
+    holding = set()
+    for path in (ROOT / "molecule").glob("*/molecule.yml"):
+        scenario = yaml.safe_load(path.read_text())
+        if any("vm settings" in p.get("holds", []) for p in scenario["platforms"]):
+            holding.add(path.parent.name)
+    setting = {
+        path.parent.name
+        for path in (ROOT / "molecule").glob("*/converge.yml")
+        if "name: host_memory" in path.read_text() and yaml.safe_load((path.parent / "molecule.yml").read_text())["platforms"][0].get("kind") != "vm"
+    }
+    assert setting == holding
