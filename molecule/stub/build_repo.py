@@ -200,7 +200,7 @@ def build(out: Path, releases: list[str]) -> None:
 
 
 def machine(out: Path, tar: Path) -> None:
-    """What is laid over a host's root. The stub's modprobe comes before the real one on PATH; its units are enabled as systemctl does it."""
+    """What is laid over a host's root. Its modprobe comes before the real one on PATH; its units are enabled as systemctl does."""
 
     def mine(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
