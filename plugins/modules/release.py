@@ -7,8 +7,10 @@ import contextlib
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
+import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -33,9 +35,19 @@ options:
       - V(proven) notes that O(id) has served as it should, and removes what is too old, down to O(keep) releases, with the environments and
         checkpoints that no kept release names. The current, the running and the last proven one always stay.
       - V(refuted) takes that note back.
+      - V(left) is for a root whose releases are gone; it takes the root off the list of O(store), and removes there what no other root
+        names.
     type: str
-    choices: [read, staged, current, proven, refuted]
+    choices: [read, staged, current, proven, refuted, left]
     required: true
+  store:
+    description:
+      - Folder with the environments and checkpoints, where several deployments share one; O(root) is a folder of its own then.
+      - Each deployment is written down in C(<store>/roots) before it names anything there, as a link to its root. With V(proven) and
+        V(left) an environment or a kept checkpoint goes when no kept release of this root names it, no release at all of the others does,
+        and it has been there for an hour, so that a play that makes it for its own release at this moment keeps it.
+      - Nothing is removed there while one of these roots cannot be looked at.
+    type: path
   id:
     description: A release.
     type: str
@@ -88,10 +100,13 @@ fallback: {description: "Id of the release other than O(id), or else than the cu
   returned: always, type: str}
 releases: {description: "Every release by age of its proof, newest first: V(id), V(proven) in seconds since 1970 (0: never), V(links)",
   returned: always, type: list}
-removed: {description: What was removed, returned: with V(proven), type: list}
+removed: {description: What was removed, returned: with V(proven) and V(left), type: list}
+unseen: {description: "Deployments of O(store) that cannot be looked at from here, for whose sake nothing was removed there",
+  returned: with V(proven) and V(left), type: list}
 """
 
 MARK = ".proven"
+YOUNG_S = 3600
 PROC = Path("/proc")
 
 
@@ -209,6 +224,9 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         result["diff"] = differences(store, place, wanted["files"])
     if place.is_dir() or module.check_mode:
         return result
+    gone = [target for target in wanted["links"].values() if not Path(target).exists()]
+    if gone:
+        module.fail_json(msg=f"{gone[0]} is not there any more: another play has removed it meanwhile; run this one again")
     beside = store.folder / f".{name}.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -257,39 +275,115 @@ def is_kept_copy(path: Path) -> bool:
     return bool(found and manifest.is_file() and hashlib.sha256(manifest.read_bytes()).hexdigest().startswith(found[1]))
 
 
+def kept_releases(store: Store, keep: int) -> list:
+    running = [name for name in store.running() if (store.folder / name).is_dir()]
+    fallback = store.fallback(store.current)
+    kept = list(dict.fromkeys(name for name in (store.current, *running, fallback, *store.newest_first()) if name))
+    return kept[: max(keep, len(set(running) | {store.current} | ({fallback} - {""})))]
+
+
+def unnamed(place: Path, named: set, environments: str) -> list:
+    """The environments and kept checkpoints of a folder that are nobody's."""
+    found = [path for path in (place / "envs").glob(f"{environments}-*") if environments and path not in named]
+    return found + [path for path in (place / "models").glob("*-*") if path not in named and is_kept_copy(path)]
+
+
 def prune(store: Store, keep: int, environments: str, check_mode: bool) -> list:
     if not store.current:
         return []
-    running = [name for name in store.running() if (store.folder / name).is_dir()]
-    kept = list(dict.fromkeys(name for name in (store.current, *running, store.fallback(store.current), *store.newest_first()) if name))
-    needed = len(set(running) | {store.current} | ({store.fallback(store.current)} - {""}))
-    kept = kept[: max(keep, needed)]
+    kept = kept_releases(store, keep)
     named = {Path(target) for name in kept for target in store.links(name).values()}
-    candidates = [store.folder / name for name in store.ids() if name not in kept]
-    candidates += [path for path in (store.root / "envs").glob(f"{environments}-*") if environments and path not in named]
-    candidates += [path for path in (store.root / "models").glob("*-*") if path not in named and is_kept_copy(path)]
+    old = [store.folder / name for name in store.ids() if name not in kept]
+    return remove(store.root, old + unnamed(store.root, named, environments), check_mode)
+
+
+class Shared:
+    """A store that several deployments have their environments and checkpoints in; `roots` lists them."""
+
+    def __init__(self, place: str, root: str) -> None:
+        self.place = Path(place)
+        self.roots = self.place / "roots"
+        # a store may be a file system of several machines, on which the same path is another deployment
+        self.here = f"{platform.node()}:"
+        self.entry = self.roots / (self.here + root.strip("/").replace("/", "-"))
+        self.root = root
+
+    def enter(self, check_mode: bool) -> bool:
+        """Whether it was not on the list yet."""
+        if self.entry.is_symlink() and str(self.entry.readlink()) == self.root:
+            return False
+        if not check_mode:
+            self.roots.mkdir(mode=0o755, parents=True, exist_ok=True)
+            point(self.entry, self.root)
+        return True
+
+    def others(self) -> list:
+        if not self.roots.is_dir():
+            return []
+        return sorted(entry for entry in self.roots.glob("[!.]*") if entry.is_symlink() and entry != self.entry)
+
+    def prune(self, own_names: set, environments: str, check_mode: bool) -> tuple:
+        """What was removed, and for whose sake nothing was."""
+        stores = {entry: Store(str(entry.readlink())) for entry in self.others()}
+        unseen = [entry.name for entry, store in stores.items() if not entry.name.startswith(self.here) or not store.folder.is_dir()]
+        if unseen:
+            return [], unseen
+        # all that the others have: what they keep is theirs to judge, and what they have staged is not served yet
+        named = own_names | {Path(target) for store in stores.values() for name in store.ids() for target in store.links(name).values()}
+        old = [path for path in unnamed(self.place, named, environments) if time.time() - path.stat().st_ctime > YOUNG_S]
+        return remove(self.place, old, check_mode), []
+
+
+def remove(place: Path, candidates: list, check_mode: bool) -> list:
     removed = [path for path in candidates if own(path)]
-    for path in [] if check_mode else removed:
+    if check_mode:
+        return [str(path) for path in removed]
+    for path in removed:
         # renamed first, so that a half-removed folder is never taken for a whole one
         beside = path.with_name(f".{path.name}.removed")
         shutil.rmtree(beside, ignore_errors=True)
-        path.rename(beside)
-        shutil.rmtree(beside)
+        # of two deployments that share a store the other may have been quicker
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(beside)
+            shutil.rmtree(beside, ignore_errors=True)
         for extra in (f"{path.name}.manifest.json", f"{path.name}.seen.json", f".{path.name}.lock"):
             with contextlib.suppress(OSError):
                 path.with_name(extra).unlink()
-    if not check_mode:
-        for folder in ("envs", "models", "releases"):
-            for leftover in (store.root / folder).glob(".*.removed"):
-                shutil.rmtree(leftover, ignore_errors=True)
+    for folder in ("envs", "models", "releases"):
+        for leftover in (place / folder).glob(".*.removed"):
+            shutil.rmtree(leftover, ignore_errors=True)
     return [str(path) for path in removed]
+
+
+def prune_all(module: AnsibleModule, store: Store, shared: Shared | None) -> dict:
+    """This root's own, then what lies in the shared store."""
+    keep, environments, check_mode = max(2, module.params["keep"]), module.params["environments"], module.check_mode
+    removed = prune(store, keep, environments, check_mode)
+    if shared is None or not store.current:
+        return {"removed": removed, "unseen": []}
+    names = {Path(target) for name in kept_releases(store, keep) for target in store.links(name).values()}
+    from_store, unseen = shared.prune(names, environments, check_mode)
+    return {"removed": removed + from_store, "unseen": unseen}
+
+
+def leave(module: AnsibleModule, store: Store, shared: Shared) -> dict:
+    if store.ids() and not module.check_mode:
+        module.fail_json(msg=f"{store.folder} still has releases: a root leaves its store when it has none")
+    known = shared.entry.is_symlink()
+    removed, unseen = shared.prune(set(), module.params["environments"], module.check_mode) if known else ([], [])
+    if known and not module.check_mode:
+        shared.entry.unlink()
+        with contextlib.suppress(OSError):  # others are in it
+            shared.roots.rmdir()
+    return {"changed": known, "removed": removed, "unseen": unseen}
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "required": True},
-            "state": {"type": "str", "required": True, "choices": ["read", "staged", "current", "proven", "refuted"]},
+            "state": {"type": "str", "required": True, "choices": ["read", "staged", "current", "proven", "refuted", "left"]},
+            "store": {"type": "path"},
             "id": {"type": "str"},
             "name": {"type": "str"},
             "files": {"type": "dict", "default": {}},
@@ -307,23 +401,29 @@ def main() -> None:
             ("state", "current", ("id",)),
             ("state", "proven", ("id", "environments")),
             ("state", "refuted", ("id",)),
+            ("state", "left", ("store", "environments")),
         ],
         supports_check_mode=True,
     )
     wanted = module.params
     store = Store(wanted["root"])
+    shared = Shared(wanted["store"], wanted["root"]) if wanted["store"] and wanted["store"] != wanted["root"] else None
     result: dict = {"changed": False}
     if wanted["state"] in ("current", "proven", "refuted") and wanted["id"] not in store.ids() and not module.check_mode:
         module.fail_json(msg=f"there is no release {wanted['id']} on this host; there are: {', '.join(store.newest_first()) or 'none'}")
     try:
         if wanted["state"] == "staged":
+            entered = shared is not None and shared.enter(module.check_mode)
             result = stage(module, store)
+            result["changed"] = result["changed"] or entered
+        elif wanted["state"] == "left":
+            result = leave(module, store, shared) if shared else result
         elif wanted["state"] == "current":
             result = make_current(module, store)
         elif wanted["state"] in ("proven", "refuted") and wanted["id"] in store.ids():
             result["changed"] = mark(store, wanted["id"], wanted["state"] == "proven", module.check_mode)
             if wanted["state"] == "proven":
-                result["removed"] = prune(store, max(2, wanted["keep"]), wanted["environments"], module.check_mode)
+                result |= prune_all(module, store, shared)
                 result["changed"] = result["changed"] or bool(result["removed"])
     except OSError as error:
         module.fail_json(msg=str(error))

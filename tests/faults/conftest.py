@@ -21,7 +21,8 @@ import pytest
 from .ledger import Client
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-PORT = 18994
+# checkouts that are tested side by side share the loopback
+PORT = int(os.environ.get("LOWMEM_SECOND_PORT", "18994"))
 
 
 @dataclass(frozen=True)
