@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import os
 import re
@@ -119,7 +120,14 @@ class Fault:
 
     def write(self) -> None:
         folder = Path(os.environ.get("LOWMEM_FAULTS", REPOSITORY / ".lowmem/faults"))
-        record = {"fault": self.name, "seen": self.seen, "recovery_s": self.recovery_s, "on": "this machine"}
+        record = {
+            "fault": self.name,
+            "seen": self.seen,
+            "recovery_s": self.recovery_s,
+            # a recovery is to be read beside what else the machine did
+            "load": round(os.getloadavg()[0], 1),
+            "taken": dt.datetime.now(dt.UTC).strftime("%Y-%m-%d"),
+        }
         write_text(folder / f"{self.name}.json", json.dumps(record, indent=2))
 
 

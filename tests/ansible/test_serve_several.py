@@ -34,7 +34,9 @@ def test_a_host_goes_back_though_another_fails_for_good(tmp_path: Path) -> None:
     for name, stub in STUBS.items():
         (tasks / f"{name}.yml").write_text(json.dumps(stub))
     release = {"lowmem_become": False, "lowmem_environment": {}, "vllm_service_release": {"id": "r"}}
-    hosts = {name: {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "stub": stub} for name, stub in HOSTS.items()}
+    hosts = {
+        name: {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "stub": stub} for name, stub in HOSTS.items()
+    }
     (tmp_path / "hosts.json").write_text(json.dumps({"vllm": {"hosts": hosts, "vars": release}}))
     done = subprocess.run(
         [Path(sys.executable).with_name("ansible-playbook"), "-i", tmp_path / "hosts.json", "playbooks/serve.yml"],

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from .ledger import Client
+from .node import UNIT, WATCHDOG, Node, connect, run_there
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # checkouts that are tested side by side share the loopback
@@ -137,3 +138,19 @@ def watched(tmp_path: Path) -> Callable[[Service, float], Any]:
             process.wait()
 
     return start
+
+
+@pytest.fixture(scope="session")
+def systemd_host() -> Node:
+    node = connect()
+    # the other instance would only take the machine's time
+    run_there(node.record, "systemctl stop vllm@second.service vllm-watchdog@second.service")
+    return node
+
+
+@pytest.fixture
+def node(systemd_host: Node) -> Node:
+    """Answering, and with all its starts before it."""
+    systemd_host.sh(f"systemctl reset-failed {UNIT}; systemctl start --no-block {UNIT} {WATCHDOG}")
+    systemd_host.until_active()
+    return systemd_host

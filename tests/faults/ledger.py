@@ -126,6 +126,7 @@ class Ledger:
     def __init__(self) -> None:
         self.futures: list[Future[Entry]] = []
         self.entries: list[Entry] = []
+        self.ended: list[float] = []
 
     @property
     def ends(self) -> dict[str, int]:
@@ -134,6 +135,14 @@ class Ledger:
     def nothing_lost(self) -> None:
         lost = [entry for entry in self.entries if entry.end == "lost"]
         assert lost == []
+
+    def away_s(self) -> float | None:
+        """Seconds from the first request that ended with an error to the next answer (`streaming` only); None where all were answered."""
+        failed = next((n for n, entry in enumerate(self.entries) if entry.end == "error"), None)
+        if failed is None:
+            return None
+        back = next(n for n, entry in enumerate(self.entries) if n > failed and entry.end == "answer")
+        return self.ended[back] - self.ended[failed]
 
     def __str__(self) -> str:
         ends = self.ends
@@ -150,6 +159,32 @@ def under_load(client: Client, clients: int = 8, tokens: int = 400) -> Iterator[
         client.until_running(clients)
         yield ledger
         ledger.entries = [future.result() for future in ledger.futures]
+
+
+@contextmanager
+def streaming(client: Client, tokens: int = 60) -> Iterator[Ledger]:
+    """One stream after another while the block runs, also while nobody answers, and until the first answer after it."""
+    ledger = Ledger()
+    over = threading.Event()
+
+    def ask() -> None:
+        answered = time.monotonic()
+        while not over.is_set() or ledger.entries[-1].end != "answer":
+            ledger.entries.append(client.complete(tokens, stream=True))
+            ledger.ended.append(time.monotonic())
+            if ledger.entries[-1].end == "answer":
+                answered = ledger.ended[-1]
+            else:
+                assert ledger.ended[-1] - answered < 1800, "nobody answers any more"
+                time.sleep(2)
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask)
+        try:
+            yield ledger
+        finally:
+            over.set()
+        asking.result()
 
 
 class SlowReader(threading.Thread):

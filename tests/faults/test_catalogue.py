@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,10 +22,20 @@ def test_the_page_lists_exactly_the_catalogue() -> None:
 def test_each_fault_has_a_test_and_each_test_its_fault() -> None:
     text = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     marked = set(re.findall(r'fault\("([\w-]+)"\)', text)) | {
-        f"{who}-killed" for who in ("engine", "server", "worker", "unit-engine", "unit-server")
+        f"{who}-killed" for who in ("engine", "server", "worker", "unit-engine", "unit-server", "unit-worker")
     }
     assert marked == set(CATALOGUE)
 
 
 def test_each_fault_has_its_runbook() -> None:
     assert {f["runbook"] for f in CATALOGUE.values() if not (ROOT / "docs/runbooks" / f["runbook"]).is_file()} == set()
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_runbook_of_a_fault_names_it(name: str) -> None:
+    """`engine-killed` stands for `unit-engine-killed` too: what to do is the same."""
+    text = (ROOT / "docs/runbooks" / CATALOGUE[name]["runbook"]).read_text()
+    named = re.search(r"Faults?[^:.]*:\s([\w, \n-]+)\.", text)
+    assert named, "the runbook says for which faults it is: `Faults: …`"
+    known = set(re.split(r"[, \n]+", named[1]))
+    assert name in known or name.removeprefix("unit-") in known

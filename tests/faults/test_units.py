@@ -1,92 +1,22 @@
-"""Faults under systemd, with the real engine in the unit's sandbox. They need the host of Molecule's scenario `service`, which runs this
-file and names its host in LOWMEM_SERVICE_HOST (what `testhosts list` knows of it, as JSON)."""
+"""Faults under systemd, with the real engine in the unit's sandbox. They need the host of Molecule's scenario `service`, which runs
+this file (LOWMEM_SERVICE_HOST)."""
 
 from __future__ import annotations
 
 import json
-import os
 import shlex
-import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from .ledger import Client, Ledger, under_load
+from .node import ROOT, UNIT, WATCHDOG, Node, needs_host, run_there, said
 
-HOST = os.environ.get("LOWMEM_SERVICE_HOST", "")
-pytestmark = pytest.mark.skipif(not HOST, reason="runs on a systemd host: make molecule SCENARIO=service")
-
-ROOT = "/opt/vllm-lowmem"
-UNIT = "vllm@main.service"
-WATCHDOG = "vllm-watchdog@main.service"
-
-
-@dataclass(frozen=True)
-class Node:
-    """The host with instance `main`, and a client outside of it."""
-
-    record: dict[str, Any]
-    client: Client
-
-    def sh(self, script: str, check: bool = True) -> str:
-        """Standard output of a script that root runs there."""
-        done = run_there(self.record, script)
-        assert done.returncode == 0 or not check, f"{script}: {done.returncode}\n{done.stdout}{done.stderr}"
-        return done.stdout
-
-    def show(self, name: str, unit: str = UNIT) -> str:
-        return self.sh(f"systemctl show {unit} --property={name} --value").strip()
-
-    def family(self) -> dict[str, int]:
-        """Pids of server, engine and worker."""
-        pids = self.sh(f"cat /sys/fs/cgroup$(systemctl show {UNIT} --property=ControlGroup --value)/cgroup.procs").split()
-        named = {self.sh(f"cat /proc/{pid}/comm", check=False).strip(): int(pid) for pid in pids}
-        return {"server": int(self.show("MainPID")), "engine": named["VLLM::EngineCor"], "worker": named["VLLM::Worker"]}
-
-    def alive(self, pids: dict[str, int]) -> list[str]:
-        return [who for who, pid in pids.items() if run_there(self.record, f"kill -0 {pid}").returncode == 0]
-
-    def until(self, what: Callable[[], bool], timeout_s: float = 300) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not what():
-            assert time.monotonic() < deadline, self.sh(f"systemctl status {UNIT} --no-pager; tail -n 40 {ROOT}/log/vllm.log", check=False)
-            time.sleep(0.5)
-
-    def until_active(self) -> None:
-        self.until(lambda: self.show("ActiveState") == "active")
-
-    def log_size(self) -> int:
-        return int(self.sh(f"stat --format=%s {ROOT}/log/vllm.log"))
-
-    def log_since(self, size: int) -> str:
-        return self.sh(f"tail --bytes=+{size + 1} {ROOT}/log/vllm.log")
-
-
-def run_there(record: dict[str, Any], script: str) -> subprocess.CompletedProcess[str]:
-    options = ["BatchMode=yes", "ConnectTimeout=5", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
-    words = ["ssh", "-i", record["identity_file"], *(word for option in options for word in ("-o", option))]
-    words += [f"{record['user']}@{record['address']}", f"sudo bash -c {shlex.quote(script)}"]
-    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
-
-
-@pytest.fixture(scope="module")
-def found() -> Node:
-    record = json.loads(HOST)
-    key = run_there(record, f"sed -n s/^VLLM_API_KEY=//p {ROOT}/etc/vllm.env").stdout.strip()
-    # the other instance would only take the machine's time
-    run_there(record, "systemctl stop vllm@second.service vllm-watchdog@second.service")
-    return Node(record, Client(f"http://{record['address']}:8000", key, "SmolLM2-135M-Instruct"))
-
-
-@pytest.fixture
-def node(found: Node) -> Node:
-    """Answering, and with all its starts before it."""
-    found.sh(f"systemctl reset-failed {UNIT}; systemctl start --no-block {UNIT} {WATCHDOG}")
-    found.until_active()
-    return found
+pytestmark = needs_host
 
 
 @pytest.fixture
@@ -104,12 +34,9 @@ def dropin(node: Node) -> Iterator[Callable[[str, str], None]]:
         node.sh(f"rm -r /run/systemd/system/{unit}.d; systemctl daemon-reload; systemctl restart --no-block {unit}")
 
 
-def said(ledger: Ledger) -> str:
-    kinds = sorted({f"{e.status} {e.said}" if e.status else e.said for e in ledger.entries if e.end == "error"})
-    return "said: " + "; ".join(kind[:110] for kind in kinds)
-
-
-@pytest.mark.parametrize("who", [pytest.param(who, marks=pytest.mark.fault(f"unit-{who}-killed")) for who in ("engine", "server")])
+@pytest.mark.parametrize(
+    "who", [pytest.param(who, marks=pytest.mark.fault(f"unit-{who}-killed")) for who in ("engine", "server", "worker")]
+)
 def test_a_killed_process(who: str, node: Node, fault: Any) -> None:
     before = node.family()
     starts = int(node.show("NRestarts"))
@@ -149,6 +76,88 @@ def test_a_hung_engine(node: Node, dropin: Callable[[str, str], None], fault: An
     assert node.alive(before) == []
     fault.saw(f"/health said 200; {ledger}")
     fault.saw(said(ledger))
+
+
+@pytest.mark.fault("unit-out-of-memory")
+def test_a_worker_without_memory(node: Node, fault: Any) -> None:
+    """RLIMIT_AS makes the allocation fail in the process itself; what the kernel's killer does is unit-worker-killed, and MemoryMax is
+    scenario `vm`'s."""
+    before = node.family()
+    began = time.monotonic()
+    node.sh(f"prlimit --pid {before['worker']} --as=$(sed -n 's/^VmSize:[ \\t]*\\([0-9]*\\) kB/\\1/p' /proc/{before['worker']}/status)000:")
+    ledger = Ledger()
+    with ThreadPoolExecutor(8) as pool:
+        prompts = [[11 + n] * 1900 for n in range(8)]
+        ledger.entries = list(pool.map(lambda n: node.client.complete(32, prompts[n], n % 2 == 0), range(8)))
+    ledger.nothing_lost()
+    fault.saw(str(ledger))
+    run_there(node.record, f"prlimit --pid {before['worker']} --as=unlimited:")
+    fault.recovery_s = node.client.recovery_s(began)
+    node.until_active()
+    same = node.family() == before
+    assert same or node.alive(before) == []
+    fault.saw("the same worker goes on" if same else "the unit was started again")
+    if "error" in ledger.ends:
+        fault.saw(said(ledger))
+
+
+def created(client: Client) -> float:
+    """The time that the server itself gives to an answer, in seconds since 1970."""
+    body = json.dumps({"model": client.model, "prompt": "Once", "max_tokens": 1}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {client.key}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{client.url}/v1/completions", body, headers), timeout=300) as answer:
+        return float(json.load(answer)["created"])
+
+
+DAY_S = 86_400
+CLOCK = f"{ROOT}/cache/clock"
+# a test host has its kernel's clock and none of its own: the service's programs are shown another one
+SHIFTED = f"""[Service]
+Environment=LD_PRELOAD=/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 FAKETIME_TIMESTAMP_FILE={CLOCK}
+Environment=FAKETIME_CACHE_DURATION=1 NO_FAKE_STAT=1 DONT_FAKE_MONOTONIC=1 FAKETIME_DONT_FAKE_MONOTONIC=1
+"""
+
+
+@pytest.mark.fault("unit-clock-jump")
+def test_the_clock_jumps(node: Node, dropin: Callable[[str, str], None], fault: Any) -> None:
+    """A day forward, then two back, with requests under way."""
+
+    def shift(offset: str) -> None:
+        node.sh(f"echo {offset} >{CLOCK}.new; chmod 644 {CLOCK}.new; mv {CLOCK}.new {CLOCK}")
+
+    shift("+0")
+    dropin(WATCHDOG, SHIFTED)
+    dropin(UNIT, SHIFTED)
+    node.until_active()
+    before, starts = node.family(), node.show("NRestarts")
+    assert abs(created(node.client) - time.time()) < 600
+    with under_load(node.client, clients=7, tokens=300) as ledger:
+        for offset, shifted_s in (("+1d", DAY_S), ("-1d", -DAY_S)):
+            shift(offset)
+            node.until(lambda to=shifted_s: abs(created(node.client) - time.time() - to) < 600)  # type: ignore[misc]
+    assert ledger.ends == {"answer": 7}
+    assert (node.family(), node.show("NRestarts")) == (before, starts)
+    assert "ended" not in node.sh(f"journalctl --unit={WATCHDOG} --lines=20 --output=cat --no-pager")
+    fault.saw(f"{ledger}; the same processes go on, and the watchdog ended nothing")
+    node.sh(f"rm {CLOCK}")
+
+
+@pytest.mark.fault("unit-reboot")
+def test_the_host_reboots(node: Node, fault: Any) -> None:
+    booted = node.sh("cat /proc/sys/kernel/random/boot_id; systemctl show --property=UserspaceTimestampMonotonic")
+    with under_load(node.client, tokens=100) as ledger:
+        began = time.monotonic()
+        node.sh("systemctl --no-block reboot", check=False)
+    ledger.nothing_lost()
+    node.until(lambda: run_there(node.record, "true").returncode == 0)
+    run_there(node.record, "systemctl stop vllm@second.service")
+    fault.recovery_s = node.client.recovery_s(began, timeout_s=900)
+    assert node.sh("cat /proc/sys/kernel/random/boot_id; systemctl show --property=UserspaceTimestampMonotonic") != booted
+    node.until_active()
+    fault.saw(str(ledger))
+    if "error" in ledger.ends:
+        fault.saw(said(ledger))
+    fault.saw("the unit came back by itself")
 
 
 @pytest.mark.fault("unit-stopped")

@@ -24,6 +24,7 @@ import pytest
 from lowmem import manifest
 
 from .conftest import PORT, REPOSITORY, Service, playbook_command
+from .ledger import streaming
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.environ.get("LOWMEM_SLOW") != "1", reason="LOWMEM_SLOW=1 runs it")]
 SETTINGS = {"lowmem_verify_kill": False, "lowmem_verify_requests": 4}
@@ -106,22 +107,28 @@ def streams_until_it_stops(service: Service) -> list[Any]:
     return ends
 
 
-def test_an_upgrade_that_does_not_start_returns_by_itself(second: Service, first: str) -> None:
+@pytest.mark.fault("bad-upgrade")
+def test_an_upgrade_that_does_not_start_returns_by_itself(second: Service, first: str, fault: Any) -> None:
     served = current(second)
-    said = play(
-        second,
-        "playbooks/upgrade.yml",
-        lowmem_overrides={"max_num_seqs": 4},
-        vllm_service_start_limit=1,
-        vllm_service_extra_environment={"VLLM_LOGGING_LEVEL": "NOSUCH"},
-    )
+    with streaming(second.client) as ledger:
+        said = play(
+            second,
+            "playbooks/upgrade.yml",
+            lowmem_overrides={"max_num_seqs": 4},
+            vllm_service_start_limit=1,
+            vllm_service_extra_environment={"VLLM_LOGGING_LEVEL": "NOSUCH"},
+        )
+    ledger.nothing_lost()
     assert said.endswith("rc=2"), said
     assert re.search(rf"vllm-0\.32\.0-demo_cpu-\w+ does not serve: vLLM does not answer .* Back by itself: {served} serves again\.", said)
     assert (current(second), running(second)) == (served, served)
     assert second.client.complete(4).end == "answer"
+    fault.saw(f"the play went back by itself and failed in one line; streams one after another: {ledger}")
+    fault.recovery_s = ledger.away_s()
 
 
-def test_an_upgrade_that_answers_noise_returns_by_itself(second: Service, first: str) -> None:
+@pytest.mark.fault("bad-upgrade-noise")
+def test_an_upgrade_that_answers_noise_returns_by_itself(second: Service, first: str, fault: Any) -> None:
     served = current(second)
     noise = second.root / "models/noise"
     shutil.copytree(second.root / "models/SmolLM2-135M-Instruct-awq", noise)
@@ -134,10 +141,14 @@ def test_an_upgrade_that_answers_noise_returns_by_itself(second: Service, first:
     shard.write_bytes(content)
     entries = manifest.entries(manifest.scan(noise))
     noise.with_name("noise.manifest.json").write_text(json.dumps({"schema": 1, "name": "noise", "files": entries}))
-    said = play(second, "playbooks/upgrade.yml", lowmem_model_path=str(noise), lowmem_overrides={"max_num_seqs": 4})
+    with streaming(second.client) as ledger:
+        said = play(second, "playbooks/upgrade.yml", lowmem_model_path=str(noise), lowmem_overrides={"max_num_seqs": 4})
+    ledger.nothing_lost()
     assert said.endswith("rc=2"), said
     assert re.search(rf"does not serve: .*the model knows english.* Back by itself: {served} serves again\.", said), said
     assert (current(second), running(second)) == (served, served)
+    fault.saw(f"its checks failed, and the play went back by itself; streams one after another: {ledger}")
+    fault.recovery_s = ledger.away_s()
 
 
 def test_rollback_serves_the_release_before_and_names_those_it_has(second: Service, first: str) -> None:

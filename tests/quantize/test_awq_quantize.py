@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,6 +135,66 @@ def test_autoawq_gives_an_awq_checkpoint(autoawq: Path) -> None:
 
 def test_llmcompressor_gives_a_compressed_tensors_checkpoint(llmcompressor: Path) -> None:
     looks_right(llmcompressor, "compressed-tensors", "weight_packed")
+
+
+def first_layers(source: Path, target: Path, count: int) -> None:
+    """A checkpoint of the first `count` layers of a model, with its manifest: quick to quantize, its weights and its text real."""
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix != ".safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": count}), encoding="utf-8")
+    content = (source / "model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8:begin]), b""
+    kept = {"__metadata__": header.pop("__metadata__", {})}
+    for name, tensor in header.items():
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer is None or int(layer[1]) < count:
+            start, end = tensor["data_offsets"]
+            kept[name] = {**tensor, "data_offsets": [len(data), len(data) + end - start]}
+            data += content[begin + start : begin + end]
+    text = json.dumps(kept).encode()
+    (target / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    entries = manifest.entries(manifest.scan(target))
+    target.with_name(f"{target.name}.manifest.json").write_text(json.dumps({"schema": 1, "name": target.name, "files": entries}))
+
+
+@pytest.mark.fault("disk-full-quantization")
+@pytest.mark.skipif(os.environ.get("LOWMEM_SLOW") != "1", reason="LOWMEM_SLOW=1 runs it")
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted by root only")
+def test_a_disk_that_fills_up_ends_it_and_room_lets_it_go_on(root: Path, tmp_path: Path, fault: Any) -> None:
+    """Somebody else takes the room while it computes; too little room from the start is refused before it."""
+    small = tmp_path / "host"
+    models = small / "models"
+    models.mkdir(parents=True)
+    for name in ("envs", "cache"):
+        (small / name).symlink_to(root / name)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", models], check=True)
+    try:
+        first_layers(root / "models" / MODEL, models / MODEL, 2)
+        name = f"{MODEL}-autoawq"
+        # two layers speak no English, before or after
+        settings = {"awq_quantize_limit_ratio": 100}
+        said = ""
+        with start(TASKS, tmp_path, variables(small, "autoawq", **settings)) as process:
+            for line in process.stdout or ():
+                said += line
+                if "quantizing layer 1 of 2" in line:
+                    (models / "ballast").write_bytes(b"0" * (shutil.disk_usage(models).free - 10_000_000))
+        assert process.returncode == 2, said
+        assert "Traceback" not in said
+        [line] = re.findall(r"^ *msg: (.*No space left on device.*)$", said, re.MULTILINE)[:1]
+        (models / "ballast").unlink()
+        assert [path.name for path in models.glob(f"*{name}*")] == [f".{name}.lock"]
+        fault.saw(f"the play failed: {line[:160]}; nothing of it is left")
+        done = play(TASKS, tmp_path, variables(small, "autoawq", **settings))
+        assert done.returncode == 0, done.stdout
+        assert manifest.check(models / f"{name}.manifest.json", models / name) == []
+        fault.saw("with room the same play ended well")
+    finally:
+        subprocess.run(["umount", models], check=True)
 
 
 def test_an_unchanged_recipe_is_not_run_again(autoawq: Path, root: Path, tmp_path: Path) -> None:
