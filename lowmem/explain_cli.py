@@ -26,7 +26,12 @@ def explain(
     inputs = inputs_for(profile, model, device, count, overrides=parse_assignments(set_ or []))
     out = Console(highlight=False)
     out.print(f"[bold]{inputs.profile.name}[/]: {escape(inputs.profile.summary)}")
-    out.print(f"{inputs.card.name} on {inputs.count} x {inputs.device.title}; differences are against the engine's default, computed\n")
+    each = (
+        f"{inputs.hosts} hosts with {inputs.count} x {inputs.device.title} each"
+        if inputs.hosts > 1
+        else f"{inputs.count} x {inputs.device.title}"
+    )
+    out.print(f"{inputs.card.name} on {each}; differences are against the engine's default, computed\n")
     for e in effects(inputs, measured_effects(measurements, inputs.profile.name)):
         out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
         out.print(f"    {escape(e.why)}", soft_wrap=True)

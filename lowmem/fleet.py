@@ -67,7 +67,7 @@ def planned(plan: Plan) -> Speed:
     alone = terms["steady_step"] - terms["hbm_kv"] * (1 - 1 / together)
     return Speed(
         steps_ms={1: alone, together: terms["steady_step"]},
-        chunk_extra_ms=terms["chunk_step"] - terms["steady_step"],
+        chunk_extra_ms=terms["chunk_step"] - terms.get("slot_step", terms["steady_step"]),
         chunk_tokens=min(batched, load.input_tokens),
         max_num_seqs=_number(plan, "--max-num-seqs"),
         kv_tokens=plan.kv_tokens,

@@ -203,6 +203,17 @@ class Engine:
     prefix_caching: bool
     kernel: str  # of the quantized linear layers: marlin, machete, humming, native16 or cpu
     environment: Mapping[str, str] = field(default_factory=dict)
+    hosts: int = 1
+    partition: tuple[int, ...] = ()  # decoder layers of each pipeline stage; empty: one stage
+
+    @property
+    def pp(self) -> int:
+        return max(1, len(self.partition))
+
+    @property
+    def local_cards(self) -> int:
+        """Cards of one host that the engine takes."""
+        return self.tp * self.pp // self.hosts
 
 
 def graph_sizes(max_num_seqs: int, batched: int, wanted: Scalar | None, largest: Scalar | None) -> tuple[int, ...]:
@@ -215,15 +226,60 @@ def graph_sizes(max_num_seqs: int, batched: int, wanted: Scalar | None, largest:
     return tuple(s for s in sizes if s <= top)
 
 
-def resolve(
-    knobs: Mapping[str, Knob], card: ModelCard, device: Device, count: int, vllm_version: str, environment: Mapping[str, str]
-) -> Engine:
-    """Knobs to engine settings. BadInput where values contradict one another, the model or the card count."""
-    vllm = version(vllm_version)
-    v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
-    tp = int(v.get("tensor_parallel_size", 1))
+def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ...]:
+    """Decoder layers of each pipeline stage as vLLM 0.32.0 deals them (distributed/utils.py, get_pp_indices).
+
+    Evenly; what is left over goes one each to the stages before the last, from the end. `wanted`: VLLM_PP_LAYER_PARTITION, which decides.
+    BadInput for a partition that the engine would refuse, or one with an empty stage.
+    """
+    if wanted:
+        parts = [int(x) if x.strip().isdigit() else -1 for x in wanted.split(",")]
+        if len(parts) != stages or sum(parts) != layers or min(parts) < 1:
+            raise BadInput(
+                f"VLLM_PP_LAYER_PARTITION={wanted!r} is not {stages} numbers from 1 that add up to {layers} layers; write one a stage"
+            )
+        return tuple(parts)
+    if stages > layers:
+        raise BadInput(f"pipeline_parallel_size={stages} is more than the {layers} layers; lower it")
+    found, left = [layers // stages] * stages, layers % stages
+    for i in range(2, left + 2):
+        found[-i] += 1
+    return tuple(found)
+
+
+def _parallel(v: Mapping[str, Any], count: int, hosts: int) -> tuple[int, int]:
+    """Sizes of tensor and pipeline parallelism. BadInput where they do not fit the cards of a host, or would split a layer across hosts."""
+    tp, pp = int(v.get("tensor_parallel_size", 1)), int(v.get("pipeline_parallel_size", 1))
+    if tp > count and hosts > 1:
+        raise BadInput(
+            f"tensor_parallel_size={tp} is more than the {count} card(s) of a host: each layer would wait twice a token for the network "
+            f"between hosts; use tensor_parallel_size={count} inside a host and pipeline_parallel_size={hosts} across"
+        )
     if tp > count:
         raise BadInput(f"tensor_parallel_size={tp} is more than the {count} card(s); lower it or raise --count")
+    if pp % hosts:
+        raise BadInput(f"pipeline_parallel_size={pp} does not deal its stages evenly to {hosts} hosts; use a multiple of {hosts}")
+    if tp * pp // hosts > count:
+        raise BadInput(
+            f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} need {tp * pp // hosts} cards a host and there are {count}; "
+            "lower one of them or raise --count"
+        )
+    return tp, pp
+
+
+def resolve(
+    knobs: Mapping[str, Knob],
+    card: ModelCard,
+    device: Device,
+    count: int,
+    vllm_version: str,
+    environment: Mapping[str, str],
+    hosts: int = 1,
+) -> Engine:
+    """Knobs to engine settings; `count` cards on each host. BadInput where values contradict one another, the model or the cards."""
+    vllm = version(vllm_version)
+    v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
+    tp, pp = _parallel(v, count, hosts)
     if card.heads % tp:
         raise BadInput(f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use a divisor")
     if card.kv_heads % tp and tp % card.kv_heads:
@@ -341,7 +397,13 @@ def resolve(
         prefix_caching=bool(v.get("enable_prefix_caching", True)),
         kernel=linear_kernel(card, device, vllm, str(v.get("linear_backend", "auto")), environment.get("VLLM_DISABLED_KERNELS", "")),
         environment=dict(environment),
+        hosts=hosts,
+        partition=layer_partition(card.layers, pp, environment.get("VLLM_PP_LAYER_PARTITION", "")) if pp > 1 else (),
     )
+
+
+PIPELINE_SINCE = (0, 32, 0)
+"""The version whose pipeline stages and multi-node mode were read."""
 
 
 def linear_kernel(card: ModelCard, device: Device, vllm: tuple[int, int, int], wanted: str, disabled: str) -> str:
@@ -364,6 +426,12 @@ def linear_kernel(card: ModelCard, device: Device, vllm: tuple[int, int, int], w
 def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
     """What this version or this capability cannot run, each with what it needs."""
     reasons = []
+    if engine.pp > 1 and engine.vllm < PIPELINE_SINCE:
+        reasons.append("pipeline_parallel_size of 2 or more is planned as vLLM 0.32 does it; use 0.32.0 or later")
+    if engine.pp > 1 and engine.kv_dtype.startswith("turboquant"):
+        reasons.append(
+            f"kv_cache_dtype={engine.kv_dtype} is not modelled with pipeline stages; use int8_per_token_head or int4_per_token_head"
+        )
     if device.kind == "cpu":
         if engine.kv_dtype not in ("auto", "float16", "bfloat16"):
             reasons.append(f"kv_cache_dtype={engine.kv_dtype}: the CPU back end needs AVX-512 for it; use auto")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lowmem.cards import DTYPE_BYTES
@@ -53,6 +53,57 @@ def _parts(g: WeightGroup, q: Quantization, out: int, inp: int, dtype_bytes: int
     if stored and q.method == "gptq":
         parts["g_idx"] = inp * 4
     return parts
+
+
+# ---------------------------------------------------------------- pipeline stages
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one pipeline stage holds of the model, as a model card of its own."""
+
+    card: ModelCard
+    first_layer: int
+    node: int
+    first: bool
+    last: bool
+
+
+def parts(card: ModelCard, engine: Engine) -> tuple[Part, ...]:
+    """The stages in order; a single one is the model itself.
+
+    0.32.0, models/llama.py: the embedding is on the first stage (and on the last where lm_head is the same tensor), norm and lm_head are on
+    the last.
+    Ranks count through a stage's cards first (parallel_state.py), and each host takes as many in a row.
+    """
+    if engine.pp == 1:
+        return (Part(card, 0, 0, first=True, last=True),)
+    found, start = [], 0
+    for n, layers in enumerate(engine.partition):
+        first, last = n == 0, n == engine.pp - 1
+        groups = tuple(
+            g.model_copy(update={"count": g.count * layers // card.layers}) if g.layered else g
+            for g in card.groups
+            if g.layered or (first if g.kind == "embedding" and not (card.tied and last) else last)
+        )
+        # On the first stage of several a tied embedding is a look-up like any other.
+        mine = card.model_copy(update={"layers": layers, "groups": groups, "header_bytes": None, "tied": card.tied and last})
+        found.append(Part(mine, start, n * engine.hosts // engine.pp, first, last))
+        start += layers
+    return tuple(found)
+
+
+def hop_bytes_per_token(card: ModelCard, engine: Engine) -> int:
+    """Hidden states and residual of one token, which each stage hands to the next (0.32.0, models/llama.py)."""
+    return 2 * card.hidden_size * DTYPE_BYTES[engine.dtype]
+
+
+def pipeline_buffers(part: Part, engine: Engine) -> int:
+    """On a card: what a stage receives, once for the captured graphs and once as it comes; what it has handed on stays until it is sent."""
+    if engine.pp == 1:
+        return 0
+    largest = engine.max_num_batched_tokens * hop_bytes_per_token(part.card, engine)
+    return (0 if part.first else 2 * largest) + (0 if part.last else largest)
 
 
 # ---------------------------------------------------------------- one card's weights
@@ -226,8 +277,11 @@ def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
     return heads * (ends * full + (card.layers - ends) * small)
 
 
-def peak_activations(card: ModelCard, engine: Engine) -> int:
-    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, the sampled rows' logits."""
+def peak_activations(card: ModelCard, engine: Engine, samples: bool = True) -> int:
+    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, the sampled rows' logits.
+
+    `samples`: this stage makes the logits, which the last one does.
+    """
     e = DTYPE_BYTES[engine.dtype]
     tokens, tp = engine.max_num_batched_tokens, engine.tp
     if card.experts:
@@ -237,7 +291,7 @@ def peak_activations(card: ModelCard, engine: Engine) -> int:
     attention = (2 * card.heads + 2 * max(card.kv_heads, tp)) * card.head_dim // tp * e
     per_token = 2 * card.hidden_size * e + max(mlp, attention)
     copies = 8 if engine.vllm >= (0, 28, 0) else 20  # 32-bit copies; the older sampler also sorts, with 64-bit indices
-    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + copies)
+    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + copies) if samples else 0
     return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
 
 
@@ -280,14 +334,33 @@ class CardMemory:
         return self.total + sum(self.load.values())
 
 
-def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0) -> CardMemory:
-    """Memory of one GPU. The KV pool follows the utilization, the given size, or (auto) the limit and the tokens of the load."""
+def stage_memories(
+    card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0
+) -> tuple[tuple[Part, CardMemory], ...]:
+    """One card of each stage. The pool has as many blocks on each as the stage with the least room (0.32.0, kv_cache_utils.py)."""
+    one = cpu_memory if device.kind == "cpu" else card_memory
+    found = [(part, one(part.card, engine, device, limit_bytes, load_tokens, part)) for part in parts(card, engine)]
+    tokens = min(memory.kv_tokens for _, memory in found)
+    return tuple(
+        (part, replace(m, kv_tokens=tokens, terms={**m.terms, "kv_cache": tokens // engine.block_tokens * m.kv_block_bytes}))
+        for part, m in found
+    )
+
+
+def card_memory(
+    card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0, part: Part | None = None
+) -> CardMemory:
+    """Memory of one GPU, of the pipeline stage `part` where there are several.
+
+    The KV pool follows the utilization, the given size, or (auto) the limit and the tokens of the load.
+    """
     w = weights(card, engine)
-    act = peak_activations(card, engine)
+    act = peak_activations(card, engine, part is None or part.last)
     graph = graphs(engine)
     new = engine.vllm >= (0, 28, 0)
-    before = _mib("snapshot_mib") + (_mib("first_use_mib") if engine.tp > 1 else 0)  # taken when the engine reads free memory first
-    growth = _mib("growth_mib") + (_mib("first_use_mib") if engine.tp == 1 else 0)
+    alone = engine.tp * engine.pp == 1
+    before = _mib("snapshot_mib") + (0 if alone else _mib("first_use_mib"))  # taken when the engine reads free memory first
+    growth = _mib("growth_mib") + (_mib("first_use_mib") if alone else 0)
     kept = _mib("idle_cache_mib") if new else _mib("idle_cache_old_mib")
     if new:  # the runner's own buffers, as wide as the largest step
         kept += _mib("eager_cache_mib") if engine.eager else 0
@@ -302,6 +375,8 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
         "cuda_graphs": graph,
         "offload_buffers": offload_buffers(engine, w),
     }
+    if part and engine.pp > 1:
+        terms["pipeline_buffers"] = pipeline_buffers(part, engine)
     load = {"activations": round(act * float(constant("memory", "load_activation_ratio")[engine.kernel]))}
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
     if engine.kv_bytes is not None:
@@ -312,7 +387,7 @@ def card_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: in
     else:
         budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
         profiled = 0 if engine.eager else _mib("compile_profile_mib") + graph
-        available = budget - w.on_card - terms["offload_buffers"] - act - growth - profiled
+        available = budget - w.on_card - terms["offload_buffers"] - terms.get("pipeline_buffers", 0) - act - growth - profiled
     blocks = max(0, available // block)
     if engine.kv_blocks_override is not None and blocks:
         blocks = engine.kv_blocks_override
@@ -326,7 +401,7 @@ def start_room(terms: dict[str, int], engine: Engine, device: Device) -> int:
     With the pool given in bytes vLLM 0.32 skips the profiler and with it the emptying of the allocator's cache.
     """
     left = 0 if engine.vllm < (0, 28, 0) else _mib("start_fragments_mib")
-    there = terms["weights"] + terms["cuda_context"] + terms["nccl"] + terms["offload_buffers"]
+    there = terms["weights"] + terms["cuda_context"] + terms["nccl"] + terms["offload_buffers"] + terms.get("pipeline_buffers", 0)
     return device.torch_total_mib * MIB - there - left
 
 
@@ -355,24 +430,28 @@ def start_peak(card: ModelCard, engine: Engine, device: Device, memory: CardMemo
 
 def nccl(engine: Engine, device: Device) -> int:
     """NCCL's buffers (a base and a share for each channel) and those of the all-reduces beside it, 0 on a single card."""
-    if engine.tp == 1:
+    if engine.tp * engine.pp == 1:
         return 0
     channels = engine.environment.get("NCCL_MAX_NCHANNELS", "")
     wanted = int(channels) if channels.isdigit() and int(channels) else int(constant("memory", "nccl_channels"))
-    total = _mib("nccl_base_mib") + min(wanted, int(constant("memory", "nccl_channels"))) * _mib("nccl_mib_per_channel")
-    if engine.custom_all_reduce:
+    communicators = (engine.tp > 1) + (int(constant("memory", "nccl_pipeline_communicators")) if engine.pp > 1 else 0)
+    channels_mib = min(wanted, int(constant("memory", "nccl_channels"))) * _mib("nccl_mib_per_channel")
+    total = _mib("nccl_base_mib") + communicators * channels_mib
+    if engine.custom_all_reduce and engine.tp > 1:
         total += _mib("custom_all_reduce_mib")
         if device.capability == "9.0" and engine.environment.get("VLLM_ALLREDUCE_USE_SYMM_MEM", "1") != "0":
             total += _mib("symmetric_memory_mib")
     return total
 
 
-def cpu_memory(card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0) -> CardMemory:
+def cpu_memory(
+    card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0, part: Part | None = None
+) -> CardMemory:
     """The resident set of the service on a CPU: `runtime` is Python, torch and the engine's three processes."""
     w = weights(card, engine)
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
     fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
-    load = {"activations": peak_activations(card, engine)}
+    load = {"activations": peak_activations(card, engine, part is None or part.last)}
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
@@ -405,7 +484,7 @@ def next_power_of_two(n: int) -> int:
 
 
 def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> dict[str, int]:
-    """Host RAM of the running service by term, in bytes. On a CPU the service itself is the host's use."""
+    """Host RAM of the running service by term, in bytes; of several hosts the one that serves. On a CPU the service itself is the use."""
     if device.kind == "cpu":
         return {"service": memory.peak}
     w = memory.weights
@@ -415,10 +494,10 @@ def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory
     )
     terms = {
         "api_server": round(float(constant("service", "api_host_mib")) * MIB),
-        "workers": engine.tp * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
-        "pinned_offload": engine.tp * pinned,
+        "workers": engine.local_cards * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
+        "pinned_offload": engine.local_cards * pinned,
         # the prefetch back end copies each offloaded layer into pinned memory and keeps the first copy until loading has ended
-        "offload_loading": engine.tp * w.offloaded if engine.offload == "prefetch" else 0,
+        "offload_loading": engine.local_cards * w.offloaded if engine.offload == "prefetch" else 0,
         "kv_offload": engine.kv_offload_bytes,
     }
     return {k: v for k, v in terms.items() if v}

@@ -10,7 +10,9 @@ import typer
 
 from lowmem.errors import BadInput
 from lowmem.knobs import parse_assignments
+from lowmem.links import load_link
 from lowmem.planner import make_plan
+from lowmem.profiles import load_profile
 from lowmem.schema import VLLM_VERSION, Deploy
 from lowmem.units import parse_bytes
 
@@ -23,7 +25,11 @@ def plan(
         str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's")
     ] = None,
     device: Annotated[str | None, typer.Option(help="name in the device table, or auto; default: the profile's")] = None,
-    count: Annotated[int | None, typer.Option(help="cards on the host; default: the profile's")] = None,
+    count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
+    hosts: Annotated[int | None, typer.Option(help="hosts that one server spans; default: the profile's")] = None,
+    network: Annotated[str | None, typer.Option(help="link between the hosts, a name of the link table; default: the profile's")] = None,
+    network_gb_per_s: Annotated[float | None, typer.Option(help="its bandwidth as measured, one direction")] = None,
+    network_round_trip_us: Annotated[float | None, typer.Option(help="its round trip as measured")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     env: Annotated[list[str] | None, typer.Option("--env", help="NAME=value of the service's environment")] = None,
     clients: Annotated[int | None, typer.Option(help="closed-loop clients of the load")] = None,
@@ -35,6 +41,8 @@ def plan(
     served_model_name: Annotated[str | None, typer.Option(help="name clients ask for")] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    node: Annotated[list[str] | None, typer.Option(help="address of a host of one server that spans several, in order")] = None,
+    interface: Annotated[str, typer.Option(help="network interface that joins the hosts, the same on each")] = "",
     suggest: Annotated[bool, typer.Option("--suggest", help="list the options that meet the limits, best first")] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
@@ -42,7 +50,19 @@ def plan(
     deploy = None
     if model_path is not None or served_model_name is not None:
         path = model_path or model or profile
-        deploy = Deploy(model_path=path, served_model_name=served_model_name or path.rstrip("/").rsplit("/", 1)[-1], host=host, port=port)
+        deploy = Deploy(
+            model_path=path,
+            served_model_name=served_model_name or path.rstrip("/").rsplit("/", 1)[-1],
+            host=host,
+            port=port,
+            nodes=tuple(node or ()),
+            interface=interface,
+        )
+    elif node or interface:
+        raise BadInput("--node and --interface are of a deployment: give --model-path too")
+    named = network or load_profile(profile).network
+    if named is None and (network_gb_per_s is not None or network_round_trip_us is not None):
+        raise BadInput("--network-gb-per-s and --network-round-trip-us need --network, which says what kind of link it is")
     try:
         limit = parse_bytes(memory_limit) if memory_limit is not None else None
     except ValueError as e:
@@ -60,6 +80,8 @@ def plan(
         memory_limit_bytes=limit,
         environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
         vllm_version=vllm_version,
+        hosts=hosts,
+        network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
     )
     if suggest:
         from lowmem.render import show_suggestions

@@ -6,18 +6,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowmem import cards, devices, knobs, profiles
+from lowmem import cards, devices, knobs, links, profiles
 from lowmem.errors import BadInput
 from lowmem.knobs import Engine
-from lowmem.latency import latency
+from lowmem.latency import hops, idle_share, latency, link_needs
 from lowmem.memory import (
     CardMemory,
-    card_memory,
-    cpu_memory,
+    Part,
+    hop_bytes_per_token,
     host_ram,
     ignores_offload,
     kv_bytes_per_token,
     loading,
+    stage_memories,
     stage_ram,
     start_peak,
     start_room,
@@ -32,13 +33,17 @@ from lowmem.schema import (
     Knob,
     Latency,
     Limits,
+    Link,
     Load,
     ModelCard,
+    Node,
+    Pipeline,
     Plan,
     Profile,
     Quantization,
     Scalar,
     ServiceLimits,
+    Stage,
     Verdict,
 )
 from lowmem.units import MIB, gib, mib
@@ -62,6 +67,8 @@ class Inputs:
     limits: Limits
     vllm_version: str
     deploy: Deploy | None = None
+    hosts: int = 1
+    link: Link | None = None  # between the hosts; None: there is one host
 
 
 def gather(
@@ -78,6 +85,8 @@ def gather(
     memory_limit_bytes: int | None = None,
     environment: Mapping[str, str] | None = None,
     vllm_version: str = VLLM_VERSION,
+    hosts: int | None = None,
+    network: str | Link | None = None,
 ) -> Inputs:
     """Names to data, overrides checked. BadInput for anything that cannot be planned."""
     p = profiles.load_profile(profile) if isinstance(profile, str) else profile
@@ -109,7 +118,17 @@ def gather(
         limits = limits.model_copy(update={"memory_bytes": memory_limit_bytes})
     quantized = cards.quantized(c, fitting_group(c, wanted_quantization(p, merged), merged))
     place = Deploy.model_validate(deploy) if deploy is not None and not isinstance(deploy, Deploy) else deploy
-    return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place)
+    h = p.hosts if hosts is None else hosts
+    if not 1 <= h <= 64:
+        raise BadInput(f"hosts={h} is not from 1 to 64; give the number of hosts that one server spans")
+    link = (links.load_link(joined) if isinstance(joined := network or p.network, str) else joined) if h > 1 else None
+    if h > 1 and link is None:
+        raise BadInput(f"hosts={h} needs the network between them: name one of {', '.join(links.names())}")
+    if place and place.nodes and len(place.nodes) != h:
+        raise BadInput(
+            f"nodes has {len(place.nodes)} addresses and the server spans {h} host(s); give one for each, the one that serves first"
+        )
+    return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place, h, link)
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:
@@ -155,16 +174,18 @@ def make_plan(
     memory_limit_bytes: int | None = None,
     environment: Mapping[str, str] | None = None,
     vllm_version: str = VLLM_VERSION,
+    hosts: int | None = None,
+    network: str | Link | None = None,
     search: bool = True,
 ) -> Plan:
-    """The plan of a profile for a model on `count` devices; None takes the profile's own. `overrides`: knob -> value, as `--set`.
+    """The plan of a profile for a model on `count` devices a host; None takes the profile's own. `overrides`: knob -> value, as `--set`.
 
     Never raises for a plan that does not fit (the verdict says so); BadInput, one line, for input that cannot be planned.
     `search=False` leaves `nearest` out.
     """
     inputs = gather(
         profile, model, device, count, overrides, deploy, clients=clients, input_tokens=input_tokens, output_tokens=output_tokens,
-        memory_limit_bytes=memory_limit_bytes, environment=environment, vllm_version=vllm_version,
+        memory_limit_bytes=memory_limit_bytes, environment=environment, vllm_version=vllm_version, hosts=hosts, network=network,
     )  # fmt: skip
     plan = compute(inputs)
     if not search or plan.verdict == "fits":
@@ -179,7 +200,7 @@ def compute(inputs: Inputs) -> Plan:
     """The plan without a search for alternatives."""
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     env = {name: str(k.value) for name, k in inputs.environment.items()}
-    engine = knobs.resolve(inputs.knobs, card, device, inputs.count, inputs.vllm_version, env)
+    engine = knobs.resolve(inputs.knobs, card, device, inputs.count, inputs.vllm_version, env, inputs.hosts)
     if load.input_tokens + load.output_tokens > engine.max_model_len:
         raise BadInput(
             f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than max_model_len={engine.max_model_len}; "
@@ -187,23 +208,27 @@ def compute(inputs: Inputs) -> Plan:
         )
     request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
     held = min(load.clients, engine.max_num_seqs) * request
-    memory = (cpu_memory if device.kind == "cpu" else card_memory)(card, engine, device, ceiling(device, limits), held)
-    speed = latency(card, engine, device, memory, load)
+    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
+    part, memory = max(stages, key=lambda s: s[1].peak)  # the card that the limit is held against
+    speed = latency(card, engine, device, stages, load, inputs.link)
     requests = memory.kv_tokens // request
-    blocked = (
-        knobs.missing_flags(inputs.knobs, engine.vllm)
-        + knobs.refusals(engine, card, device)
-        + memory_reasons(engine, card, device, memory, limits)
-    )
+    pipeline = pipeline_of(inputs, engine, stages, speed)
+    blocked = [
+        *knobs.missing_flags(inputs.knobs, engine.vllm),
+        *knobs.refusals(engine, card, device),
+        *stage_reasons(engine, device, stages, limits),
+        *network_reasons(pipeline, load, limits),
+    ]
     if not blocked and requests < 1:
-        need = kv_bytes_per_token(card, engine) * (load.input_tokens + load.output_tokens)
+        need = kv_bytes_per_token(part.card, engine) * (load.input_tokens + load.output_tokens)
         blocked = [f"kv_cache: the pool of {mib(memory.terms['kv_cache'])} holds no request of the load; one needs {mib(need)}"]
     slow = slow_reasons(engine, speed, load, limits, requests)
-    notes = fit_notes(engine, card, memory, limits, requests, load)
+    notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
-    arguments = arguments_of(inputs, engine, memory)
-    host = host_ram(card, engine, device, memory)
-    w = memory.weights
+    pool_bytes = max(m.terms["kv_cache"] for _, m in stages)  # every stage is told the same, and has as many blocks
+    arguments = arguments_of(inputs, engine, memory, pool_bytes)
+    nodes = nodes_of(inputs, arguments)
+    host = host_ram(part.card, engine, device, memory)
     return Plan(
         vllm_version=inputs.vllm_version,
         profile=p.name,
@@ -214,35 +239,46 @@ def compute(inputs: Inputs) -> Plan:
         device=device.name,
         device_kind=device.kind,
         device_count=inputs.count,
+        hosts=inputs.hosts,
         tensor_parallel_size=engine.tp,
+        pipeline_parallel_size=engine.pp,
         load=load,
         limits=limits,
         verdict=verdict,
         reasons=tuple(blocked or [*(slow or notes), *start_notes(card, engine, device, memory, limits)]),
         limit_bytes=limits.memory_bytes,
         per_gpu={**memory.terms, "total": memory.total},
-        weight_terms={
-            "sharded": w.sharded,
-            "replicated": w.replicated,
-            "padding": w.padding,
-            "repacking": w.repacking,
-            "offloaded": w.offloaded,
-        },
+        weight_terms=weight_terms(memory),
         load_growth=memory.load,
         peak_bytes=memory.peak,
         before_start_bytes=memory.before_start,
-        start_peak_bytes=start_peak(card, engine, device, memory),
+        start_peak_bytes=max(start_peak(p.card, engine, device, m) for p, m in stages),
         host_ram=host,
         stage_ram=stage_ram(card),
         kv_available_bytes=memory.kv_available,
         kv_tokens=memory.kv_tokens,
         max_requests=requests,
         latency_ms=speed,
-        arguments=arguments,
-        environment=environment_of(inputs, device),
+        arguments=nodes[0].arguments if nodes else arguments,
+        environment=nodes[0].environment if nodes else environment_of(inputs, device),
         service=service_limits(engine, device, host, card, load, limits),
         deploy=inputs.deploy,
+        stages=stages_of(engine, device, stages),
+        pipeline=pipeline,
+        nodes=nodes,
     )
+
+
+def weight_terms(memory: CardMemory) -> dict[str, int]:
+    """The weights of one card in parts."""
+    w = memory.weights
+    return {
+        "sharded": w.sharded,
+        "replicated": w.replicated,
+        "padding": w.padding,
+        "repacking": w.repacking,
+        "offloaded": w.offloaded,
+    }
 
 
 def ceiling(device: Device, limits: Limits) -> int:
@@ -251,6 +287,18 @@ def ceiling(device: Device, limits: Limits) -> int:
 
 
 # ---------------------------------------------------------------- verdict
+
+
+def stage_reasons(engine: Engine, device: Device, stages: Sequence[tuple[Part, CardMemory]], limits: Limits) -> list[str]:
+    """As `memory_reasons` of each stage, with its number where there are several; the same one on several stages is said once."""
+    found: dict[str, str] = {}
+    least = min(range(len(stages)), key=lambda n: stages[n][1].kv_available / stages[n][1].kv_block_bytes)
+    for n in sorted(range(len(stages)), key=lambda n: n != least):
+        part, memory = stages[n]
+        for reason in memory_reasons(engine, part.card, device, memory, limits):
+            if n == least or not reason.startswith("kv_cache: to serve one request"):  # elsewhere the pool is that stage's
+                found.setdefault(reason, f"stage {n}: {reason}" if len(stages) > 1 else reason)
+    return list(found.values())
 
 
 def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: CardMemory, limits: Limits) -> list[str]:
@@ -310,6 +358,34 @@ def memory_reasons(engine: Engine, card: ModelCard, device: Device, memory: Card
     return reasons
 
 
+def network_reasons(pipeline: Pipeline | None, load: Load, limits: Limits) -> list[str]:
+    """Why the link between the hosts is too slow, and which one would do; empty where it is not the link that misses a limit."""
+    if pipeline is None or pipeline.network is None:
+        return []
+    link, least, most = pipeline.network, pipeline.least_gb_per_s, pipeline.most_round_trip_us
+    if (least is not None and link.gb_per_s >= least) or (least is None and most is None):
+        return []
+    wanted = f"{limits.tpot_p99_ms:g} ms a token and {limits.ttft_p99_ms:g} ms to the first at {load.clients} clients"
+    enough = [f"at least {least:g} GB/s"] if least is not None else []
+    enough += [f"a round trip of at most {most:g} us"] if most is not None else []
+    return [
+        f"network: {link.title} with {link.gb_per_s:g} GB/s and a round trip of {link.round_trip_us:g} us is too slow for {wanted}: "
+        f"use a link with {' or '.join(enough)}"
+    ]
+
+
+def pipeline_notes(pipeline: Pipeline | None, speed: Latency) -> list[str]:
+    """What a plan whose stages lie on several hosts has to say of the link between them."""
+    if pipeline is None or pipeline.network is None:
+        return []
+    link = pipeline.network
+    return [
+        f"network: {pipeline.hop_ms:.1f} of {speed.decode_expected:.0f} ms a token on {link.title} ({link.gb_per_s:g} GB/s, round trip "
+        f"{link.round_trip_us:g} us); {pipeline.bytes_per_token:,} bytes a token and hop. The limits hold down to "
+        f"{pipeline.least_gb_per_s or 0:g} GB/s, or to a round trip of {pipeline.most_round_trip_us or 0:,.0f} us. Expected, not measured"
+    ]
+
+
 def _pool_advice(engine: Engine) -> str:
     return (
         "raise the memory limit"
@@ -325,7 +401,8 @@ def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, req
     reasons = []
     terms = speed.terms
     if speed.decode_expected > limits.tpot_p99_ms:
-        parts = {k: terms[k] for k in ("hbm_weights", "hbm_kv", "link_offload", "flops", "all_reduce", "launches", "prefill_interference")}
+        names = ("hbm_weights", "hbm_kv", "link_offload", "flops", "all_reduce", "launches", "prefill_interference", "network")
+        parts = {k: terms[k] for k in names if k in terms}
         worst = max(parts, key=lambda k: parts[k])
         reasons.append(
             f"tpot: {speed.decode_expected:.0f} ms a token expected (floor {speed.decode_floor:.0f}) at {load.clients} clients, "
@@ -377,7 +454,7 @@ def start_notes(card: ModelCard, engine: Engine, device: Device, memory: CardMem
 # ---------------------------------------------------------------- arguments
 
 
-def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Argument, ...]:
+def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory, pool_bytes: int) -> tuple[Argument, ...]:
     """The arguments of `vllm serve`, each with its reason, in the profile's order."""
     place, card = inputs.deploy, inputs.card
     made = "" if card.quantization.method == "none" or card.source.endswith(card.quantization.method) else f"-{card.quantization.method}"
@@ -401,7 +478,7 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
     for name, knob in inputs.knobs.items():
         value = knob.value
         if name == "kv_cache_memory_bytes" and value == "auto":
-            value = memory.terms["kv_cache"]
+            value = pool_bytes
             if value <= 0:
                 continue
         pair = knobs.tokens_of(name, value)
@@ -414,6 +491,89 @@ def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory) -> tuple[Ar
             found.append(startup_check(inputs.device, memory))
         found += [Argument(flag="", value=w, why="") for w in words[1:]]
     return tuple(found)
+
+
+_SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout")
+"""Of the API server, which runs on the first host alone."""
+
+
+def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...]) -> tuple[Node, ...]:
+    """How each host of a server that spans several is started, by vLLM's own multi-node mode; empty for one host.
+
+    0.32.0, cli/serve.py and multiproc_executor.py: the first host has the API server, the scheduler and its own workers; the others run
+    `--headless`, with every setting of the engine alike. They meet at the first one's address and port.
+    """
+    if inputs.hosts == 1:
+        return ()
+    place = inputs.deploy
+    addresses = place.nodes if place and place.nodes else tuple(f"node-{n}" for n in range(inputs.hosts))
+    port = place.master_port if place else Deploy.model_fields["master_port"].default
+    found = []
+    for rank, address in enumerate(addresses):
+        own = [
+            Argument(flag="--distributed-executor-backend", value="mp", why="vLLM's own processes on each host, without Ray"),
+            Argument(flag="--nnodes", value=str(inputs.hosts), why="hosts of this server"),
+            Argument(flag="--node-rank", value=str(rank), why="this host's place among them; stages are dealt in this order"),
+            Argument(flag="--master-addr", value=addresses[0], why="the first host, where the others meet it"),
+            Argument(flag="--master-port", value=str(port), why="its port; it listens for as long as the server runs"),
+        ]
+        if rank:
+            own.append(Argument(flag="--headless", why="workers only: the first host has the API server and the scheduler"))
+        names = (
+            {"VLLM_HOST_IP": Knob(value=address, why="the address by which the other hosts reach this one")}
+            if place and place.nodes
+            else {}
+        )
+        if place and place.interface:
+            names["NCCL_SOCKET_IFNAME"] = Knob(value=place.interface, why="stages hand over through this network")
+            names["GLOO_SOCKET_IFNAME"] = Knob(value=place.interface, why="the same for what goes beside it")
+        kept = arguments if not rank else tuple(a for a in arguments if a.flag not in _SERVER_ONLY)
+        more = tuple(EnvironmentVariable(name=n, value=str(k.value), why=k.why) for n, k in names.items())
+        found.append(Node(rank=rank, address=address, arguments=(*kept, *own), environment=(*environment_of(inputs, inputs.device), *more)))
+    return tuple(found)
+
+
+def stages_of(engine: Engine, device: Device, stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Stage, ...]:
+    """One card of each pipeline stage; empty where there is one stage, which the plan itself describes."""
+    if engine.pp == 1:
+        return ()
+    return tuple(
+        Stage(
+            node=part.node,
+            first_layer=part.first_layer,
+            layers=part.card.layers,
+            per_gpu={**memory.terms, "total": memory.total},
+            load_growth=memory.load,
+            weight_terms=weight_terms(memory),
+            peak_bytes=memory.peak,
+            start_peak_bytes=start_peak(part.card, engine, device, memory),
+        )
+        for part, memory in stages
+    )
+
+
+def pipeline_of(inputs: Inputs, engine: Engine, stages: Sequence[tuple[Part, CardMemory]], speed: Latency) -> Pipeline | None:
+    """What passes between the stages at the load, and what the link must be; None for one stage."""
+    if engine.pp == 1:
+        return None
+    card, device, load, link = inputs.card, inputs.device, inputs.load, inputs.link
+    together = min(load.clients, engine.max_num_seqs)
+    hop = hops(card, engine, device, link, together)
+    token = hop_bytes_per_token(card, engine)
+    one = load.model_copy(update={"clients": 1})
+    needs = link_needs(card, engine, device, stages, load, inputs.limits, link) if link else (None, None)
+    return Pipeline(
+        network=link,
+        bytes_per_token=token,
+        bytes_per_decode_step=token * together,
+        bytes_per_prefill_step=token * min(engine.max_num_batched_tokens, load.input_tokens),
+        hop_floor_ms=round(hop.floor, 4),
+        hop_ms=round(hop.expected, 4),
+        idle_share_one_client=round(idle_share(card, engine, device, stages, one, link), 4),
+        idle_share=round(idle_share(card, engine, device, stages, load, link), 4),
+        least_gb_per_s=needs[0],
+        most_round_trip_us=needs[1],
+    )
 
 
 def startup_check(device: Device, memory: CardMemory) -> Argument:
@@ -476,6 +636,8 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
             continue
         try:
             p = profiles.load_profile(name)
+            if p.hosts > inputs.hosts:
+                continue  # who has one host is not helped by a recipe for two
             if devices.load_device(p.device).kind != inputs.device.kind:
                 continue
             for count in sorted({inputs.count, p.device_count}):
@@ -510,6 +672,7 @@ def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
     for other in alternatives(inputs):
         if other.verdict in better:
             cards_ = f"{other.device_count} card{'s' if other.device_count > 1 else ''}"
+            cards_ += " of one host" if inputs.hosts > other.hosts == 1 else ""
             return other.profile, (
                 f"nearest: profile {other.profile} {'fits' if other.verdict == 'fits' else 'starts but is slow'} on {cards_} at "
                 f"{mib(other.peak_bytes)} a card, "

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from string import Template
 
-from lowmem import cards, profiles
+from lowmem import cards, links, profiles
 from lowmem.data import load_yaml
 from lowmem.memory import stored_bytes
 from lowmem.planner import make_plan
@@ -98,7 +98,7 @@ def profile_table() -> list[str]:
         p = make_plan(name, search=False)
         cells = [
             name,
-            f"{p.device_count} x {p.device}",
+            f"{f'{p.hosts} hosts, ' if p.hosts > 1 else ''}{p.device_count} x {p.device}",
             p.verdict,
             f"{p.peak_bytes / MIB:,.0f}",
             f"{p.limit_bytes / MIB:,.0f}",
@@ -107,6 +107,36 @@ def profile_table() -> list[str]:
             f"{p.latency_ms.decode_expected:,.0f}",
             f"{p.latency_ms.decode_floor:,.1f}",
             f"{p.host_ram_bytes / GIB:.1f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def link_table() -> list[str]:
+    """The links between hosts, with where each figure comes from."""
+    lines = ["| network | | GB/s, one direction | from | round trip, us | from |", "|---|---|---:|---|---:|---|"]
+    for name in links.names():
+        link = links.load_link(name)
+        cells = [name, link.title, f"{link.gb_per_s:g}", link.source["gb_per_s"], f"{link.round_trip_us:g}", link.source["round_trip_us"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def two_hosts_rows() -> list[str]:
+    """The profile of two hosts over each link of the table."""
+    lines = []
+    for name in links.names():
+        p = make_plan("two_hosts", network=name, search=False)
+        if p.pipeline is None:
+            raise RuntimeError("profile two_hosts has no stages")
+        cells = [
+            name,
+            f"{p.peak_bytes / MIB:,.0f}",
+            f"{p.latency_ms.decode_expected:,.1f}",
+            f"{p.latency_ms.decode_floor:,.1f}",
+            f"{p.pipeline.hop_ms:,.2f}",
+            f"{p.latency_ms.terms['ttft_all_at_once']:,.0f}",
+            f"{p.pipeline.least_gb_per_s:g}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -134,6 +164,9 @@ def page() -> str:
         linear=f"{sum(g.parameters for g in awq.groups if g.kind == 'linear'):,}",
         ends=f"{sum(g.parameters for g in awq.groups if g.kind in ('embedding', 'lm_head')):,}",
         stored_gb=f"{stored_bytes(awq) / GB:.2f}",
+        hop_bytes=f"{2 * awq.hidden_size * 2:,}",
+        links="\n".join(link_table()),
+        two_hosts="\n".join(two_hosts_rows()),
         profiles="\n".join(profile_table()),
         session="\n".join(session_table()),
         reference="\n".join(reference_table()),

@@ -7,7 +7,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from lowmem.schema import Plan
+from lowmem.schema import Node, Pipeline, Plan
 from lowmem.search import Option
 from lowmem.units import GIB, MIB, gib, mib
 
@@ -35,14 +35,40 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     out = console or Console(highlight=False)
     q = plan.quantization
     weights = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit, group {q.group_size}"
-    out.print(
-        f"[bold]{plan.profile}[/]: {plan.model} ({weights}, {gib(plan.weight_bytes)}) on {plan.device_count} x {plan.device}, vLLM "
-        f"{plan.vllm_version}"
-    )
+    cards = f"{plan.device_count} x {plan.device}"
+    place = f"{plan.hosts} hosts with {cards} each" if plan.hosts > 1 else cards
+    out.print(f"[bold]{plan.profile}[/]: {plan.model} ({weights}, {gib(plan.weight_bytes)}) on {place}, vLLM {plan.vllm_version}")
     out.print(f"[bold {_COLOUR[plan.verdict]}]{plan.verdict}[/]")
     for reason in plan.reasons:
         out.print(f"  {reason}", markup=False)
     out.print()
+    out.print(_stages_table(plan) if plan.stages else _memory_table(plan))
+    out.print()
+    out.print(
+        f"KV pool {plan.kv_tokens:,} tokens: {plan.max_requests} requests of {plan.load.input_tokens:,} + {plan.load.output_tokens:,} "
+        "tokens"
+    )
+    speed = plan.latency_ms
+    out.print(
+        f"decode {speed.decode_expected:,.1f} ms a token expected at {plan.load.clients} clients, floor {speed.decode_floor:,.1f}; "
+        f"limit {plan.limits.tpot_p99_ms:g}"
+    )
+    out.print(f"prefill {speed.prefill_expected:,.0f} ms a prompt expected, floor {speed.prefill_floor:,.0f}")
+    if plan.pipeline:
+        show_pipeline(plan, plan.pipeline, out)
+    ram = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.host_ram.items())
+    out.print(f"host RAM {gib(plan.host_ram_bytes)} ({ram})")
+    out.print()
+    for start in plan.nodes or (plan,):
+        if isinstance(start, Node):
+            out.print(f"[bold]on {start.address}[/]")
+        out.print("vllm serve " + " ".join(start.argv), markup=False, soft_wrap=True)
+        for variable in start.environment:
+            out.print(f"  {variable.name}={variable.value}", markup=False)
+
+
+def _memory_table(plan: Plan) -> Table:
+    """Every term of a card with a bar."""
     whole = max(plan.limit_bytes, plan.peak_bytes)
     unit = "per card" if plan.device_kind == "cuda" else "resident set"
     table = Table(box=None, pad_edge=False)
@@ -60,24 +86,53 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     )
     if plan.start_peak_bytes > plan.peak_bytes:
         table.add_row("at most while starting", f"{plan.start_peak_bytes / MIB:,.0f}", "")
-    out.print(table)
-    out.print()
+    return table
+
+
+def _stages_table(plan: Plan) -> Table:
+    """Every term of a card of each stage, side by side."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(f"memory per card, MiB\n(limit {plan.limit_bytes / MIB:,.0f})")
+    for n, stage in enumerate(plan.stages):
+        place = f", host {stage.node}" if plan.hosts > 1 else ""
+        table.add_column(f"stage {n}{place}\nlayers {stage.first_layer}-{stage.first_layer + stage.layers - 1}", justify="right")
+
+    def row(name: str, values: list[int], style: str = "") -> None:
+        if any(values):
+            table.add_row(name, *(f"{v / MIB:,.0f}" for v in values), style=style)
+
+    for term in plan.stages[0].per_gpu:
+        if term != "total":
+            row(term, [s.per_gpu[term] for s in plan.stages])
+    row("total, idle", [s.per_gpu["total"] for s in plan.stages], "bold")
+    for term in plan.stages[0].load_growth:
+        row(f"+ {term} under load", [s.load_growth[term] for s in plan.stages])
+    row("peak under load", [s.peak_bytes for s in plan.stages], "bold")
+    if plan.start_peak_bytes > plan.peak_bytes:
+        row("at most while starting", [s.start_peak_bytes for s in plan.stages])
+    return table
+
+
+def show_pipeline(plan: Plan, pipeline: Pipeline, out: Console) -> None:
+    """What passes between the stages, what it costs, and what the link must be."""
     out.print(
-        f"KV pool {plan.kv_tokens:,} tokens: {plan.max_requests} requests of {plan.load.input_tokens:,} + {plan.load.output_tokens:,} "
-        "tokens"
+        f"between stages {pipeline.bytes_per_token:,} bytes a token: {pipeline.bytes_per_decode_step:,} a decode step of "
+        f"{plan.load.clients} clients, {pipeline.bytes_per_prefill_step:,} a step of a prompt"
     )
-    speed = plan.latency_ms
+    if link := pipeline.network:
+        least, most = pipeline.least_gb_per_s, pipeline.most_round_trip_us
+        out.print(
+            f"network {link.title}, {link.gb_per_s:g} GB/s, round trip {link.round_trip_us:g} us: {pipeline.hop_ms:.2f} ms a token "
+            f"expected (floor {pipeline.hop_floor_ms:.2f}; not measured)"
+        )
+        out.print(
+            f"the limits need {f'{least:g} GB/s' if least else 'more than any bandwidth'} at this round trip, "
+            f"{f'a round trip of at most {most / 1e3:,.3g} ms' if most else 'less than any round trip'} at this bandwidth"
+        )
     out.print(
-        f"decode {speed.decode_expected:,.1f} ms a token expected at {plan.load.clients} clients, floor {speed.decode_floor:,.1f}; "
-        f"limit {plan.limits.tpot_p99_ms:g}"
+        f"each card waits for the others {pipeline.idle_share_one_client:.0%} of the time at one client, {pipeline.idle_share:.0%} at "
+        f"{plan.load.clients} that decode in one batch"
     )
-    out.print(f"prefill {speed.prefill_expected:,.0f} ms a prompt expected, floor {speed.prefill_floor:,.0f}")
-    ram = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.host_ram.items())
-    out.print(f"host RAM {gib(plan.host_ram_bytes)} ({ram})")
-    out.print()
-    out.print("vllm serve " + " ".join(plan.argv), markup=False, soft_wrap=True)
-    for variable in plan.environment:
-        out.print(f"  {variable.name}={variable.value}", markup=False)
 
 
 def show_suggestions(found: list[Option], plan: Plan, console: Console | None = None) -> None:

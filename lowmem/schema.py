@@ -68,7 +68,9 @@ class Profile(Strict):
     name: str
     summary: str
     device: str = Field(description="device the profile is written for; a name of the device table")
-    device_count: int = Field(1, ge=1)
+    device_count: int = Field(1, ge=1, description="cards of one host")
+    hosts: int = Field(1, ge=1, description="hosts that one server spans")
+    network: str | None = Field(None, description="link between the hosts; a name of the link table")
     model: str = Field(description="model card the profile is written for; a built-in name")
     quantization: Quantization
     limits: Limits
@@ -143,6 +145,17 @@ class Device(Strict):
     source: dict[str, str]
 
 
+class Link(Strict):
+    """What joins the hosts of one server; `source` names where each figure comes from."""
+
+    name: str
+    title: str
+    gb_per_s: float = Field(gt=0, description="one direction, what is left for data")
+    round_trip_us: float = Field(gt=0)
+    rdma: bool = Field(description="data moves without the kernel's TCP")
+    source: dict[str, str]
+
+
 class Argument(Strict):
     """One argument of `vllm serve`; `value` None is a bare flag. A flag of "" is the positional model."""
 
@@ -187,6 +200,55 @@ class Deploy(Strict):
     served_model_name: str
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
+    nodes: tuple[str, ...] = Field(
+        (), description="addresses of the hosts of one server in the network that joins them, the one that serves first"
+    )
+    interface: str = Field("", description="network interface that joins them, the same on each; empty: NCCL and Gloo choose")
+    master_port: int = Field(29501, ge=1, le=65535, description="port of the first host where the others meet it")
+
+
+class Stage(Strict):
+    """The layers of one pipeline stage and what one of its cards holds; fields of the same name as in the plan."""
+
+    node: int = Field(description="host it runs on, from 0")
+    first_layer: int
+    layers: int
+    per_gpu: dict[str, Bytes]
+    load_growth: dict[str, Bytes]
+    weight_terms: dict[str, Bytes]
+    peak_bytes: Bytes
+    start_peak_bytes: Bytes
+
+
+class Pipeline(Strict):
+    """What passes between the stages, and what the link must be. Nothing of it was measured."""
+
+    network: Link | None = Field(None, description="None: all stages are on one host")
+    bytes_per_token: Bytes = Field(description="over each boundary of two stages, for each token of a step")
+    bytes_per_decode_step: Bytes = Field(description="the same for a decode step of the whole load")
+    bytes_per_prefill_step: Bytes = Field(description="the same for the largest step")
+    hop_floor_ms: float = Field(description="a decode step's way through the network and the sampled tokens' way back, as physics has it")
+    hop_ms: float = Field(description="the same as expected, with what NCCL and Gloo add")
+    idle_share_one_client: float = Field(description="of each card's time, while one client decodes: the pipeline's bubble")
+    idle_share: float = Field(description="the same at the load, all of it in one batch: the engine does not split batches evenly")
+    least_gb_per_s: float | None = Field(
+        None, description="bandwidth below which a latency limit is missed at this round trip; None: no link is enough"
+    )
+    most_round_trip_us: float | None = Field(None, description="round trip above which a latency limit is missed at this bandwidth")
+
+
+class Node(Strict):
+    """How one host of a server that spans several is started."""
+
+    rank: int
+    address: str
+    arguments: tuple[Argument, ...]
+    environment: tuple[EnvironmentVariable, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def argv(self) -> list[str]:
+        return [t for a in self.arguments for t in a.tokens()]
 
 
 class Plan(Strict):
@@ -201,7 +263,8 @@ class Plan(Strict):
     quantization: Quantization
     device: str
     device_kind: Literal["cuda", "cpu"]
-    device_count: int
+    device_count: int = Field(description="cards of one host")
+    hosts: int = 1
     tensor_parallel_size: int
     pipeline_parallel_size: int = 1
     load: Load
@@ -209,7 +272,9 @@ class Plan(Strict):
     verdict: Verdict
     reasons: tuple[str, ...]
     limit_bytes: Bytes
-    per_gpu: dict[str, Bytes] = Field(description="term -> bytes, with 'total'; on a CPU the 'GPU' is the engine's resident set")
+    per_gpu: dict[str, Bytes] = Field(
+        description="term -> bytes, with 'total'; on a CPU the 'GPU' is the engine's resident set; of several stages the fullest"
+    )
     weight_terms: dict[str, Bytes] = Field(
         default_factory=dict, description="per_gpu['weights'] in parts: sharded, replicated, padding, repacking, less offloaded"
     )
@@ -230,6 +295,11 @@ class Plan(Strict):
     service: ServiceLimits
     deploy: Deploy | None = None
     nearest: str | None = None
+    stages: tuple[Stage, ...] = Field((), description="pipeline stages in order; empty: one")
+    pipeline: Pipeline | None = None
+    nodes: tuple[Node, ...] = Field(
+        (), description="how each host is started; empty: one host, as `arguments` say, which are the first node's"
+    )
 
     @computed_field  # type: ignore[prop-decorator]
     @property

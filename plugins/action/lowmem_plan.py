@@ -59,6 +59,11 @@ class ActionModule(ActionBase):
         except BadInput as error:
             raise AnsibleActionFail(str(error)) from error
         self._display.display(plan_text(plan))
+        if plan.hosts > 1:
+            raise AnsibleActionFail(
+                f"profile {plan.profile} is one server on {plan.hosts} hosts, and these plays start one on each: take what each runs from "
+                f"`lowmem plan --profile {plan.profile} --model-path … --node ADDRESS --node ADDRESS`, or choose a profile of one host."
+            )
         if plan.verdict == "impossible":
             raise AnsibleActionFail(f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed.")
         return {"changed": False, "plan": json.loads(plan.model_dump_json())}

@@ -46,6 +46,7 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
     if python is None:
         pytest.skip("no vLLM environment; `make demo` builds one, $LOWMEM_ENGINE_PYTHON names another")
     wanted = {name: make_plan(name, search=False).argv for name in profiles.names()}
+    wanted["two_hosts, second host"] = make_plan("two_hosts", search=False).nodes[1].argv
     prefetch = {"cpu_offload_gb": 0, "offload_group_size": 16, "offload_num_in_group": 9, "offload_params": "gate_up_proj down_proj"}
     wanted["prefetch"] = make_plan("offload", overrides=prefetch, search=False).argv
     wanted["graphs"] = make_plan(
