@@ -95,3 +95,11 @@ def test_scenarios_that_set_vm_parameters_say_so():
         and yaml.safe_load((path.parent / "molecule.yml").read_text())["platforms"][0].get("kind") != "vm"
     }
     assert setting == holding
+
+
+def test_scenarios_with_the_real_engine_say_so():
+    """It is as fast as there are cores; two of them at once would only make each other time out."""
+    for path in (ROOT / "molecule").glob("*/molecule.yml"):
+        for platform in yaml.safe_load(path.read_text())["platforms"]:
+            shares = any(folder.endswith(".lowmem/host/envs") for folder in platform.get("shared_folders", []))
+            assert ("engine" in platform.get("holds", [])) == shares, platform["name"]
