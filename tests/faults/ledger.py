@@ -86,13 +86,13 @@ class Client:
         text = self.get("/metrics")[1]
         return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:num_requests_running{"))
 
-    def until_running(self, count: int, timeout_s: float = 120) -> None:
+    def until_running(self, count: int, timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while self.running() != count:
             assert time.monotonic() < deadline, f"{self.running()} requests run, waited for {count}"
             time.sleep(0.2)
 
-    def recovery_s(self, began: float, timeout_s: float = 300) -> float:
+    def recovery_s(self, began: float, timeout_s: float = 900) -> float:
         """Seconds from `began` (monotonic) to the next complete answer."""
         while time.monotonic() - began < timeout_s:
             if self.complete(2, timeout_s=60).end == "answer":

@@ -66,7 +66,7 @@ class Node:
     def alive(self, pids: dict[str, int]) -> list[str]:
         return [who for who, pid in pids.items() if run_there(self.record, f"kill -0 {pid}").returncode == 0]
 
-    def until(self, what: Callable[[], bool], timeout_s: float = 300) -> None:
+    def until(self, what: Callable[[], bool], timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while not what():
             assert time.monotonic() < deadline, self.sh(f"systemctl status {UNIT} --no-pager; tail -n 40 {ROOT}/log/vllm.log", check=False)
