@@ -2,13 +2,15 @@
 
     LOWMEM_SLOW=1 .lowmem/venv/bin/pytest -m fault && make molecule SCENARIO=service && .lowmem/venv/bin/python scripts/reliability_doc.py
 
-A fault without a record is an error: the page holds only what was seen.
+A fault that was not injected again keeps its row, with the day and the load of that run. One that has neither a record nor a row, or whose
+injection or expectation is another one since, is an error: the page holds only what was seen.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ them: each ends with a complete answer or with an error that the client saw; a r
 Written by `scripts/reliability_doc.py` from the records that the tests leave (`LOWMEM_SLOW=1 pytest -m fault`, `make molecule
 SCENARIO=service`): vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}). Recovery: from the fault to the next
 complete answer; most of it is vLLM's own start. Beside it stand the day and the machine's load (mean of a minute, when the test ended):
-where 15 programs want two cores a start takes several times as long as alone.
+where 15 programs want two cores a start takes several times as long as alone. Rows without a day are of 2026-11-23, those named `unit-` at
+a load of 15 to 20.
 
 Rows `unit-`: the same engine as `vllm@main.service` in its sandbox, on a systemd host (Molecule's scenario `service`, which
 runs `tests/faults/test_units.py` and `test_unit_plays.py`).
@@ -44,27 +47,40 @@ Not to be had on the machine of these runs: a kernel that enforces MemoryMax in 
 """
 
 
-def rows(catalogue: dict[str, dict[str, Any]], records: dict[str, dict[str, Any]]) -> str:
-    lines = []
-    for name, fault in catalogue.items():
-        record = records[name]
-        recovery = "-" if record["recovery_s"] is None else f"{record['recovery_s']:.0f} s"
-        recovery += f" ({record['taken']}, load {record['load']:.0f})"
-        runbook = f"[{Path(fault['runbook']).stem}](runbooks/{fault['runbook']})"
-        cells = [f"**{name}**: {fault['fault']}", fault["injected"], fault["expected"], "; ".join(record["seen"]), recovery, runbook]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    return "\n".join(lines)
+def cells(text: str) -> list[str]:
+    """Of a row of the page, as they stand."""
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
+
+
+def kept(page: str) -> dict[str, list[str]]:
+    return {found[1]: cells(line) for line in page.splitlines() if (found := re.match(r"\| \*\*([\w-]+)\*\*: ", line))}
+
+
+def row(name: str, fault: dict[str, Any], record: dict[str, Any] | None, old: list[str] | None) -> list[str] | None:
+    """None where nothing was seen of the fault as the catalogue now has it."""
+    runbook = f"[{Path(fault['runbook']).stem}](runbooks/{fault['runbook']})"
+    words = [f"**{name}**: {fault['fault']}", fault["injected"], fault["expected"]]
+    words = [word.replace("|", "\\|") for word in words]
+    if record is None:
+        return [*words, *old[3:5], runbook] if old and old[:3] == words else None
+    recovery = "-" if record["recovery_s"] is None else f"{record['recovery_s']:.0f} s"
+    seen = "; ".join(record["seen"]).replace("|", "\\|").replace("\n", " ")
+    return [*words, seen, f"{recovery} ({record['taken']}, load {record['load']:.0f})", runbook]
 
 
 def main() -> None:
     catalogue = yaml.safe_load(CATALOGUE.read_text())
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
-    missing = sorted(catalogue.keys() - records.keys())
+    page = kept(PAGE.read_text())
+    rows = {name: row(name, fault, records.get(name), page.get(name)) for name, fault in catalogue.items()}
+    missing = [name for name, found in rows.items() if found is None]
     if missing:
-        sys.exit(f"no record in {RECORDS} of {', '.join(missing)}: run pytest -m fault first")
+        sys.exit(f"no record in {RECORDS} of {', '.join(missing)}: run the tests first that inject them")
     plan = json.loads((REPOSITORY / ".lowmem/host/etc/plan.json").read_text())
     head = HEAD.format(vllm=plan["vllm_version"], **host_facts())
-    write_text(PAGE, head + rows(catalogue, records))
+    write_text(PAGE, head + "\n".join(f"| {' | '.join(found)} |" for found in rows.values() if found))
+    again = [name for name in rows if name not in records]
+    sys.stdout.write(f"{len(rows) - len(again)} rows from records; as they stood: {', '.join(again) or 'none'}\n")
 
 
 if __name__ == "__main__":
