@@ -37,10 +37,30 @@ def test_every_inventory_is_in_the_table_with_its_profile():
 def test_an_inventory_for_gpus_says_what_its_hosts_need(name):
     host = variables(f"inventory/{name}", "gpu-1.example.org")
     assert host["lowmem_device"] == "a100-40g"
-    assert host["lowmem_device_count"] == {"a100-2x40g": 2, "a100-1x40g": 1}[name]
+    assert host["lowmem_device_count"] == {"a100-2x40g": 2, "a100-1x40g": 1, "cluster": 2}[name]
     assert (host["gpu_driver_source"], host["gpu_driver_branch"], host["gpu_driver_reboot"]) == ("nvidia", "580", False)
     assert host["cuda_toolkit_parts"] == ["c_compiler"]
     assert host["host_memory_swap_gib"] > 0
+
+
+def test_the_clusters_router_has_every_replica_and_the_replicas_share_their_download():
+    router = variables("inventory/cluster", "router-1.example.org")
+    (workers,) = re.findall(r'^router_workers: "(.*)"$', (ROOT / "inventory/cluster/group_vars/router.yml").read_text(), re.MULTILINE)
+    assert router["router_workers"] == workers.replace("\\\\", "\\")
+    host = variables("inventory/cluster", "gpu-2.example.org")
+    assert host["model_source_peers"] == "{{ groups['vllm'] }}"
+    command = [
+        BIN / "ansible",
+        "-i",
+        "inventory/cluster",
+        "router-1.example.org",
+        "-m",
+        "ansible.builtin.debug",
+        "-a",
+        "var=router_workers",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"http://[\d.:]+", done.stdout) == [f"http://10.0.0.1{n}:8000" for n in (1, 2, 3)]
 
 
 def test_a_secret_in_a_vault_leaves_the_other_variables(tmp_path):

