@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import time
+from pathlib import Path
 
 import pytest
 
@@ -237,3 +238,18 @@ def test_the_log_is_rotated_and_goes_on(host, client):
     host.check_output("logrotate --force /etc/logrotate.d/vllm-gateway-main")
     client.ask("GET", "/v1/models", KEYS["bob"])
     until(lambda: host.file("/var/log/vllm-gateway/main/access.log").size > 0, 30, "a line in the new log")
+
+
+def quoted():
+    """The commands that runbooks quote for a host with a gateway: blocks marked `bash edge`."""
+    block = re.compile(r"^( *)```bash edge\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+    for path in sorted((Path(__file__).parents[3] / "docs/runbooks").glob("*.md")):
+        for _, text in block.findall(path.read_text()):
+            for line in filter(None, map(str.strip, text.splitlines())):
+                yield pytest.param(line, id=f"{path.stem}: {line[:50]}")
+
+
+@pytest.mark.parametrize("command", quoted())
+def test_runbook_commands_run(host, command):
+    done = host.run("bash -euo pipefail -c %s", command)
+    assert done.rc == 0, done.stderr + done.stdout
