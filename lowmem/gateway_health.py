@@ -1,8 +1,8 @@
 """`lowmem gateway-health`: says on a local socket whether the server can complete a request, for the gateway's /healthz and /metrics.
 
-vLLM's own /health is 200 while its engine hangs. Here the answer is the watchdog's judgement (`lowmem.watchdog.Watch`) with a shorter limit: tokens
-that are being made prove it; an idle engine is asked for one; a busy one never. The last judgement is kept, so that a load balancer that asks every
-second costs the engine nothing. A judgement that is too old is a no.
+vLLM's own /health is 200 while its engine hangs. Here the answer is the watchdog's judgement (`lowmem.watchdog.Watch`) with a shorter
+limit: tokens that are being made prove it; an idle engine is asked for one; a busy one never. The last judgement is kept, so that a load
+balancer that asks every second costs the engine nothing. A judgement that is too old is a no.
 """
 
 from __future__ import annotations

@@ -103,7 +103,12 @@ def main() -> None:
     place = link.with_name(f"{link.name}.{digest}")
     result = {"changed": bool(differing), "changed_files": differing, "folder": str(place if differing else link.resolve())}
     result["diff"] = [
-        {"before": before.get(name, ("",))[0], "after": tree.get(name, ("",))[0], "before_header": str(link / name), "after_header": str(link / name)}
+        {
+            "before": before.get(name, ("",))[0],
+            "after": tree.get(name, ("",))[0],
+            "before_header": str(link / name),
+            "after_header": str(link / name),
+        }
         for name in differing
         if not any(side.get(name, ("", False))[1] for side in (before, tree))
     ]

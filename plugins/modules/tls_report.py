@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
-import datetime
+import calendar
+import ipaddress
 import re
 import ssl
+import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -56,6 +58,14 @@ def key_problem(certificate: str, key: str) -> str:
     return ""
 
 
+def plain(name: str) -> str:
+    """OpenSSL spells an IPv6 address out."""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name
+
+
 def readable(path: str) -> str:
     try:
         with Path(path).open("rb"):
@@ -86,10 +96,10 @@ def main() -> None:
         say("certificate", "is no certificate in PEM that OpenSSL reads")
     end = re.search(r"notAfter=(.+) GMT", text)
     if end:
-        moment = datetime.datetime.strptime(" ".join(end.group(1).split()), "%b %d %H:%M:%S %Y").replace(tzinfo=datetime.timezone.utc)
-        result["not_after"] = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
-        result["days_left"] = (moment - datetime.datetime.now(datetime.timezone.utc)).days
-    result["names"] = re.findall(r"(?:DNS|IP Address):([^,\s]+)", text)
+        moment = time.strptime(" ".join(end.group(1).split()), "%b %d %H:%M:%S %Y")
+        result["not_after"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)
+        result["days_left"] = int((calendar.timegm(moment) - time.time()) // 86400)
+    result["names"] = [plain(name) for name in re.findall(r"(?:DNS|IP Address):([^,\s]+)", text)]
     problem = key_problem(certificate, key)
     if problem:
         say("key", problem)

@@ -137,7 +137,7 @@ class Engine(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = _answer
 
-    def log_message(self, format: str, *arguments: Any) -> None:
+    def log_message(self, *arguments: Any) -> None:
         pass
 
 
@@ -178,7 +178,9 @@ class Gateway:
         trusted = ssl.create_default_context(cafile=str(self.folder / "certificate.pem"))
         return http.client.HTTPSConnection("127.0.0.1", self.port, context=trusted, timeout=60)
 
-    def ask(self, method: str, path: str, key: str | None = None, body: bytes | None = None, **headers: str) -> tuple[int, dict[str, str], bytes]:
+    def ask(
+        self, method: str, path: str, key: str | None = None, body: bytes | None = None, **headers: str
+    ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers in small letters, body. The path goes out as it is."""
         connection = self.connect()
         connection.putrequest(method, path, skip_accept_encoding=True)
@@ -279,7 +281,8 @@ def test_what_is_listed_is_passed_on_and_nothing_else(gateway: Gateway) -> None:
     for path in (
         "/", "/health", "/metrics", "/tokenize", "/version", "/load", "/invocations", "/openapi.json", "/docs", "/pause", "/ping",
         "/v1", "/v1/", "/v1/models/", "/v1/modelsx", "/V1/models", "/v1/embeddings", "/v1/../tokenize", "/v1/models/../../tokenize",
-        "/v1/responses/a/cancel", "/v1/responses/..%2f..%2ftokenize", "/v1/responses/a%0d%0aX:y", "/v1/responses/a%20b", "/v1/responses/a%2fb",
+        "/v1/responses/a/cancel", "/v1/responses/..%2f..%2ftokenize", "/v1/responses/a%0d%0aX:y",
+        "/v1/responses/a%20b", "/v1/responses/a%2fb",
         "/v1/models%00", "/%2e%2e/tokenize", "/.gateway/429", "/v1/models;x",
     ):  # fmt: skip
         for method in ("GET", "POST"):
@@ -294,7 +297,13 @@ def test_what_is_listed_is_passed_on_and_nothing_else(gateway: Gateway) -> None:
 @needs_nginx
 def test_a_method_that_is_not_listed_is_refused(gateway: Gateway) -> None:
     gateway.upstream.seen.clear()
-    for method, path in (("POST", "/v1/models"), ("GET", "/v1/completions"), ("DELETE", "/v1/completions"), ("OPTIONS", "/v1/completions"), ("POST", "/healthz")):
+    for method, path in (
+        ("POST", "/v1/models"),
+        ("GET", "/v1/completions"),
+        ("DELETE", "/v1/completions"),
+        ("OPTIONS", "/v1/completions"),
+        ("POST", "/healthz"),
+    ):
         status, _, body = gateway.ask(method, path, ALICE)
         assert (status, json.loads(body)["error"]["code"]) == (405, 405)
     assert gateway.upstream.seen == []

@@ -1,4 +1,5 @@
-"""Every variable of the roles that prepare a host, and of the gateway: a bad value ends in one line that names it, before the host is touched.
+"""Every variable of the roles that prepare a host, and of the gateway: a bad value ends in one line that names it, before the host is
+touched.
 
 A new variable without an entry here fails the test. One ansible-playbook run for all cases: each is a host of its inventory."""
 
@@ -46,7 +47,8 @@ def make_certificates():
 
 
 PATH = "must be an absolute path"
-# variable -> (bad value, words of the answer, and what else such a case needs); what the words do not name is the variable's name and the value, which are always asked for
+# variable -> (bad value, words of the answer, and what else such a case needs);
+# what the words do not name is the variable's name and the value, which are always asked for
 BAD = {
     "gpu_driver_source": [("runfile", "must be one of: nvidia, distribution, preinstalled")],
     "gpu_driver_branch": [
@@ -222,7 +224,11 @@ def answers(tmp_path_factory):
     for number, (variable, value, _, *more) in enumerate(CASES):
         hosts[f"case-{number}"] = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"], variable: value}
         hosts[f"case-{number}"] |= more[0] if more else {}
-    hosts["open"] = {"case_role": "gateway", "case_system": ["Debian", "12.12", "x86_64"], "lowmem_plan": plan | {"deploy": {"host": "0.0.0.0", "port": 8000}}}
+    hosts["open"] = {
+        "case_role": "gateway",
+        "case_system": ["Debian", "12.12", "x86_64"],
+        "lowmem_plan": plan | {"deploy": {"host": "0.0.0.0", "port": 8000}},
+    }
     for number, (role, system, _) in enumerate(SYSTEMS):
         hosts[f"system-{number}"] = {"case_role": role, "case_system": system}
     # what the roles' own places must not be taken from, so that a case fails for its own variable only
