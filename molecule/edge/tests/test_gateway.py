@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from conftest import CERTIFICATE, KEYS, MODEL
 
 testinfra_hosts = ["ansible://edge-one"]
