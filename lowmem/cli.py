@@ -23,6 +23,7 @@ COMMANDS = {
     "start-check": "lowmem.start_check:start_check",
     "ready": "lowmem.ready:ready",
     "watch": "lowmem.watchdog:watch",
+    "gateway-health": "lowmem.gateway_health:gateway_health",
 }
 """Subcommand -> `module:function`; the function is an ordinary typer command."""
 

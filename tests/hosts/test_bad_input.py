@@ -1,12 +1,16 @@
-"""Every variable of the roles that prepare a host: a bad value ends in one line that names it, before the host is touched.
+"""Every variable of the roles that prepare a host, and of the gateway: a bad value ends in one line that names it, before the host is
+touched.
 
 A new variable without an entry here fails the test. One ansible-playbook run for all cases: each is a host of its inventory."""
 
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,11 +18,37 @@ import yaml
 
 from .conftest import ROOT
 
-ROLES = ("gpu_driver", "nvidia_repository", "cuda_toolkit", "host_memory")
+ROLES = ("gpu_driver", "nvidia_repository", "cuda_toolkit", "host_memory", "gateway")
 INT, BOOL = "cannot be converted to an int", "is not a valid boolean"
 URL = "it has to start with https://, http:// or file://"
 
-# variable -> (bad value, words of the answer, what else is set); the variable's name and the value are looked for in every answer as well
+TLS = Path(tempfile.gettempdir(), f"lowmem-bad-input-{os.getpid()}")
+# a port that somebody has
+TAKEN = socket.create_server(("127.0.0.1", 0))
+
+
+def tls(name):
+    return str(TLS / name)
+
+
+def make_certificates():
+    """What a site may wrongly give: a good pair, a key of another pair, one that is locked, one that has expired, and no PEM at all."""
+
+    def openssl(*words):
+        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=TLS)
+
+    TLS.mkdir()
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=test")
+    openssl("req", "-x509", *curve, "-nodes", "-days", "9", "-keyout", "key.pem", "-out", "good.pem")
+    openssl("req", "-new", *curve, "-nodes", "-keyout", "expired.key", "-out", "request.pem")
+    openssl("x509", "-req", "-in", "request.pem", "-signkey", "expired.key", "-days", "-1", "-out", "expired.pem")
+    openssl("ec", "-in", "key.pem", "-aes128", "-passout", "pass:secret", "-out", "locked.key")
+    (TLS / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nbm90aGluZw==\n-----END CERTIFICATE-----\n")
+
+
+PATH = "must be an absolute path"
+# variable -> (bad value, words of the answer, and what else such a case needs);
+# what the words do not name is the variable's name and the value, which are always asked for
 BAD = {
     "gpu_driver_source": [
         ("runfile", "must be one of: nvidia, distribution, preinstalled"),
@@ -87,8 +117,73 @@ BAD = {
         ("/etc/sysctl.d/60-lowmem", "/etc/sysctl.d/NAME.conf"),
     ],
     "host_memory_root": [("opt/vllm", "an absolute path): correct it.")],
+    "gateway_instance": [("a b", "it must be 1 to 32 letters, digits or _"), ("x" * 33, "1 to 32 letters")],
+    "gateway_service_root": [("opt/vllm", PATH)],
+    "gateway_root": [("/etc/vllm gateway", PATH), ("/etc/gateway;", PATH)],
+    "gateway_log_root": [("log", PATH)],
+    "gateway_user": [("Serve User", "a user's name of small letters"), ("", "a user's name")],
+    "gateway_addresses": [
+        (["gpu-1.example.org"], "it must be one or more IP addresses of this host"),
+        (["300.1.1.1"], "one or more IP addresses"),
+        (["0.0.0.0; x"], "one or more IP addresses"),
+        ([], "one or more IP addresses"),
+    ],
+    "gateway_port": [
+        (0, "it must be 1 to 65535."),
+        (65536, "it must be 1 to 65535."),
+        ("https", INT),
+        (8000, "they must be three different ports."),
+        (TAKEN.getsockname()[1], "listens there already: stop it, or choose another gateway_port."),
+    ],
+    "gateway_metrics_port": [(0, "it must be 1 to 65535."), (443, "they must be three different ports.")],
+    "gateway_tls_certificate": [
+        (tls("good.pem"), "and gateway_tls_key is empty: give both, or neither to have one made."),
+        ("good.pem", PATH, {"gateway_tls_key": tls("key.pem")}),
+        (tls("nowhere.pem"), "it is no file on this host; put a certificate", {"gateway_tls_key": tls("key.pem")}),
+        (tls("broken.pem"), "it is no certificate in PEM that OpenSSL reads;", {"gateway_tls_key": tls("key.pem")}),
+        (tls("expired.pem"), "it has expired on 20", {"gateway_tls_key": tls("expired.key")}),
+    ],
+    "gateway_tls_key": [
+        (tls("key.pem"), "give both, or neither"),
+        (tls("expired.key"), "it does not belong to the certificate;", {"gateway_tls_certificate": tls("good.pem")}),
+        (tls("locked.key"), "it is locked with a passphrase, which a server cannot type;", {"gateway_tls_certificate": tls("good.pem")}),
+        (tls("broken.pem"), "it is no private key in PEM", {"gateway_tls_certificate": tls("good.pem")}),
+        (tls("nowhere.key"), "it is no file on this host", {"gateway_tls_certificate": tls("good.pem")}),
+    ],
+    "gateway_tls_names": [([], "one or more host names"), (["a b"], "one or more host names")],
+    "gateway_tls_days": [(0, "it must be 1 to 3650."), (3651, "it must be 1 to 3650.")],
+    "gateway_tls_renew_days": [(397, "and less than gateway_tls_days (397)."), (-1, "it must be 0 or more")],
+    "gateway_routes": [
+        (["/v1/models"], "a route is GET, POST, PUT, PATCH or DELETE, one blank, and a path"),
+        (["get /v1/models"], "a route is GET"),
+        (["GET v1/models"], "a route is GET"),
+        (["GET /v1/models/"], "a route is GET"),
+        (["GET /v1/../tokenize"], "a route is GET"),
+        (["GET /v1/.*"], "a route is GET"),
+        (["POST /v1/responses/{}"], "a route is GET"),
+        (["GET /healthz"], "/healthz and /status are the gateway's own; leave it out."),
+        (["GET /status/x"], "the gateway's own"),
+        ([], "name at least one"),
+    ],
+    "gateway_status_root": [("/var/lib/status/", PATH)],
+    "gateway_max_body_mib": [(0, "it must be 1 to 1024."), (1025, "it must be 1 to 1024.")],
+    "gateway_requests_per_minute": [(0, "it must be 1 to 1000000."), ("many", INT)],
+    "gateway_burst": [(0, "it must be 1 to 1000000.")],
+    "gateway_concurrent_requests": [(0, "it must be 1 to 100000.")],
+    "gateway_key_limits": [
+        ({"alice": {"burst": 0}}, "one or more of requests_per_minute, burst, concurrent_requests, each 1 or more."),
+        ({"alice": {"rate": 5}}, "one or more of"),
+        ({"alice": {}}, "one or more of"),
+        ({"a b": {"burst": 1}}, "a key's name (a letter, then letters, digits or _)"),
+    ],
+    "gateway_answer_timeout_s": [(0, "it must be 1 to 86400."), (86401, "it must be 1 to 86400.")],
+    "gateway_workers": [(0, "it must be 1 to 256.")],
+    "gateway_health_stale_s": [(5, "it must be 10 seconds or more")],
+    "gateway_firewall": [("perhaps", BOOL)],
+    "gateway_log_max_mib": [(0, "it must be 1 to 100000.")],
+    "gateway_log_files": [(0, "it must be 1 to 1000.")],
 }
-CASES = [(variable, value, words, *others) for variable, bad in BAD.items() for value, words, *others in bad]
+CASES = [(variable, value, words, *more) for variable, bad in BAD.items() for value, words, *more in bad]
 
 # systems that the roles do not know; what each says, and what the same roles say on the four that they know, where this machine has no card
 SYSTEMS = [
@@ -129,17 +224,26 @@ def role_of(variable):
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """Host of the inventory -> what its first failed task said (None: none failed), and how many tasks changed something."""
-    plan = {"host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity"}}
+    plan = {
+        "host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity", "drain_s": 280}, "load": {"clients": 8},
+        "deploy": {"host": "127.0.0.1", "port": 8000},
+    }  # fmt: skip
+    make_certificates()
     hosts = {}
-    for number, (variable, value, _, *others) in enumerate(CASES):
-        system = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"]}
-        hosts[f"case-{number}"] = {**system, variable: value, **(others[0] if others else {})}
+    for number, (variable, value, _, *more) in enumerate(CASES):
+        hosts[f"case-{number}"] = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"], variable: value}
+        hosts[f"case-{number}"] |= more[0] if more else {}
+    hosts["open"] = {
+        "case_role": "gateway",
+        "case_system": ["Debian", "12.12", "x86_64"],
+        "lowmem_plan": plan | {"deploy": {"host": "0.0.0.0", "port": 8000}},
+    }
     for number, (role, system, _) in enumerate(SYSTEMS):
         hosts[f"system-{number}"] = {"case_role": role, "case_system": system}
     # what the roles' own places must not be taken from, so that a case fails for its own variable only
     for host in hosts.values():
         host.setdefault("host_memory_swap_gib", 0)
-        host["lowmem_plan"] = plan
+        host.setdefault("lowmem_plan", plan)
     inventory = tmp_path_factory.mktemp("inventory") / "hosts.json"
     shared = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     inventory.write_text(json.dumps({"cases": {"hosts": hosts, "vars": shared}}))
@@ -158,6 +262,7 @@ def answers(tmp_path_factory):
         for host, result in task["hosts"].items():
             if result.get("failed") and said[host] is None:
                 said[host] = re.sub(r"^Validation of arguments failed:\n", "", result["msg"].strip())
+    shutil.rmtree(TLS)
     return said, {host: counts["changed"] for host, counts in report["stats"].items()}
 
 
@@ -167,7 +272,7 @@ def test_every_variable_has_an_entry_and_no_other(role):
     assert {variable for variable in BAD if role_of(variable) == role} == set(options)
 
 
-@pytest.mark.parametrize(("number", "case"), [*enumerate(CASES)], ids=[f"{variable}={str(value)[:20]}" for variable, value, *_ in CASES])
+@pytest.mark.parametrize(("number", "case"), [*enumerate(CASES)], ids=[f"{variable}={str(value)[-20:]}" for variable, value, *_ in CASES])
 def test_a_bad_value_is_one_line_that_names_it(answers, number, case):
     (variable, value, words, *_), (said, changed) = case, answers
     line = said[f"case-{number}"]
@@ -175,7 +280,7 @@ def test_a_bad_value_is_one_line_that_names_it(answers, number, case):
     assert "\n" not in line
     assert words in line
     assert variable in line
-    assert str(value[0] if isinstance(value, list) else value) in line
+    assert str(next(iter(value)) if isinstance(value, list | dict) and value else value) in line
     assert changed[f"case-{number}"] == 0
 
 
@@ -185,3 +290,11 @@ def test_systems(answers, number, case):
     line = said[f"system-{number}"]
     assert (line is None) if words is None else (words in line)
     assert changed[f"system-{number}"] == 0
+
+
+def test_a_gateway_before_a_server_that_listens_everywhere_is_refused(answers):
+    said, changed = answers
+    assert said["open"] == (
+        "lowmem_host is 0.0.0.0, where other hosts reach vLLM past the gateway: set it to 127.0.0.1, or take the host out of group gateway."
+    )
+    assert changed["open"] == 0
