@@ -82,6 +82,6 @@ def status_page(plan: Path, receipts: Iterable[Path], samples: Path | None, ever
 
 
 def _found(receipts: Iterable[Path], newest: int | None = None) -> Iterable[Path]:
-    """Files, and those of folders in the order of their names; of each folder the last `newest`, which are named by their time on a host."""
+    """Files, and those of folders in the order of their names; of each folder the last `newest`, which a host names by their time."""
     for given in receipts:
         yield from sorted(given.glob("*.json"))[-(newest or 0) :] if given.is_dir() else [given]

@@ -16,6 +16,9 @@ from lowmem.schema import Plan, Strict
 from lowmem.units import MIB
 from lowmem.watchdog import LONGEST_SILENCE_S
 
+FEWEST = 10
+"""Requests that a percentile must stand on to be a finding: of fewer, the p99 is the slowest one. It is shown all the same."""
+
 State = Literal["serving", "starting", "silent", "failing", "down"]
 
 
@@ -147,7 +150,7 @@ def _findings(plan: Plan, seen: Status, stuck_s: float) -> list[str]:
         ("TPOT p99", seen.tpot_ms, seen.tpot_p99_limit_ms),
         ("TTFT p99", seen.ttft_ms, seen.ttft_p99_limit_ms),
     ):
-        if quantile.p99 is not None and quantile.p99 > limit:
+        if quantile.p99 is not None and quantile.count >= FEWEST and quantile.p99 > limit:
             found.append(f"latency: {name} {quantile.p99:,.1f} ms over {quantile.count:,} requests, limit {limit:,.1f} ms")
     if seen.preemptions > 0:
         found.append(f"KV cache: {seen.preemptions:,.0f} preemptions: it was full, and requests were computed again")

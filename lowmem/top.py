@@ -68,7 +68,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], width: int) -> RenderableType:
     """The whole view for a terminal of so many columns, from 40 on."""
-    bars = max(8, min(50, width - 48))
+    narrow = width < 64
+    bars = max(8, min(50, width - (26 if narrow else 52)))
     title = Text(no_wrap=True, overflow="ellipsis")
     title.append(seen.model, "bold")
     title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
@@ -79,28 +80,32 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
     lines += [Text(line, COLOUR[seen.state]) for line in ([seen.trouble] if seen.trouble else [])]
     lines += [Text(line, "red") for line in seen.findings]
     gauges = Table(box=None, pad_edge=False, show_header=False)
-    gauges.add_column(style="bold", no_wrap=True)
-    gauges.add_column(justify="right", no_wrap=True)
+    gauges.add_column(style="bold", no_wrap=True, min_width=12)
+    gauges.add_column(justify="right", no_wrap=True, min_width=9)
     gauges.add_column(no_wrap=True)
     gauges.add_column(no_wrap=True, overflow="ellipsis")
+
+    def gauge(name: str, figure: RenderableType, drawn: RenderableType = "", whole: str = "") -> None:
+        gauges.add_row(name, figure, drawn, *([] if narrow else [whole]))
+
     if seen.running is not None and seen.kv_usage is not None:
-        gauges.add_row("requests", f"{seen.running:,} running", bar(seen.running, seen.running_most, bars), f"of {seen.running_most:,}")
-        gauges.add_row("", f"{seen.waiting or 0:,} waiting", "", "")
-        gauges.add_row("KV cache", f"{100 * seen.kv_usage:.1f} %", bar(seen.kv_usage, 1, bars), f"of {seen.kv_tokens:,} tokens")
+        gauge("requests", f"{seen.running:,} running", bar(seen.running, seen.running_most, bars), f"of {seen.running_most:,}")
+        gauge("", f"{seen.waiting or 0:,} waiting", "", "")
+        gauge("KV cache", f"{100 * seen.kv_usage:.1f} %", bar(seen.kv_usage, 1, bars), f"of {seen.kv_tokens:,} tokens")
     for index, used in enumerate(seen.memory_bytes):
         over = used > seen.memory_limit_bytes
-        gauges.add_row(
+        gauge(
             f"GPU {index}" if plan.device_kind == "cuda" else "memory",
             Text(f"{used / MIB:,.0f} MiB", "red" if over else ""),
             Text(bar(used, seen.memory_limit_bytes, bars), "red" if over else "green"),
             f"of {seen.memory_limit_bytes / MIB:,.0f}, plan {seen.memory_plan_bytes / MIB:,.0f}",
         )
     if seen.running is not None:
-        gauges.add_row("tokens/s out", number(seen.output_tokens_per_s), Text(sparkline(rates, bars), "cyan"), "" if rates else "next look")
-        gauges.add_row("tokens/s in", number(seen.prompt_tokens_per_s), "", "")
+        gauge("tokens/s out", number(seen.output_tokens_per_s), Text(sparkline(rates, bars), "cyan"), "" if rates else "next look")
+        gauge("tokens/s in", number(seen.prompt_tokens_per_s), "", "")
     lines += [Text(), gauges]
     if seen.running is not None:
-        lines += [Text(), _latencies(seen, since)]
+        lines += [Text(), _latencies(seen, since, narrow)]
         over_s = f"last {span(seen.window_s)}" if seen.window_s else "since it started"
         lines.append(Text(f"{over_s}: {seen.requests:,.0f} requests finished; all: since it started, {since.requests:,.0f}", "dim"))
     if not seen.memory_bytes:
@@ -108,10 +113,10 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
     return Group(*lines)
 
 
-def _latencies(seen: Status, since: Status) -> Table:
+def _latencies(seen: Status, since: Status, narrow: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("ms")
-    for name in ("p50", "p90", "p99", "all p50", "all p99", "limit"):
+    table.add_column("ms", no_wrap=True, min_width=4)
+    for name in ("p50", "p90", "p99", *([] if narrow else ["all p50"]), "all p99", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
     rows: list[tuple[str, Quantiles, Quantiles, float | None]] = [
         ("TPOT", seen.tpot_ms, since.tpot_ms, seen.tpot_p99_limit_ms),
@@ -123,9 +128,8 @@ def _latencies(seen: Status, since: Status) -> Table:
         def cell(value: float | None, limit: float | None = limit) -> Text:
             return Text(number(value), "red" if limit is not None and value is not None and value > limit else "")
 
-        table.add_row(
-            name, number(now.p50), number(now.p90), cell(now.p99), number(all_.p50), cell(all_.p99), number(limit) if limit else ""
-        )
+        middle = [] if narrow else [number(all_.p50)]
+        table.add_row(name, number(now.p50), number(now.p90), cell(now.p99), *middle, cell(all_.p99), number(limit) if limit else "")
     return table
 
 
