@@ -211,7 +211,7 @@ class _Curves:
 
 
 def periods(live: Live, seen: Status, receipt: Receipt | None) -> list[dict[str, Any]]:
-    """Latency and throughput over several times, a row each: `name`, `requests`, `tokens_per_s`; `ttft`, `tpot` with p50, p90, p99 in ms."""
+    """Latency and throughput over several times, a row each: name, requests, tokens_per_s; ttft and tpot with p50, p90, p99 in ms."""
     rows: list[dict[str, Any]] = []
     if live.look.sample is not None:
         since_start = status(live.plan, live.look)

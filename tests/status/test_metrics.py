@@ -59,6 +59,22 @@ def test_a_real_servers_first_requests() -> None:
     assert seen.itl.total == 3
 
 
+def test_a_known_load_on_a_real_server() -> None:
+    """10 clients, 3 requests each of 128 tokens in and 32 out, on a CPU that others used too; one request of one token before."""
+    idle, loaded, after = (
+        parse(recorded(name), at) for name, at in (("idle", 1795536118.469), ("loaded", 1795536124.604), ("after", 1795536369.777))
+    )
+    assert (idle.running, loaded.running, after.running) == (0, 1, 0)
+    assert loaded.kv_usage == pytest.approx(1 / 90)
+    seen = window(after, idle)
+    assert (seen.requests, seen.prompt_tokens, seen.output_tokens, seen.preemptions) == (30, 30 * 128, 30 * 32, 0)
+    assert seen.output_tokens_per_s == pytest.approx(960 / 251.308)
+    assert (seen.ttft.total, seen.tpot.total, seen.itl.total) == (30, 30, 30 * 31)
+    assert [seen.tpot.quantile(q) for q in (0.5, 0.9, 0.99)] == pytest.approx([1.75, 2.35, 2.485])
+    assert [seen.ttft.quantile(q) for q in (0.5, 0.9, 0.99)] == pytest.approx([15.5, 60, 78])
+    assert window(after, None).seconds == pytest.approx(after.at - 1795535946.29)
+
+
 def test_what_is_no_vllm_server_is_said() -> None:
     with pytest.raises(ValueError, match="no vllm:num_requests_running among the metrics"):
         parse("process_start_time_seconds 1.0\n", at=0)
