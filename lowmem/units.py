@@ -36,3 +36,8 @@ def mib(value: int | float) -> str:
 def gib(value: int | float) -> str:
     """Bytes as GiB with two decimals, the unit of vLLM's log."""
     return f"{value / GIB:.2f} GiB"
+
+
+def number(value: float | None) -> str:
+    """One decimal below 100, none above; a dash for what is not known."""
+    return "-" if value is None else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -25,6 +25,7 @@ BAD = {
     "an unknown service manager": ({"vllm_service_manager": "runit"}, "vllm_service_manager", "runit", "systemd, supervisor"),
     "a negative log size": ({"vllm_service_log_max_mib": -5}, "vllm_service_log_max_mib must be 1 or more, and is -5.0"),
     "a list for a number": ({"vllm_service_start_limit": [3]}, "vllm_service_start_limit"),
+    "a page too often": ({"status_page_every_s": 5}, "status_page_every_s is 5: it must be 10 to 3600 seconds"),
     "a negative swap file": ({"host_memory_swap_gib": -1}, "host_memory_swap_gib is -1 (0 or more)"),
     "a missing library": (
         {"vllm_service_libraries": ["libnothere9.so.1"]},

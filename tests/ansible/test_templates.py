@@ -58,6 +58,8 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
         "vllm@.service",
         "vllm-watchdog@.service",
         "vllm.logrotate",
+        "vllm-status@.service",
+        "vllm-status@.timer",
     ],
 )
 def test_golden(rendered: Path, name: str) -> None:
@@ -150,7 +152,7 @@ def analyzed(folder: Path, name: str, destination: Path) -> Path:
 
 
 @needs_systemd
-@pytest.mark.parametrize("name", ["vllm@.service", "vllm-watchdog@.service"])
+@pytest.mark.parametrize("name", ["vllm@.service", "vllm-watchdog@.service", "vllm-status@.service"])
 def test_systemd_reads_the_units(name: str, rendered: Path, rendered_cuda: Path, tmp_path: Path) -> None:
     for folder in (rendered, rendered_cuda):
         unit = analyzed(folder, name, tmp_path)
@@ -160,7 +162,8 @@ def test_systemd_reads_the_units(name: str, rendered: Path, rendered_cuda: Path,
 
 def named(unit: str, which: str) -> set[str]:
     """The directives that the role's README says are left out of a unit; `which`: the column cpu or gpu."""
-    readme = (REPOSITORY / "roles/vllm_service/README.md").read_text()
+    role = "status_page" if unit.startswith("vllm-status") else "vllm_service"
+    readme = (REPOSITORY / "roles" / role / "README.md").read_text()
     rows = re.findall(
         r"^\| `([^|]+)` \| ([^|]*) \| ([^|]+) \|$", readme.split(f"### Left out of {unit}\n")[1].split("\n### ")[0], re.MULTILINE
     )
@@ -168,7 +171,7 @@ def named(unit: str, which: str) -> set[str]:
 
 
 @needs_systemd
-@pytest.mark.parametrize(("unit", "most"), [("vllm@.service", 2.0), ("vllm-watchdog@.service", 2.0)])
+@pytest.mark.parametrize(("unit", "most"), [("vllm@.service", 2.0), ("vllm-watchdog@.service", 2.0), ("vllm-status@.service", 2.0)])
 @pytest.mark.parametrize("which", ["cpu", "gpu"])
 def test_the_sandbox_is_as_tight_as_said(unit: str, most: float, which: str, rendered: Path, rendered_cuda: Path, tmp_path: Path) -> None:
     """Every finding of `systemd-analyze security` is named in the role's README with its reason, and nothing else is named."""

@@ -1,0 +1,83 @@
+"""The page in a real browser: no scrolling to the side on a phone, both themes, nothing asked of anybody. Needs Chromium."""
+
+from __future__ import annotations
+
+import html as escape
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .test_page import pages, themes
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian package chromium; .ci/run installs it)")
+
+FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+)  # fmt: skip
+PHONE, DESKTOP = 390, 1280
+
+# In a frame as wide as a phone: a window of Chromium's own is never narrower than 500 pixels. The frame may run no script of its own.
+PROBE = """<!doctype html><meta name="color-scheme" content="light dark">
+<style>iframe {{ border: 0; width: {width}px; height: 900px }}</style>
+<iframe sandbox="allow-same-origin" srcdoc="{page}"></iframe><pre></pre>
+<script>
+addEventListener("load", () => {{
+  const view = document.querySelector("iframe").contentWindow, page = view.document, style = (e) => view.getComputedStyle(e);
+  const seen = [...page.querySelectorAll("h1,h2,h3,p,th,td,dt,dd,li,summary,strong")].filter((e) => e.offsetParent !== null);
+  document.querySelector("pre").textContent = JSON.stringify({{
+    width: page.documentElement.clientWidth,
+    scrolls_to: page.documentElement.scrollWidth,
+    outside: seen.filter((e) => !e.closest(".scroll") && e.getBoundingClientRect().right > {width} + 0.5).map((e) => e.textContent),
+    smallest_text: Math.min(...seen.map((e) => parseFloat(style(e).fontSize))),
+    ink: style(page.body).color, paper: style(page.body).backgroundColor,
+    columns: page.querySelector(".tiles") ? style(page.querySelector(".tiles")).gridTemplateColumns.split(" ").length : 0,
+    resources: view.performance.getEntriesByType("resource").map((e) => e.name),
+    reach: page.querySelectorAll(".scroll:not([tabindex])").length,
+  }});
+}});
+</script>"""
+
+
+def browse(tmp_path: Path, html: str, width: int, dark: bool = False) -> dict:
+    """What the browser makes of the page at this width."""
+    assert CHROMIUM is not None
+    file = tmp_path / "probe.html"
+    file.write_text(PROBE.format(width=width, page=escape.escape(html)))
+    flags = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=5000"]
+    flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
+    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    found = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)
+    assert found, done.stderr[-2000:]
+    return json.loads(escape.unescape(found[1]))
+
+
+def rgb(colour: str) -> str:
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+@pytest.mark.parametrize("name", ["serving", "gpus", "down", "first", "receipts"])
+def test_a_phone_shows_it_without_scrolling_to_the_side(tmp_path: Path, name: str) -> None:
+    seen = browse(tmp_path, pages()[name], PHONE)
+    assert (seen["width"], seen["scrolls_to"], seen["outside"]) == (PHONE, PHONE, [])
+    assert seen["smallest_text"] >= 14
+    assert seen["columns"] == (2 if name in ("serving", "gpus") else 0)
+    # what scrolls inside itself can be reached without a pointer
+    assert (seen["resources"], seen["reach"]) == ([], 0)
+
+
+@pytest.mark.parametrize(("theme", "dark"), [("light", False), ("dark", True)])
+def test_both_themes_on_a_desktop(tmp_path: Path, theme: str, dark: bool) -> None:
+    seen = browse(tmp_path, pages()["gpus"], DESKTOP, dark)
+    assert (seen["ink"], seen["paper"]) == (rgb(themes()[theme]["ink"]), rgb(themes()[theme]["paper"]))
+    assert (seen["scrolls_to"], seen["columns"], seen["resources"]) == (DESKTOP, 3, [])
+
+
+def test_a_name_without_a_blank_stays_on_the_phone(tmp_path: Path) -> None:
+    html = pages()["serving"].replace("SmolLM2-135M-Instruct", "a-model-with-a-name-that-does-not-end-" * 4)
+    assert browse(tmp_path, html, PHONE)["scrolls_to"] == PHONE
