@@ -53,8 +53,8 @@ def test_an_alertmanager_is_optional_and_whole(rendered: dict[str, Path]) -> Non
 
 def test_limits_are_the_plans(rendered: dict[str, Path]) -> None:
     def limits(kind: str) -> dict[str, str]:
-        groups = yaml.safe_load((rendered[kind] / "vllm.rules.yml").read_text())["groups"]
-        return {rule["record"]: rule["expr"] for group in groups for rule in group["rules"] if rule.get("record", "").startswith("lowmem:limit")}
+        rules = [rule for group in yaml.safe_load((rendered[kind] / "vllm.rules.yml").read_text())["groups"] for rule in group["rules"]]
+        return {rule["record"]: rule["expr"] for rule in rules if rule.get("record", "").startswith("lowmem:limit")}
 
     assert limits("cpu") == {
         "lowmem:limit_tpot_p99_seconds": "vector(1000.0) / 1000",

@@ -9,11 +9,10 @@ What cannot be read is left out and said on stderr; the file is replaced whole.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import re
 import ssl
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,10 +101,8 @@ def service_memory(groups: Path = Path("/sys/fs/cgroup")) -> Iterator[Sample]:
             kinds = {kind: int(stat[kind]) for kind in ("anon", "file_mapped", "shmem")}
         except (OSError, KeyError):  # the kernel counts no memory for this group
             continue
-        try:
+        with contextlib.suppress(OSError):  # no swap is counted
             kinds["swap"] = int((folder / "memory.swap.current").read_text())
-        except OSError:  # no swap is counted
-            pass
         for kind, size in kinds.items():
             yield "lowmem_service_memory_bytes", {"unit": unit["Id"], "kind": kind}, size
 
@@ -142,7 +139,7 @@ def main() -> None:
     beside.write_text(text(samples), encoding="utf-8")
     # the exporter has a user of its own
     beside.chmod(0o644)
-    os.replace(beside, options.out)
+    beside.replace(options.out)
 
 
 if __name__ == "__main__":
