@@ -101,6 +101,16 @@ def test_each_alert_names_a_runbook_that_names_it(alert: str) -> None:
     assert alert in runbook.read_text(), "the runbook does not say that it is for this alert"
 
 
+NEW = ["kv-cache-full", "memory-over-plan", "gpu-errors", "gpu-throttled", "certificate-ends", "swap-in-use", "monitoring-blind"]
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_a_runbook_has_its_four_parts_in_order(name: str) -> None:
+    text = (REPOSITORY / f"docs/runbooks/{name}.md").read_text()
+    assert re.findall(r"^\*\*([^*]+)\.\*\*", text, re.MULTILINE) == ["Symptom", "What to run", "What it prints", "What to do"]
+    assert "```bash" in text
+
+
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*/*.rules.yml")), ids=lambda path: f"{path.parent.name} {path.stem}")
 def test_each_alert_says_how_grave_it_is(path: Path) -> None:
     for group in yaml.safe_load(path.read_text())["groups"]:
