@@ -102,5 +102,7 @@ def test_variables_that_are_named_exist(path):
     known = (
         "".join(f.read_text() for f in (ROOT / "roles").glob("*/defaults/main.yml")) + (ROOT / "playbooks/group_vars/all.yml").read_text()
     )
-    named = set(re.findall(r"\b((?:gpu_driver|nvidia_repository|cuda_toolkit|host_memory|monitoring|vllm_service)_\w+)\b", path.read_text()))
+    named = set(
+        re.findall(r"\b((?:gpu_driver|nvidia_repository|cuda_toolkit|host_memory|monitoring|vllm_service)_\w+)\b", path.read_text())
+    )
     assert sorted(n for n in named if f"{n}:" not in known) == []
