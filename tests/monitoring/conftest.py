@@ -37,7 +37,7 @@ def plans() -> dict[str, dict[str, Any]]:
 def rendered(playbook: Any, plans: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Kind of device -> folder. A certificate for the CPU; another address, an Alertmanager and labels for the cards."""
     cases = [
-        {"name": "cpu", "plan": plans["cpu"], "certificates": ["/etc/vllm-lowmem/tls/server.pem"]},
+        {"name": "cpu", "plan": plans["cpu"], "gateway_port": 9444, "certificates": ["/etc/vllm-lowmem/tls/server.pem"]},
         {
             "name": "cuda",
             "plan": plans["cuda"],

@@ -36,6 +36,7 @@ BAD: dict[str, list[tuple[Any, str]]] = {
     ],
     "monitoring_node_exporter_port": [(-1, "monitoring_node_exporter_port is -1: it must be a TCP port")],
     "monitoring_gpu_exporter_port": [(9100, "two of them are the same port")],
+    "monitoring_gateway_port": [(70000, "monitoring_gateway_port is 70000: it must be 0 to 65535 (0: no gateway).")],
     "monitoring_scrape_interval_s": [(60, "monitoring_scrape_interval_s is 60: it must be 5 to 30 seconds.")],
     "monitoring_host_metrics_interval_s": [(1, "monitoring_host_metrics_interval_s is 1: it must be 15 to 120 seconds.")],
     "monitoring_retention_days": [(0, "monitoring_retention_days is 0: it must be 1 to 3650 days.")],

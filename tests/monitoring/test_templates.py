@@ -35,6 +35,7 @@ def test_prometheus_takes_the_rules_and_the_configuration(rendered: dict[str, Pa
         shutil.copy(rendered[kind] / f"{name}.rules.yml", tmp_path / "rules" / f"{name}.yml")
     shutil.copy(rendered[kind] / "targets.yml", tmp_path / "targets/vllm-main.yml")
     shutil.copy(rendered[kind] / "targets-gpu.yml", tmp_path / "targets/gpu.yml")
+    shutil.copy(rendered[kind] / "targets-gateway.yml", tmp_path / "targets/gateway-main.yml")
     config = (rendered[kind] / "prometheus.yml").read_text().replace("/etc/prometheus/vllm-lowmem", str(tmp_path))
     (tmp_path / "prometheus.yml").write_text(config)
     said = promtool("check", "config", tmp_path / "prometheus.yml")
