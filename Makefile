@@ -71,6 +71,10 @@ molecule: setup $(DEVTOOLS) ## the roles on real systemd hosts (root); one scena
 docs: setup ## write docs/variables.md again from the roles' argument specs
 	@$(BIN)/python scripts/variables_doc.py
 
+.PHONY: dashboards
+dashboards: setup $(DEVTOOLS) ## write the Grafana dashboards again from scripts/dashboards.py
+	@$(BIN)/python scripts/dashboards.py
+
 .PHONY: lock
 lock: ## lock requirements*.txt again from pyproject.toml (needs uv)
 	@scripts/lock

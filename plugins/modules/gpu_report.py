@@ -11,8 +11,6 @@ import subprocess
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from ansible.module_utils.basic import AnsibleModule
-
 DOCUMENTATION = r"""
 module: gpu_report
 short_description: What a host says about its NVIDIA cards and driver
@@ -257,7 +255,10 @@ def unit(pid: int) -> str | None:
 
 
 def xids() -> list[dict[str, object]]:
-    """Xid lines of this boot's kernel log, e.g. `NVRM: Xid (PCI:0000:3b:00): 79, pid=…, GPU has fallen off the bus.`"""
+    """Xid lines of this boot's kernel log, e.g. `NVRM: Xid (PCI:0000:3b:00): 79, pid=…, GPU has fallen off the bus.`
+
+    `at`: seconds since the epoch; None where only the kernel's own buffer could be read, whose clock is another.
+    """
     rc, out, _ = output("journalctl", "--dmesg", "--boot", "--no-pager", "--quiet", "--output=short-unix")
     if rc != 0 or not out.strip():
         rc, out, _ = output("dmesg", "--time-format=raw")
@@ -265,7 +266,15 @@ def xids() -> list[dict[str, object]]:
     for line in out.splitlines():
         match = re.search(r"NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+), ?(.*)", line)
         if match:
-            found.append({"address": match.group(1), "xid": int(match.group(2)), "text": match.group(3).strip()})
+            clock = re.match(r"\d{10}\.\d+(?= )", line)
+            found.append(
+                {
+                    "address": match.group(1),
+                    "xid": int(match.group(2)),
+                    "text": match.group(3).strip(),
+                    "at": float(clock.group()) if clock else None,
+                }
+            )
     return found[-50:]
 
 
@@ -314,6 +323,9 @@ def report() -> dict[str, object]:
 
 
 def main() -> None:
+    # Here and not above: role monitoring reads a host by these functions too, where there is no Ansible.
+    from ansible.module_utils.basic import AnsibleModule
+
     arguments = AnsibleModule(argument_spec={}, supports_check_mode=True)
     arguments.exit_json(changed=False, report=report())
 

@@ -95,8 +95,8 @@ def test_xids(gpu_report, monkeypatch):
 """
     monkeypatch.setattr(gpu_report, "output", lambda *command, **options: (0, log, ""))
     assert gpu_report.xids() == [
-        {"address": "0000:3b:00", "xid": 79, "text": "pid=1234, name=python3, GPU has fallen off the bus."},
-        {"address": "0000:5e:00", "xid": 31, "text": "pid=99, Ch 00000008"},
+        {"address": "0000:3b:00", "xid": 79, "text": "pid=1234, name=python3, GPU has fallen off the bus.", "at": 1764000000.1},
+        {"address": "0000:5e:00", "xid": 31, "text": "pid=99, Ch 00000008", "at": 1764000002.1},
     ]
 
 

@@ -1,7 +1,6 @@
 """The commands in the runbooks that need no GPU host run, as they stand (blocks marked `bash run`). Those marked `bash host` run in the
-gpu_driver scenario, those marked `bash service` in scenario service, those marked `bash edge` in scenario edge,
-those marked `bash demo` on the demo's deployment. Every file and
-variable that a runbook names exists."""
+gpu_driver scenario, those marked `bash service` in scenario service, those marked `bash edge` and `bash monitoring` in scenario edge, those
+marked `bash demo` on the demo's deployment. Every file and variable that a runbook names exists."""
 
 import os
 import re
@@ -103,5 +102,6 @@ def test_variables_that_are_named_exist(path):
     known = (
         "".join(f.read_text() for f in (ROOT / "roles").glob("*/defaults/main.yml")) + (ROOT / "playbooks/group_vars/all.yml").read_text()
     )
-    named = set(re.findall(r"\b((?:gpu_driver|nvidia_repository|cuda_toolkit|host_memory|vllm_service|gateway)_\w+)\b", path.read_text()))
+    roles = "gpu_driver|nvidia_repository|cuda_toolkit|host_memory|vllm_service|gateway|monitoring|status_page|router"
+    named = set(re.findall(rf"\b((?:{roles})_\w+)\b", path.read_text()))
     assert sorted(n for n in named if f"{n}:" not in known) == []
