@@ -57,7 +57,7 @@ lint: setup $(DEVTOOLS) ## ruff, mypy, shellcheck, yamllint, ansible-lint
 
 .PHONY: test
 test: lint ## lint, then every test; builds the demo's environments where they are missing
-	@$(BIN)/pytest --durations=10 $(ARGS)
+	@scripts/test $(ARGS)
 
 .PHONY: test-quick
 test-quick: lint ## lint, then the tests that need no engine
