@@ -11,6 +11,7 @@ Nothing here is a timing of the engine.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -39,7 +40,7 @@ def spec(models: Path, lib: Path, backend: str) -> dict[str, Any]:
     return {
         "models": str(models), "source_name": SOURCE, "name": f"{SOURCE}-{backend}",
         "recipe": {
-            "version": 1, "backend": backend, "backend_version": VERSIONS[backend], "bits": 4, "group_size": 0, "zero_point": True,
+            "version": 2, "backend": backend, "backend_version": VERSIONS[backend], "bits": 4, "group_size": 0, "zero_point": True,
             "clip": backend == "autoawq", "calibration_tokens": 65536, "sample_tokens": 512,
             **{f"{name}_sha256": hashlib.sha256(text).hexdigest() for name, text in texts.items()},
         },
@@ -136,7 +137,10 @@ def serve_and_score(models: Path, names: list[str], logs: Path, extra: list[str]
         for _, process in servers.values():
             process.terminate()
         for _, process in servers.values():
-            process.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # an engine that outlives its server holds memory that later runs count
     return found
 
 

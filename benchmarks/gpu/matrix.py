@@ -3,11 +3,13 @@
 `prepare` needs this repository's environment and no GPU; `run` needs the engine's environment and the folder that `prepare` made:
 
     python benchmarks/gpu/matrix.py prepare benchmarks/gpu/runs.yml .carry/runs
+    python benchmarks/gpu/matrix.py warm .carry/runs --out "$OUT" --only NAME,…
     python benchmarks/gpu/matrix.py run .carry/runs --out "$OUT" --deadline-s 560 [--only NAME,…]
 
 Runs of one card share the machine, one lane per GPU; runs of two cards have it to themselves and come first. A run that
 could not end before the deadline is not begun. The card of the plan is played on a larger one by a ballast (ballast.py)
-that holds all but `card_mib`; `args` and `env` are what this needs and no more: they stand in the receipt.
+that holds all but `card_mib`; `args` and `env` are what this needs and no more: they stand in the receipt. `warm` measures nothing: it
+starts the named services side by side on the whole card until each has answered, so that what is compiled at first use is in the caches.
 """
 
 from __future__ import annotations
@@ -18,10 +20,12 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +35,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 GUESS_S = 150
+KEY = "benchmark"  # guards nothing: the machine is ours alone
 
 
 def words(options: dict[str, Any]) -> list[str]:
@@ -39,7 +44,7 @@ def words(options: dict[str, Any]) -> list[str]:
 
 
 def prepare(spec: dict[str, Any], folder: Path) -> None:
-    """Writes FOLDER/NAME/{plan.json,low_mem.sh,vllm.env} for every run, and FOLDER/runs.yml with the defaults filled in."""
+    """Writes FOLDER/NAME/{plan.json,low_mem.sh,engine.env,vllm.env} for every run, and FOLDER/runs.yml with the defaults filled in."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from lowmem.schema import Plan
@@ -73,12 +78,14 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
             lowmem_plan=json.loads(plan.model_dump_json()),
             vllm_service_environment_path="/usr/local",
             vllm_service_checkpoint_id="dummy weights",
-            vllm_service_plugins_id="none",
         )
         (where / "low_mem.sh").write_text(launcher)
         (where / "low_mem.sh").chmod(0o755)
         environment = {v.name: v.value for v in plan.environment if v.name not in run.get("drop_env", [])} | run.get("env", {})
-        (where / "vllm.env").write_text("".join(f"{k}={shlex.quote(str(v))}\n" for k, v in environment.items()))
+        # as the role writes them: what the launcher sources, and the file of keys that the server and `lowmem measure` read
+        lines = [f"{k}={shlex.quote(str(v))}\n" for k, v in environment.items()]
+        (where / "engine.env").write_text("".join([*lines, 'LOWMEM_API_KEYS="$release/vllm.env"\n']))
+        (where / "vllm.env").write_text(f"VLLM_API_KEY={KEY}\n")
         total = plan.per_gpu["total"] / 2**20
         limit = plan.limit_bytes / 2**20
         print(f"{run['name']:26} {plan.verdict:10} {total:9,.0f} MiB of {limit:,.0f}; {plan.kv_tokens} KV tokens; {plan.reasons[:1]}")
@@ -157,14 +164,66 @@ def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, 
     print("\n".join(lines), flush=True)
 
 
+def answered(port: int) -> bool:
+    """Whether the service there gives a completion of a prompt of several steps."""
+    body = {"model": "m", "prompt": list(range(300, 1000)), "max_tokens": 4, "ignore_eos": True}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return bool(json.load(answer)["choices"])
+    except OSError:
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server started in a session of its own, and what it leaves behind."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def warm(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> None:
+    """Starts them all at once; each is ended when it has answered."""
+    began, services = time.monotonic(), {}
+    for port, run in enumerate(runs, 8100):
+        command = [str((folder / run["name"] / "low_mem.sh").resolve()), f"--port={port}", *run.get("args", [])]
+        with (out / f"warm-{run['name']}.log").open("w") as log:
+            services[port] = run["name"], subprocess.Popen(command, cwd=TOP, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while services and time.monotonic() < until:
+            for port, (name, process) in list(services.items()):
+                if process.poll() is not None or answered(port):
+                    print(f"warm {name}: exit {process.poll()} (None: answered) after {time.monotonic() - began:.0f} s", flush=True)
+                    stop(process)
+                    del services[port]
+            time.sleep(1)
+    finally:
+        for name, process in services.values():
+            print(f"warm {name}: no answer", flush=True)
+            stop(process)
+
+
 def ready(receipt: Path) -> bool:
     """Whether that run's service came up."""
     return receipt.exists() and json.loads(receipt.read_text())["ready_s"] is not None
 
 
+def within(receipt: Path) -> bool:
+    """Whether that run's service came up and kept to its memory limit."""
+    return ready(receipt) and not any(f.startswith("memory:") for f in json.loads(receipt.read_text())["findings"])
+
+
 def lane(runs: list[dict[str, Any]], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
     for run in runs:
         if run.get("unless_ready") and ready(out / f"{run['unless_ready']}.json"):
+            continue
+        if (other := run.get("if_within")) and not within(out / f"{other}.json"):
+            continue
+        if (other := run.get("unless_within")) and within(out / f"{other}.json"):
             continue
         if time.monotonic() + run.get("guess_s", GUESS_S) > until:
             print(f"=== {run['name']}: not begun, the deadline is near", flush=True)
@@ -178,11 +237,12 @@ def main() -> None:
     first = commands.add_parser("prepare")
     first.add_argument("spec", type=Path)
     first.add_argument("folder", type=Path)
-    second = commands.add_parser("run")
-    second.add_argument("folder", type=Path)
-    second.add_argument("--only", help="names, comma-separated (default: all)")
-    second.add_argument("--out", type=Path, required=True)
-    second.add_argument("--deadline-s", type=float, default=560)
+    for command in ("warm", "run"):
+        second = commands.add_parser(command)
+        second.add_argument("folder", type=Path)
+        second.add_argument("--only", help="names, comma-separated (default: all)")
+        second.add_argument("--out", type=Path, required=True)
+        second.add_argument("--deadline-s", type=float, default=560)
     args = parser.parse_args()
     if args.command == "prepare":
         prepare(yaml.safe_load(args.spec.read_text()), args.folder)
@@ -191,6 +251,9 @@ def main() -> None:
     runs = {run["name"]: run for run in yaml.safe_load((args.folder / "runs.yml").read_text())["runs"]}
     wanted = [runs[name] for name in (args.only.split(",") if args.only else runs)]
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.command == "warm":
+        warm(wanted, args.folder, args.out, until)
+        return
     for card_mib in {run.get("card_mib"): None for run in wanted}:
         chosen = [run for run in wanted if run.get("card_mib") == card_mib]
         with ballast(card_mib):

@@ -3,7 +3,7 @@
 
 python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …]
 
-A folder has config.json and a tokenizer of 32,000 whole words made on the spot, so that every prompt of n tokens decodes and
+A folder has config.json and a tokenizer of as many whole words as the vocabulary, made on the spot, so that every prompt of n tokens decodes and
 encodes to n tokens again. Nothing is downloaded.
 """
 
@@ -24,6 +24,16 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 80,
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
+    },
+    # what one of two ranks holds of the 70B (tensor parallelism): half the heads, half the MLP, half the vocabulary
+    "llama-2-70b-rank": {
+        "hidden_size": 8192,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 16000,
     },
     "llama-2-7b": {
         "hidden_size": 4096,
@@ -69,16 +79,16 @@ VOCABULARY = 32000
 def config(shape: str, quantization: str) -> dict[str, Any]:
     """As transformers writes it; without quantization_config for fp16."""
     base: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **SHAPES[shape], "hidden_act": "silu", "rms_norm_eps": 1e-05,
-        "max_position_embeddings": 4096, "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, **SHAPES[shape], "hidden_act": "silu",
+        "rms_norm_eps": 1e-05, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
         "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "torch_dtype": "float16", "initializer_range": 0.02,
     }  # fmt: skip
     extra = QUANTIZATIONS[quantization]
     return base if extra is None else base | {"quantization_config": extra}
 
 
-def write_tokenizer(folder: Path) -> None:
-    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, VOCABULARY))]
+def write_tokenizer(folder: Path, vocabulary: int) -> None:
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(words[:3])
@@ -93,12 +103,12 @@ def write_tokenizer(folder: Path) -> None:
 
 def write(directory: Path, name: str) -> Path:
     """Folder of the model `<shape>-<quantization>`, such as llama-2-70b-awq."""
-    shape = next(s for s in SHAPES if name.startswith(f"{s}-"))
+    shape = max((s for s in SHAPES if name.startswith(f"{s}-")), key=len)
     folder = directory / name
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(shape, name.removeprefix(f"{shape}-")), indent=1))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
-    write_tokenizer(folder)
+    write_tokenizer(folder, SHAPES[shape].get("vocab_size", VOCABULARY))
     return folder
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -34,7 +35,10 @@ def stream(port: int, model: str, prompt: list[int], tokens: int) -> list[float]
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     began, times, count = time.monotonic(), [], 0
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("VLLM_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
     answer = connection.getresponse()
     if answer.status != 200:
         raise RuntimeError(f"status {answer.status}: {answer.read(300)!r}")
