@@ -310,6 +310,14 @@ def offload_buffers(engine: Engine, w: Weights) -> int:
     return engine.prefetch_step * layer
 
 
+def of_loading(which: str, card: ModelCard, engine: Engine) -> float | None:
+    """A constant of the checkpoint's format; of the format with torch's expandable segments where that was measured."""
+    table, method = constant("memory", which), str(card.quantization.method)
+    if "expandable_segments:True" in engine.environment.get("PYTORCH_CUDA_ALLOC_CONF", "").split(","):
+        method = f"{method}+expandable" if f"{method}+expandable" in table else method
+    return table.get(method)  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True)
 class CardMemory:
     """One card.
@@ -364,7 +372,7 @@ def card_memory(
     kept = _mib("idle_cache_mib") if new else _mib("idle_cache_old_mib")
     if new:  # the runner's own buffers, as wide as the largest step
         kept += _mib("eager_cache_mib") if engine.eager else 0
-        kept += round(float(constant("memory", "loading_cache_mib").get(card.quantization.method, 0)) * MIB)
+        kept += round(float(of_loading("loading_cache_mib", card, engine) or 0) * MIB)
         kept += 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
     terms = {
         "weights": w.on_card,
@@ -417,8 +425,8 @@ def largest_linear(card: ModelCard, engine: Engine) -> int:
 
 def loading(card: ModelCard, engine: Engine, memory: CardMemory, which: str) -> int:
     """Bytes on one card while weights are loaded and repacked, before there is a KV pool; `which`: loading_needs or loading_seen."""
-    extra = constant("memory", which)[card.quantization.method] * largest_linear(card, engine)
-    return memory.weights.on_card + memory.before_start + round(float(extra))
+    extra = float(of_loading(which, card, engine) or 0) * largest_linear(card, engine)
+    return memory.weights.on_card + memory.before_start + round(extra)
 
 
 def start_peak(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> int:

@@ -146,8 +146,10 @@ def load_session(path: Path) -> list[Session]:
     return found
 
 
-_PLAYED = ("host", "port", "gpu_memory_utilization", "attention_config.flash_attn_version")
-"""Arguments that say nothing about memory or time: the address, and what playing a smaller card takes."""
+_PLAYED = (
+    "host", "port", "middleware", "shutdown_timeout", "gpu_memory_utilization", "attention_config.flash_attn_version", "attention_backend",
+)  # fmt: skip
+"""Arguments that say nothing about memory or time: address, keys and stop, and what playing a smaller card takes."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def received(name: str, receipt: Receipt, device: str = "h200") -> Received:
     words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     knobs = {k: v for k, v in knobs_of(shlex.join(words)).items() if k not in _PLAYED}
-    names = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM")
+    names = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CUDA_ALLOC_CONF")
     old, load = receipt.plan, receipt.loads[0].load
     empty = profiles.load_profile("low_mem").model_copy(
         update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}

@@ -17,15 +17,20 @@ from lowmem.units import MIB
 TOP = Path(__file__).resolve().parent.parent
 FOLDER = TOP / "docs" / "measurements" / "2026-11-23-2xh200"
 ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
+LATEST = TOP / "docs" / "measurements" / "2026-11-24-1xh100"
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 WHAT = {
     "low_mem": "`low_mem`, two cards",
     "plain": "the same model and cards with the engine's defaults",
     "low_latency": "`low_latency`, one card",
-    "extreme_uncapped": "`extreme`, one card, 2 bits",
-    "offload_prefetch": "`offload`, one card, prefetch",
+    "extreme_expandable": "`extreme` with 8 clients instead of its 6, one card, 2 bits (H100)",
+    "extreme_uncapped": "the same without expandable segments",
+    "offload": "`offload`, one card, prefetch, 46 of 80 layers (H100)",
+    "offload_prefetch": "the same with 45 layers",
     "offload_uva": "the same with UVA",
 }
+PROFILES = {"plain": "benchmarks/gpu/plain.yml", "extreme_expandable": "extreme"}
+NOT_PROFILES = ("extreme_uncapped", "offload_prefetch", "offload_uva")  # settings that no profile has any more
 
 
 def headline(runs: dict[str, Received]) -> str:
@@ -38,8 +43,8 @@ def headline(runs: dict[str, Received]) -> str:
         run = runs[name]
         load, limit = run.receipt.loads[0], run.receipt.plan.limits.memory_bytes / MIB
         over = f" (**{run.peak_mib - limit:,.0f} over**)" if run.peak_mib > limit else ""
-        profile = {"plain": "benchmarks/gpu/plain.yml", "extreme_uncapped": "extreme", "offload_prefetch": "offload"}.get(name, name)
-        scaled = "" if name == "offload_uva" else f"{make_plan(profile, search=False).latency_ms.decode_expected:,.0f} ms"
+        profile = PROFILES.get(name, name)
+        scaled = "" if name in NOT_PROFILES else f"{make_plan(profile, search=False).latency_ms.decode_expected:,.0f} ms"
         cells = [
             what,
             f"{limit:,.0f}",
@@ -94,8 +99,10 @@ def written(page: str, block: str) -> str:
 def pages() -> dict[Path, str]:
     runs = {run.name: run for run in load_receipts(FOLDER)}
     one_card = {run.name: run for run in load_receipts(ONE_CARD, "h100")}
+    latest = {run.name: run for run in load_receipts(LATEST, "h100")}
     blocks = {
-        TOP / "README.md": headline(runs),
+        TOP / "README.md": headline(runs | latest),
+        LATEST / "README.md": details(latest),
         FOLDER.parent / "README.md": details(runs),
         ONE_CARD / "README.md": details(one_card),
     }
@@ -146,7 +153,8 @@ def main() -> None:
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     draw(load_receipts(FOLDER), "H200", FOLDER / "plan-and-measured.png")
-    draw(load_receipts(ONE_CARD, "h100"), "H100", ONE_CARD / "plan-and-measured.png")
+    for folder in (ONE_CARD, LATEST):
+        draw(load_receipts(folder, "h100"), "H100", folder / "plan-and-measured.png")
 
 
 if __name__ == "__main__":

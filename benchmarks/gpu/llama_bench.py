@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lowmem.sampler import MIB, Gpus, Sampler  # noqa: E402 - run from a checkou
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 8192, 28672, 64, 8, 32000
 # GGML's number, weights and bytes of a block, where its 16-bit scale lies
-TYPES = {"f32": (0, 1, 4, None), "q4_0": (2, 32, 18, 0), "q6_k": (14, 256, 210, 208), "iq4_xs": (23, 256, 136, 0)}
+TYPES = {"f32": (0, 1, 4, 0), "q4_0": (2, 32, 18, 0), "q6_k": (14, 256, 210, 208), "iq4_xs": (23, 256, 136, 0)}
 
 
 def text(value: str) -> bytes:
@@ -64,9 +65,10 @@ def write_gguf(path: Path, kind: str, layers: int) -> int:
     made = {name: tensor(rng, *shape) for name, shape in (layer | ends).items()}
     shapes = {f"{name}.weight": (name, shape) for name, shape in ends.items()}
     shapes |= {f"blk.{n}.{name}.weight": (name, shape) for n in range(layers) for name, shape in layer.items()}
-    fields = {
-        "general.architecture": "llama", "general.name": f"llama-2-70b-noise-{kind}", "llama.block_count": layers, "llama.context_length": 4096,
-        "llama.embedding_length": HIDDEN, "llama.feed_forward_length": MLP, "llama.attention.head_count": HEADS,
+    fields: dict[str, str | int | float] = {
+        "general.architecture": "llama", "general.name": f"llama-2-70b-noise-{kind}", "llama.block_count": layers,
+        "llama.context_length": 4096, "llama.embedding_length": HIDDEN, "llama.feed_forward_length": MLP,
+        "llama.attention.head_count": HEADS,
         "llama.attention.head_count_kv": KV_HEADS, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": 128,
         "llama.rope.freq_base": 10000.0, "llama.vocab_size": VOCABULARY, "general.alignment": 32, "tokenizer.ggml.model": "no_vocab",
     }  # fmt: skip
@@ -83,9 +85,9 @@ def write_gguf(path: Path, kind: str, layers: int) -> int:
         os.pwrite(file.fileno(), head, 0)
 
         def put(place: tuple[str, int]) -> None:
-            blob, done = memoryview(made[place[0]]), 0
+            blob, done = made[place[0]].tobytes(), 0
             while done < len(blob):
-                done += os.pwrite(file.fileno(), blob[done:], len(head) + place[1] + done)
+                done += os.pwrite(file.fileno(), memoryview(blob)[done:], len(head) + place[1] + done)
 
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(put, places))
@@ -102,7 +104,7 @@ def main() -> None:
     parser.add_argument("--clients", default="8,1")
     parser.add_argument("--input-tokens", type=int, default=1024)
     parser.add_argument("--output-tokens", type=int, default=256)
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))  # noqa: S108 - 36 GB that a disk would read for minutes
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))  # 36 GB that a disk would read for minutes
     parser.add_argument("--arg", action="append", default=[], help="one more argument of the program, repeatable")
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -112,7 +114,8 @@ def main() -> None:
     command = [
         str(options.bench), "-m", str(model), "-ngl", "99", "-fit", "off", "-fa", "on", "-ctk", options.kv, "-ctv", options.kv,
         "-c", str(most * (options.input_tokens + options.output_tokens)), "-b", "2048", "-ub", "512",
-        "-npp", str(options.input_tokens), "-ntg", str(options.output_tokens), "-npl", options.clients, "--output-format", "jsonl", *options.arg,
+        "-npp", str(options.input_tokens), "-ntg", str(options.output_tokens), "-npl", options.clients,
+        "--output-format", "jsonl", *options.arg,
     ]  # fmt: skip
     result["command"] = command
     log = options.out.with_suffix(".log")
@@ -120,11 +123,11 @@ def main() -> None:
         began = time.monotonic()
         result["file_bytes"] = write_gguf(model, options.type, options.layers)
         result["written_s"] = round(time.monotonic() - began, 1)
+        probes: dict[str, Callable[[], tuple[int, ...]]] = {"gpu": lambda: (0,)}
         try:
             gpus = Gpus(1)
         except RuntimeError as error:  # on a machine with no GPU: to try the file and the program
             result["gpu"] = str(error)
-            probes = {"gpu": lambda: (0,)}
         else:
             result["gpu"] = gpus.describe()
             probes = {"gpu": gpus.used_bytes}

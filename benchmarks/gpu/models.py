@@ -3,8 +3,8 @@
 
 python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …]
 
-A folder has config.json and a tokenizer of as many whole words as the vocabulary, made on the spot, so that every prompt of n tokens decodes and
-encodes to n tokens again. Nothing is downloaded.
+A folder has config.json and a tokenizer of as many whole words as the vocabulary, made on the spot, so that every prompt of n tokens
+decodes and encodes to n tokens again. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.explain import measured_effects
+from lowmem.planner import make_plan
 from lowmem.reference import load_receipts
 from lowmem.units import MIB
 
@@ -14,6 +15,8 @@ TOP = Path(__file__).parents[2]
 RUNS = {r.name: r for r in load_receipts(TOP / "docs" / "measurements" / "2026-11-23-2xh200")}
 ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
 BLIND = {r.name: r for r in load_receipts(ONE_CARD, "h100")}
+LATEST = TOP / "docs" / "measurements" / "2026-11-24-1xh100"
+RUNS_2026_11_24 = {r.name: r for r in load_receipts(LATEST, "h100")}
 PEAK_MIB = {
     "low_mem": 20430, "low_mem-4-channels": 20466, "plain": 40022, "low_latency": 39304,
     "offload_prefetch": 20576, "offload_uva": 20250, "extreme_uncapped": 20770,
@@ -69,6 +72,40 @@ def test_a_decode_step_on_a_card_that_calibrated_nothing_within_fifteen_percent(
     assert BLIND[name].plan.latency_ms.terms["steady_step"] == pytest.approx(ms, rel=0.15)
 
 
+@pytest.mark.parametrize(("name", "idle_mib", "peak_mib"), [("offload", 20092, 20150), ("extreme_expandable", 20440, 20524)])
+def test_memory_of_2026_11_24_within_two_percent(name, idle_mib, peak_mib):
+    run = RUNS_2026_11_24[name]
+    assert (round(run.idle_mib), round(run.peak_mib)) == (idle_mib, peak_mib)
+    assert run.plan.per_gpu["total"] / MIB == pytest.approx(idle_mib, rel=0.02)
+    assert run.plan.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+
+
+@pytest.mark.parametrize(("name", "step_ms", "mean_ms"), [("offload", 388.95, 423.84), ("extreme_expandable", 21.70, 26.72)])
+def test_decode_of_2026_11_24_within_fifteen_percent(name, step_ms, mean_ms):
+    run = RUNS_2026_11_24[name]
+    assert run.receipt.loads[0].itl_ms.p50 == pytest.approx(step_ms, abs=0.01)
+    assert run.plan.latency_ms.terms["steady_step"] == pytest.approx(step_ms, rel=0.15)
+    assert run.plan.latency_ms.decode_expected == pytest.approx(mean_ms, rel=0.15)
+
+
+def test_offload_keeps_its_limit_near_the_floor_of_the_link_and_the_receipt_proves_it():
+    run = RUNS_2026_11_24["offload"]
+    assert run.receipt.verdict == "passed"
+    assert run.receipt.loads[0].itl_ms.p50 / (run.receipt.engine_values["prefetch_offload"][0] / 55.3e9 * 1e3) == pytest.approx(1.052, abs=0.001)
+    assert run.receipt.engine_words["offloader"] == ("PrefetchOffloader",)
+    assert any("Initialized 46 modules. Total GPU memory saved: 20.4499 GB" in line for line in run.receipt.engine_log)
+
+
+def test_expandable_segments_leave_less_behind_and_take_more_while_loading():
+    with_, without = RUNS_2026_11_24["extreme_expandable"], RUNS["extreme_uncapped"]
+    assert round(without.idle_mib - with_.idle_mib) == 326
+    assert round(with_.plan.per_gpu["activations"] / MIB) == round(without.plan.per_gpu["activations"] / MIB) - 325
+    assert with_.plan.start_peak_bytes / MIB == pytest.approx(39260, rel=0.02)
+    extreme = make_plan("extreme", search=False)
+    assert extreme.verdict == "fits"
+    assert (extreme.load.clients, round(extreme.peak_bytes / MIB)) == (6, 20387)
+
+
 def test_the_page_of_one_card_quotes_its_files():
     page = (ONE_CARD / "README.md").read_text()
     shipped = json.loads((ONE_CARD / "same-client-low_latency.json").read_text())
@@ -94,7 +131,9 @@ def test_pages_say_what_the_receipts_say():
 
 def test_explain_quotes_what_was_measured():
     measured = measured_effects(TOP / "docs" / "measurements", "offload")
-    assert list(measured) == ["offload_group_size"]
+    assert list(measured) == ["offload_group_size", "offload_num_in_group"]
+    assert "389.0 ms, 1.05 times the link's floor; 20,150 MiB under load" in measured["offload_num_in_group"]
+    assert "20,440 MiB idle" in measured_effects(TOP / "docs" / "measurements", "extreme")["kv_cache_memory_bytes"]
     assert "376.6 against 400.9 ms a decode step" in measured["offload_group_size"]
     assert round(RUNS["offload_prefetch"].receipt.loads[0].itl_ms.p50, 1) == 376.6
     one_card = measured_effects(TOP / "docs" / "measurements", "low_latency")
