@@ -15,6 +15,7 @@ def runner(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(module, "TOOK", tmp_path / "logs/took.json")
     monkeypatch.setattr(module, "TESTHOSTS", "/bin/true")
+    monkeypatch.setattr(module, "LOCKS", tmp_path)
     monkeypatch.setattr(module, "hosts_used", lambda name: 100.0)
     monkeypatch.setattr(sys, "argv", ["run"])
     return module
@@ -31,6 +32,18 @@ def test_what_holds_the_same_thing_takes_turns(runner, monkeypatch, tmp_path, ca
     alone = f"mkdir {tmp_path}/held && sleep 0.3 && rmdir {tmp_path}/held"
     status = play(runner, monkeypatch, {"a": alone, "b": alone, "c": alone, "d": "true"}, {n: ["vm settings"] for n in "abc"})
     assert status == 0, capsys.readouterr().out
+
+
+def test_what_another_checkout_holds_is_left_to_it(runner, tmp_path):
+    first, second = (runner.Scenario("a", {"engine", "vm settings"}, tmp_path / "a.log") for _ in range(2))
+    other = runner.Scenario("b", {"engine"}, tmp_path / "b.log")
+    assert other.take()
+    assert not first.take()
+    other.release()
+    assert first.take()  # which it does only if the one that failed left nothing taken
+    assert not second.take()
+    first.release()
+    assert second.take()
 
 
 def test_two_that_hold_nothing_run_at_once(runner, monkeypatch, tmp_path):

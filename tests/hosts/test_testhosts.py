@@ -1,5 +1,6 @@
 """The test hosts themselves: real systemd, SSH, reboots, and nothing left on this machine, whatever way a run ended."""
 
+import fcntl
 import ipaddress
 import json
 import os
@@ -145,7 +146,16 @@ def strangers_bridge(tmp_path, monkeypatch):
     subprocess.run(["ip", "link", "delete", f"stranger{first}"], check=True)  # fails if it went with the hosts
 
 
+@pytest.fixture
+def vm_settings():
+    """This machine's, which scenarios of this and other checkouts set as well (molecule/run)."""
+    with Path("/run/lowmem-molecule-vm-settings.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 @needs_hosts
+@pytest.mark.usefixtures("vm_settings")
 def test_a_host_boots_reboots_and_leaves_nothing(hosts, strangers_bridge, tmp_path):
     before = vm()
     record = json.loads(hosts("up", "probe-one", "trixie").stdout)
