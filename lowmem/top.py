@@ -70,7 +70,7 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
     """The whole view for a terminal of so many columns, from 40 on."""
     narrow = width < 64
     bars = max(8, min(50, width - (26 if narrow else 52)))
-    title = Text(no_wrap=True, overflow="ellipsis")
+    title = Text()
     title.append(seen.model, "bold")
     title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
     if seen.up_s is not None:
@@ -108,8 +108,7 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
         lines += [Text(), _latencies(seen, since, narrow)]
         over_s = f"last {span(seen.window_s)}" if seen.window_s else "since it started"
         lines.append(Text(f"{over_s}: {seen.requests:,.0f} requests finished; all: since it started, {since.requests:,.0f}", "dim"))
-    if not seen.memory_bytes:
-        lines.append(Text(f"memory: {seen.memory_source}", "dim"))
+    lines.append(Text(f"memory: {seen.memory_source}", "dim"))
     return Group(*lines)
 
 

@@ -5,12 +5,14 @@ import json
 import re
 import time
 
-import pytest
+from conftest import KEYS
+
+testinfra_hosts = ["ansible://edge-one"]
 
 ROOT = "/opt/vllm-lowmem"
 FOLDER = "/var/lib/vllm-lowmem/status/main"
 UNIT, TIMER = "vllm-status@main.service", "vllm-status@main.timer"
-ALICE = "alice:sk-alice-0123456789abcdefABCDEF"
+ALICE = f"alice:{KEYS['alice']}"
 LOAD = """
 set -a; . /opt/vllm-lowmem/etc/vllm.env; set +a
 for request in 1 2 3; do
@@ -18,14 +20,6 @@ for request in 1 2 3; do
     -H 'Content-Type: application/json' -d '{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 24, "ignore_eos": true}'
 done
 """
-
-
-@pytest.fixture(autouse=True)
-def on_the_service_host(host):
-    if "edge-one" not in host.check_output("hostname"):
-        pytest.skip("the page is on the service's host")
-    with host.sudo():
-        yield
 
 
 def fresh_page(host):
