@@ -40,8 +40,8 @@ LIMITS = {"default": {"requests_per_minute": 1, "burst": 2}, "bob": {"concurrent
 
 TREE = ("nginx.conf", "forward.conf", "health.conf", "errors.conf", "gateway.sh")
 NAMES = (
-    *TREE, "firewall.nft", "tmpfiles.conf", "logrotate", "vllm-gateway@.service", "vllm-gateway-health@.service", "vllm-gateway-look@.service",
-    "vllm-gateway-look@.timer", "vllm-gateway-firewall@.service",
+    *TREE, "firewall.nft", "tmpfiles.conf", "logrotate", "vllm-gateway@.service", "vllm-gateway-health@.service",
+    "vllm-gateway-look@.service", "vllm-gateway-look@.timer", "vllm-gateway-firewall@.service",
 )  # fmt: skip
 
 
@@ -71,7 +71,8 @@ def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     done = render(
-        folder, destination=str(folder / "tree"), names=NAMES, gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS, gateway_addresses=["0.0.0.0", "::"],
+        folder, destination=str(folder / "tree"), names=NAMES, gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS,
+        gateway_addresses=["0.0.0.0", "::"],
         gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}", "POST /v1/responses/{id}/cancel"],
         deploy={"port": 8000},
     )  # fmt: skip
