@@ -100,19 +100,19 @@ time.sleep(300)
 def test_a_listener_of_torch_is_hidden_though_it_takes_every_interface(host, client):
     """torch's own TCPStore as several cards have one, run by the service's user; with the rules, and without them."""
     unit = "edge-tcpstore"
-    host.run("systemctl stop %s; rm -f /tmp/tcpstore; install -o vllm -m 644 /dev/null /tmp/tcpstore", unit)
+    host.run("systemctl stop %s; rm -f /run/edge-tcpstore", unit)
     start = [
         "systemd-run",
         f"--unit={unit}",
         "--collect",
         "--uid=vllm",
-        "--property=StandardOutput=file:/tmp/tcpstore",
+        "--property=StandardOutput=file:/run/edge-tcpstore",
         "--setenv=HOME=/tmp",
     ]
     host.check_output(shlex.join([*start, "/opt/vllm-lowmem/current/env/bin/python", "-c", STORE]))
     try:
-        until(lambda: host.file("/tmp/tcpstore").content_string.strip(), 120, "a TCPStore")
-        port = int(host.file("/tmp/tcpstore").content_string)
+        until(lambda: host.run("cat /run/edge-tcpstore").stdout.strip(), 300, "a TCPStore")
+        port = int(host.file("/run/edge-tcpstore").content_string)
         assert re.search(rf"(\*|0\.0\.0\.0|\[::\]):{port}\b", host.check_output("ss --no-header -ltn")), "it listens on every interface"
         assert host.run(f"timeout 5 bash -c '</dev/tcp/127.0.0.1/{port}'").rc == 0
         assert open_ports(client, [port]) == []
@@ -170,8 +170,8 @@ def test_a_completion_with_each_key_and_none_without(client):
 def renew(host, client, name):
     """Puts another pair where the certificate lies, as a site's own tool does."""
     command = (
-        f"cd {CERTIFICATE.rsplit('/', 1)[0]} && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 -subj /CN={name} "
-        f"-addext subjectAltName=DNS:edge-one,IP:{client.address} -keyout key.new -out new && mv key.new key.pem && mv new certificate.pem"
+        f"cd {CERTIFICATE.rsplit('/', 1)[0]} && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 "
+        f"-subj /CN={name} -addext subjectAltName=DNS:edge-one,IP:{client.address} -keyout key.new -out new && mv key.new key.pem && mv new certificate.pem"
     )
     host.check_output(f"sh -c {shlex.quote(command)} 2>/dev/null")
 
