@@ -100,19 +100,19 @@ time.sleep(300)
 def test_a_listener_of_torch_is_hidden_though_it_takes_every_interface(host, client):
     """torch's own TCPStore as several cards have one, run by the service's user; with the rules, and without them."""
     unit = "edge-tcpstore"
-    host.run("systemctl stop %s; rm -f /tmp/tcpstore; install -o vllm -m 644 /dev/null /tmp/tcpstore", unit)
+    host.run("systemctl stop %s; rm -f /run/edge-tcpstore", unit)
     start = [
         "systemd-run",
         f"--unit={unit}",
         "--collect",
         "--uid=vllm",
-        "--property=StandardOutput=file:/tmp/tcpstore",
+        "--property=StandardOutput=file:/run/edge-tcpstore",
         "--setenv=HOME=/tmp",
     ]
     host.check_output(shlex.join([*start, "/opt/vllm-lowmem/current/env/bin/python", "-c", STORE]))
     try:
-        until(lambda: host.file("/tmp/tcpstore").content_string.strip(), 120, "a TCPStore")
-        port = int(host.file("/tmp/tcpstore").content_string)
+        until(lambda: host.run("cat /run/edge-tcpstore").stdout.strip(), 300, "a TCPStore")
+        port = int(host.file("/run/edge-tcpstore").content_string)
         assert re.search(rf"(\*|0\.0\.0\.0|\[::\]):{port}\b", host.check_output("ss --no-header -ltn")), "it listens on every interface"
         assert host.run(f"timeout 5 bash -c '</dev/tcp/127.0.0.1/{port}'").rc == 0
         assert open_ports(client, [port]) == []
@@ -167,27 +167,39 @@ def test_a_completion_with_each_key_and_none_without(client):
         assert client.ask("POST", "/v1/completions", key, COMPLETION)[0] == 401
 
 
+def renew(host, client, name):
+    """Puts another pair where the certificate lies, as a site's own tool does."""
+    command = (
+        f"cd {CERTIFICATE.rsplit('/', 1)[0]} && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 "
+        f"-subj /CN={name} -addext subjectAltName=DNS:edge-one,IP:{client.address} -keyout key.new -out new && mv key.new key.pem && mv new certificate.pem"
+    )
+    host.check_output(f"sh -c {shlex.quote(command)} 2>/dev/null")
+
+
 def test_a_stream_outlives_a_renewed_certificate(host, client):
-    """The certificate on the disk is another one while a stream runs: it is noticed, new connections get it, the stream ends whole."""
-    body = {**COMPLETION, "max_tokens": 1500, "stream": True}
+    """The certificate on the disk is another one while a stream runs: new connections get it, and the stream ends whole."""
+    body = {**COMPLETION, "max_tokens": 300, "stream": True}
     client.ask("GET", "/v1/models", KEYS["alice"])
-    command = ["curl", "--silent", "--no-buffer", "--max-time", "900", "--cacert", "/tmp/before.pem"]
+    command = ["curl", "--silent", "--no-buffer", "--max-time", "1800", "--cacert", "/tmp/before.pem"]
     command += ["--header", f"Authorization: Bearer {KEYS['alice']}", "--header", "Content-Type: application/json"]
     command += ["--data", json.dumps(body), f"https://{client.address}/v1/completions"]
+    before = served(client)
     client.shell.run(f"rm -f /tmp/stream; cp /tmp/gateway.pem /tmp/before.pem; {shlex.join(command)} >/tmp/stream 2>&1 &")
     until(lambda: "data: {" in client.shell.run("head -c 300 /tmp/stream").stdout, 300, "the first token")
-    before = served(client)
-    folder = CERTIFICATE.rsplit("/", 1)[0]
-    renew = (
-        f"cd {folder} && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 -subj /CN=renewed -addext "
-        f"subjectAltName=DNS:edge-one,IP:{client.address} -keyout key.new -out new && mv key.new key.pem && mv new certificate.pem"
-    )
-    host.check_output(f"sh -c {shlex.quote(renew)} 2>/dev/null")
-    until(lambda: served(client) != before, 180, "the renewed certificate")
+    renew(host, client, "streaming")
+    host.check_output("systemctl start vllm-gateway-look@main.service")
     assert "[DONE]" not in client.shell.run("tail -c 300 /tmp/stream").stdout, "the stream ended before the reload: nothing was proven"
-    assert client.ask("POST", "/v1/completions", KEYS["bob"], COMPLETION)[0] == 200
-    until(lambda: "data: [DONE]" in client.shell.run("tail -c 300 /tmp/stream").stdout, 900, "the end of the stream")
-    assert client.shell.check_output("grep -c '^data: {' /tmp/stream").strip() == "1500"
+    assert served(client) not in ("", before)
+    assert client.ask("GET", "/v1/models", KEYS["bob"])[0] == 200
+    until(lambda: "data: [DONE]" in client.shell.run("tail -c 300 /tmp/stream").stdout, 1800, "the end of the stream")
+    assert client.shell.check_output("grep -c '^data: {' /tmp/stream").strip() == "300"
+
+
+def test_a_renewed_certificate_is_noticed(host, client):
+    before = served(client)
+    renew(host, client, "noticed")
+    until(lambda: served(client) not in ("", before), 240, "the renewed certificate")
+    assert client.ask("GET", "/v1/models", KEYS["bob"])[0] == 200
     figures = host.check_output("curl --silent --fail http://127.0.0.1:9444/metrics")
     assert "\nlowmem_gateway_configuration_loaded 1\n" in figures
     left = float(re.search(r"\nlowmem_gateway_certificate_not_after_seconds (\d+)\n", figures)[1]) - float(host.check_output("date +%s"))
