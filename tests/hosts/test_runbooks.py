@@ -1,5 +1,5 @@
 """The commands in the runbooks that need no GPU host run, as they stand (blocks marked `bash run`). Those marked `bash host` run in the
-gpu_driver scenario, those marked `bash service` in scenario service, those marked `bash edge` and `bash monitoring` in scenario edge, those
+gpu_driver scenario, those marked `bash service` in scenario service, those marked `bash edge` in scenario edge, those
 marked `bash demo` on the demo's deployment. Every file and variable that a runbook names exists."""
 
 import os

@@ -102,7 +102,7 @@ def test_each_alert_names_a_runbook_that_names_it(alert: str) -> None:
     assert alert in runbook.read_text(), "the runbook does not say that it is for this alert"
 
 
-NEW = ["kv-cache-full", "memory-over-plan", "gpu-errors", "gpu-throttled", "certificate-ends", "swap-in-use", "monitoring-blind"]
+NEW = ["kv-cache-full", "memory-over-plan", "gpu-errors", "gpu-throttled", "swap-in-use", "monitoring-blind"]
 
 
 @pytest.mark.parametrize("name", NEW)

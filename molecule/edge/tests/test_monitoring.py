@@ -1,16 +1,13 @@
 """The real Prometheus and exporters beside the real engine: what is scraped, what the rules make of the plan, and an alert that fires."""
 
 import json
-import re
 import time
-from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
 testinfra_hosts = ["edge-one"]
 
-RUNBOOKS = Path(__file__).parents[3] / "docs/runbooks"
 GATEWAY = "/etc/systemd/system/vllm-gateway@main.service"
 PLAN = "/opt/vllm-lowmem/etc/plan.json"
 COMPLETION = """
@@ -131,22 +128,6 @@ def test_all_of_it_listens_on_loopback_only(host):
 def test_what_is_kept_is_bounded(host):
     flags = api(host, "status/flags")
     assert (flags["storage.tsdb.retention.time"], flags["storage.tsdb.retention.size"]) == ("15d", "4GiB")
-
-
-def quoted():
-    """The commands that runbooks quote for a host with role monitoring: blocks marked `bash monitoring`."""
-    block = re.compile(r"^( *)```bash monitoring\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-    for path in sorted(RUNBOOKS.glob("*.md")):
-        for _, text in block.findall(path.read_text()):
-            for line in filter(None, map(str.strip, text.splitlines())):
-                yield pytest.param(line, id=f"{path.stem}: {line[:50]}")
-
-
-@pytest.mark.parametrize("command", quoted())
-def test_runbook_commands_run(host, command):
-    assert serving(host)
-    done = host.run("bash -euo pipefail -c %s", command)
-    assert done.rc == 0, done.stderr + done.stdout
 
 
 def firing(host):
