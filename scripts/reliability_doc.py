@@ -3,7 +3,7 @@
     LOWMEM_SLOW=1 .lowmem/venv/bin/pytest -m fault && make molecule SCENARIO=service && .lowmem/venv/bin/python scripts/reliability_doc.py
 
 A fault that was not injected again keeps its row, with the day and the load of that run. One that has neither a record nor a row, or whose
-injection or expectation is another one since, is an error: the page holds only what was seen.
+injection or expectation is another one since, has no row and is named above the table: the page holds only what was seen.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ runs `tests/faults/test_units.py` and `test_unit_plays.py`).
 Not to be had on the machine of these runs: a kernel that enforces MemoryMax in the hosts (scenario `vm` has one), a clock of a host's own
 (`unit-clock-jump` shows the service's programs another one), a card.
 
+Written and not seen yet: {unseen}.
+
 | fault | injected | expected | seen | recovery | runbook |
 |---|---|---|---|--:|---|
 """
@@ -73,14 +75,13 @@ def main() -> None:
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
     page = kept(PAGE.read_text())
     rows = {name: row(name, fault, records.get(name), page.get(name)) for name, fault in catalogue.items()}
-    missing = [name for name, found in rows.items() if found is None]
-    if missing:
-        sys.exit(f"no record in {RECORDS} of {', '.join(missing)}: run the tests first that inject them")
+    unseen = [name for name, found in rows.items() if found is None]
     plan = json.loads((REPOSITORY / ".lowmem/host/etc/plan.json").read_text())
-    head = HEAD.format(vllm=plan["vllm_version"], **host_facts())
+    head = HEAD.format(unseen=", ".join(unseen) or "none", vllm=plan["vllm_version"], **host_facts())
     write_text(PAGE, head + "\n".join(f"| {' | '.join(found)} |" for found in rows.values() if found))
-    again = [name for name in rows if name not in records]
-    sys.stdout.write(f"{len(rows) - len(again)} rows from records; as they stood: {', '.join(again) or 'none'}\n")
+    again = [name for name in rows if name not in records and name not in unseen]
+    sys.stdout.write(f"from records: {len(rows.keys() & records.keys())} rows\nas they stood: {', '.join(again) or 'none'}\n")
+    sys.stdout.write(f"without a row: {', '.join(unseen) or 'none'}\n")
 
 
 if __name__ == "__main__":

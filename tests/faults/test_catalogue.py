@@ -15,7 +15,9 @@ PAGE = (ROOT / "docs/reliability.md").read_text()
 
 def test_the_page_lists_exactly_the_catalogue() -> None:
     rows = re.findall(r"^\| \*\*([\w-]+)\*\*: (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", PAGE, re.MULTILINE)
-    assert [row[:4] for row in rows] == [(name, f["fault"], f["injected"], f["expected"]) for name, f in CATALOGUE.items()]
+    [unseen] = re.findall(r"^Written and not seen yet: (.+)\.$", PAGE, re.MULTILINE)
+    seen = {name: f for name, f in CATALOGUE.items() if name not in unseen.split(", ")}
+    assert [row[:4] for row in rows] == [(name, f["fault"], f["injected"], f["expected"]) for name, f in seen.items()]
     assert all(seen.strip() for *_, seen, _ in rows)
 
 

@@ -85,14 +85,15 @@ def test_a_worker_without_memory(node: Node, fault: Any) -> None:
     before = node.family()
     began = time.monotonic()
     size_bytes = int(node.sh(f"grep VmSize: /proc/{before['worker']}/status").split()[1]) * 1024
-    node.sh(f"prlimit --pid {before['worker']} --as={size_bytes}:")
+    # as its own user: a container's root may not
+    node.sh(f"runuser --user vllm -- prlimit --pid {before['worker']} --as={size_bytes}:")
     ledger = Ledger()
     with ThreadPoolExecutor(8) as pool:
         prompts = [[11 + n] * 1900 for n in range(8)]
         ledger.entries = list(pool.map(lambda n: node.client.complete(32, prompts[n], n % 2 == 0), range(8)))
     ledger.nothing_lost()
     fault.saw(str(ledger))
-    run_there(node.record, f"prlimit --pid {before['worker']} --as=unlimited:")
+    run_there(node.record, f"runuser --user vllm -- prlimit --pid {before['worker']} --as=unlimited:")
     fault.recovery_s = node.client.recovery_s(began)
     node.until_active()
     same = node.family() == before
