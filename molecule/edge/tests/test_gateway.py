@@ -169,11 +169,9 @@ def test_a_completion_with_each_key_and_none_without(client):
 
 def renew(host, client, name):
     """Puts another pair where the certificate lies, as a site's own tool does."""
-    command = (
-        f"cd {CERTIFICATE.rsplit('/', 1)[0]} && openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 "
-        f"-subj /CN={name} -addext subjectAltName=DNS:edge-one,IP:{client.address} -keyout key.new -out new "
-        "&& mv key.new key.pem && mv new certificate.pem"
-    )
+    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 -keyout key.new -out new"
+    names = f"-subj /CN={name} -addext subjectAltName=DNS:edge-one,IP:{client.address}"
+    command = f"cd {CERTIFICATE.rsplit('/', 1)[0]} && {make} {names} && mv key.new key.pem && mv new certificate.pem"
     host.check_output(f"sh -c {shlex.quote(command)} 2>/dev/null")
 
 
