@@ -34,7 +34,8 @@ def no_gateway_error(ctx: Any, response: Any, case: Any) -> None:
 def map_body(ctx: Any, body: Any) -> Any:
     """Answers of a few tokens: this is about what stands before the engine."""
     if isinstance(body, dict):
-        limits = {"max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "n": 1, "best_of": 1, "min_tokens": 0}
-        body |= {name: value for name, value in limits.items() if isinstance(body.get(name), int)}
-        body.setdefault("max_tokens", 2)
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+            if not isinstance(body.get(name), str | list | dict):
+                body[name] = 2
+        body |= {name: value for name, value in {"n": 1, "best_of": 1, "min_tokens": 0}.items() if isinstance(body.get(name), int)}
     return body

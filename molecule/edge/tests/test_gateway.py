@@ -1,5 +1,6 @@
 """What another host can reach of the service, and how: after the play, and again after a reboot."""
 
+import base64
 import json
 import re
 import shlex
@@ -255,11 +256,12 @@ def test_the_log_names_keys_and_holds_none(host, client):
     client.ask("GET", "/v1/models", KEYS["bob"])
     last = json.loads(host.check_output("tail -n 1 /var/log/vllm-gateway/main/access.log"))
     assert (last["key"], last["path"], last["status"]) == ("bob", "/v1/models", 200)
-    # the journal holds this test's own commands, which sudo notes
-    for key in KEYS.values():
-        assert host.run("grep -rlF --exclude-dir=journal -e %s /var/log /run /etc 2>/dev/null", key).stdout.split() == [
-            next(iter(host.check_output("ls -d /etc/vllm-gateway/main.*/").split())) + "keys.conf"
-        ]
+    place = host.check_output("readlink -f /etc/vllm-gateway/main") + "/keys.conf"
+    for name, key in KEYS.items():
+        # as it is, as a pattern, and as a browser sends it; the journal holds this test's own commands, which sudo notes
+        forms = (key, re.escape(key), base64.b64encode(f"{name}:{key}".encode()).decode())
+        words = " ".join(f"-e {shlex.quote(form)}" for form in forms)
+        assert host.run(f"grep -rlF --exclude-dir=journal {words} /var/log /run /etc 2>/dev/null").stdout.split() == [place]
     assert host.file("/etc/vllm-gateway/main/keys.conf").mode == 0o600
     assert host.run("logrotate --debug /etc/logrotate.d/vllm-gateway-main").rc == 0
 
