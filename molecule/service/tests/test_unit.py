@@ -103,6 +103,8 @@ def test_another_user_cannot_read_the_key_or_the_cache(host, instance):
     assert (host.file(f"{root}/etc/vllm.env").mode, host.file(f"{root}/etc/vllm.env").user) == (0o600, "vllm")
     for name in ("cache", "log"):
         assert (host.file(f"{root}/{name}").mode, host.file(f"{root}/{name}").user) == (0o700, "vllm")
+    # systemd would make it as root's own, whom nobody measures as
+    assert (host.file(f"{root}/log/vllm.log").mode, host.file(f"{root}/log/vllm.log").user) == (0o600, "vllm")
 
 
 def test_each_listens_where_its_plan_says_and_nowhere_else(host):
