@@ -189,7 +189,9 @@ def test_reset(node: Node, first: str) -> None:
         assert said.endswith("rc=0"), said
         assert ("changed=0" in said) is not changed, said
     assert node.sh(f"ls -d {ROOT} 2>/dev/null || true") == ""
-    assert node.sh("cd /etc/systemd/system; ls -d vllm*") == "vllm-watchdog@second.service\nvllm@second.service\n"
+    assert node.sh("cd /etc/systemd/system; ls -d vllm*") .split() == [
+        "vllm-watchdog@second.service", "vllm@second.service", "vllm@second.service.wants",
+    ]  # fmt: skip
     assert node.sh("ls /etc/logrotate.d | grep vllm") == "vllm-second\n"
     assert ":8000 " not in node.sh("ss --no-header --listening --tcp --numeric")
     # what the other instance of this host needs is all there
