@@ -114,7 +114,7 @@ def test_the_host_is_read_in_its_sandbox(host):
     until(lambda: "Result=success" in host.check_output("systemctl show vllm-host-metrics.service --property=Result"), 60)
     said = host.check_output("systemctl show vllm-host-metrics.service --property=Result,ExecMainStatus")
     assert set(said.splitlines()) == {"Result=success", "ExecMainStatus=0"}
-    assert float(host.check_output("date +%%s")) - host.file("/var/lib/prometheus/node-exporter/vllm_lowmem.prom").mtime.timestamp() < 180
+    assert float(host.check_output("date +%s")) - host.file("/var/lib/prometheus/node-exporter/vllm_lowmem.prom").mtime.timestamp() < 180
     [sample] = until(lambda: query(host, 'time() - node_textfile_mtime_seconds{file=~".*vllm_lowmem.prom"}'), 60)
     assert float(sample["value"][1]) < 180
     assert query(host, "node_textfile_scrape_error")[0]["value"][1] == "0"
