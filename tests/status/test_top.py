@@ -139,9 +139,18 @@ def test_in_a_pipe_it_is_plain_lines_and_ends_with_its_reader(server: StubServer
     assert "\x1b" not in done.stdout
 
 
+def heed_interrupts() -> None:
+    """A shell that starts the tests in the background has its children ignore them."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupt_ends_it_without_a_word(server: StubServer, plan_file: Path) -> None:
     with subprocess.Popen(
-        [*COMMAND, "--plan", str(plan_file), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, "--plan", str(plan_file), "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interrupts,
     ) as running:
         assert running.stdout is not None
         assert json.loads(running.stdout.readline())["state"] == "serving"
@@ -153,6 +162,7 @@ def test_an_interrupt_ends_it_without_a_word(server: StubServer, plan_file: Path
 def test_in_a_terminal_it_draws_and_gives_the_screen_back(server: StubServer, plan_file: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
+        heed_interrupts()
         os.environ["TERM"] = "xterm-256color"
         os.execv(sys.executable, [*COMMAND, "--plan", str(plan_file)])
     shown = b""
