@@ -31,11 +31,11 @@ def no_gateway_error(ctx: Any, response: Any, case: Any) -> None:
 
 
 @schemathesis.hook
-def map_body(ctx: Any, body: Any) -> Any:
-    """Answers of a few tokens: this is about what stands before the engine."""
+def before_call(ctx: Any, case: Any, kwargs: Any) -> None:
+    """Answers of a few tokens, in every phase: this is about what stands before the engine."""
+    body = case.body
     if isinstance(body, dict):
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if not isinstance(body.get(name), str | list | dict):
                 body[name] = 2
         body |= {name: value for name, value in {"n": 1, "best_of": 1, "min_tokens": 0}.items() if isinstance(body.get(name), int)}
-    return body
