@@ -63,9 +63,9 @@ def playbook() -> Playbook:
 
 
 @pytest.fixture
-def clean_root(tmp_path: Path) -> Iterator[Path]:
-    """A lowmem_root that does not exist; it must not exist after the test either."""
-    root = tmp_path / "host"
+def clean_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A lowmem_root that does not exist, nor after the test; short, as a root must be, where tmp_path takes the test's name."""
+    root = tmp_path_factory.mktemp("root") / "host"
     yield root
     assert not root.exists(), "the host was changed"
 

@@ -48,7 +48,7 @@ def test_bad_input_is_one_clear_line(case: str, playbook: Any, clean_root: Path)
     assert "failed=1" in done.text
     assert done.changed == 0
     for word in words:
-        assert word in done.flat
+        assert word in done.flat, done.text[-3000:]
     assert "Traceback" not in done.text
 
 
