@@ -16,6 +16,7 @@ import pytest
 
 from lowmem import manifest
 
+from .stub_hub import COMMIT, FILES, StubHub
 from .support import HOST, PYTHON, REPOSITORY, include, play
 
 
@@ -83,3 +84,15 @@ def on_host() -> Callable[..., dict[str, Any]]:
         return answer
 
     return run
+
+
+@pytest.fixture(scope="session")
+def downloader(environment: Callable[..., Path]) -> Path:
+    return environment("model-source", "1", torch=False)
+
+
+@pytest.fixture
+def hub() -> Iterator[StubHub]:
+    stub = StubHub(FILES, COMMIT)
+    yield stub
+    stub.close()

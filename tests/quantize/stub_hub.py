@@ -9,9 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def weights(size: int) -> bytes:
+    """A whole safetensors file: one tensor of `size` bytes."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(i % 251 for i in range(size))
+
+
+FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(40_000_000), "pytorch_model.bin": b"x" * 2000}
 
 
 class StubHub:

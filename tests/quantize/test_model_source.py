@@ -7,10 +7,9 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +17,11 @@ import pytest
 
 from lowmem import manifest
 
-from .stub_hub import StubHub
+from .stub_hub import COMMIT, FILES, StubHub, weights
 from .support import HOST, PYTHON, REPOSITORY, include, play
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 PATTERNS = ["*.safetensors", "*.json"]
 SCRIPTS = REPOSITORY / "roles/model_source/files"
-
-
-def weights(size: int) -> bytes:
-    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
-    return struct.pack("<Q", len(header)) + header + bytes(i % 251 for i in range(size))
-
-
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(40_000_000), "pytorch_model.bin": b"x" * 2000}
-
-
-@pytest.fixture(scope="module")
-def downloader(environment: Callable[..., Path]) -> Path:
-    return environment("model-source", "1", torch=False)
-
-
-@pytest.fixture
-def hub() -> Iterator[StubHub]:
-    stub = StubHub(FILES, COMMIT)
-    yield stub
-    stub.close()
 
 
 def spec(models: Path, source: dict[str, Any]) -> dict[str, Any]:

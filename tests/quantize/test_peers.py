@@ -11,30 +11,18 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lowmem import manifest
 
-from .stub_hub import StubHub
+from .stub_hub import COMMIT, FILES, StubHub
 from .support import HOST, PYTHON, REPOSITORY
-from .test_model_source import COMMIT, FILES, PATTERNS, SCRIPTS, command, contents, fetch, from_hub
+from .test_model_source import PATTERNS, SCRIPTS, command, contents, fetch, from_hub
 
 SHARE = (SCRIPTS / "share_model.py").read_text()
-
-
-@pytest.fixture(scope="module")
-def downloader(environment: Callable[..., Path]) -> Path:
-    return environment("model-source", "1", torch=False)
-
-
-@pytest.fixture
-def hub() -> Iterator[StubHub]:
-    stub = StubHub(FILES, COMMIT)
-    yield stub
-    stub.close()
 
 
 class Giver:
