@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,6 +112,57 @@ def test_another_lock_is_another_build(build_env: ModuleType, calls: list[str], 
     build_env.ensure(tmp_path / "env", spec("d"))
     build_env.ensure(tmp_path / "env", spec("e"))
     assert calls == ["build", "build"]
+
+
+def venv(folder: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    pip = folder / "bin/pip"
+    pip.write_text(f"#!{folder}/bin/python3\nimport sys\nprint(sys.prefix)\n")
+    pip.chmod(0o755)
+    packages = next(folder.glob("lib/*/site-packages"))
+    (packages / "pip.py").touch()
+
+
+def test_an_environment_built_through_a_link_is_whole_while_the_link_is_there(
+    build_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As /opt/vllm -> /data/vllm: its scripts name the link. What was made of it names itself; without the link it is made again."""
+    made: list[Path] = []
+
+    def build(env: Path, spec: dict[str, Any]) -> None:
+        made.append(env)
+        shutil.rmtree(env, ignore_errors=True)
+        venv(env)
+
+    monkeypatch.setattr(build_env, "build", build)
+    monkeypatch.setattr(build_env, "install_wheels", lambda env, wheels: None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    build_env.ensure(tmp_path / "link/env", spec())
+    assert (tmp_path / "data/env/bin/pip").read_text().startswith(f"#!{tmp_path}/link/env/bin/")
+    build_env.ensure(tmp_path / "data/env-2", spec(wheels=("lowmem-1.whl",)))
+    assert len(made) == 1
+    (tmp_path / "link").unlink()
+    assert subprocess.check_output([tmp_path / "data/env-2/bin/pip"], text=True).strip() == f"{tmp_path}/data/env-2"
+    build_env.ensure(tmp_path / "data/env", spec())
+    assert made == [tmp_path / "link/env", tmp_path / "data/env"]
+    assert subprocess.check_output([tmp_path / "data/env/bin/pip"], text=True).strip() == f"{tmp_path}/data/env"
+
+
+def test_scripts_of_a_path_that_is_too_long_for_a_first_line(build_env: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/pip").write_text("#!/bin/sh\n'''exec' /a/long/path/bin/python3.11 \"$0\" \"$@\"\n' '''\nimport sys\n")
+    assert build_env.home(tmp_path) == Path("/a/long/path")
+
+
+def test_it_is_asked_without_being_changed(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+    script = REPOSITORY / "roles/python_env/files/build_env.py"
+    asked = [sys.executable, str(script), str(tmp_path / "env")]
+    assert subprocess.check_output(asked, text=True) == "null\n"
+    assert list(tmp_path.iterdir()) == []
+    venv(tmp_path / "env")
+    (tmp_path / "env/.complete").write_text('{"digest": "d"}')
+    assert subprocess.check_output(asked, text=True) == '{"digest": "d"}\n'
 
 
 def preflight(*arguments: str) -> str:

@@ -2,6 +2,7 @@
 
 build_env.py ENV SPEC: the folder to make, and a JSON object {stamp, lock, torch_lock, torch_index, wheels}. Run it with the Python
 that the environment is to have. Progress goes to stdout, the noise of pip to stderr. Standard library only.
+build_env.py ENV: the stamp of a complete environment, or null; changes nothing.
 
 An environment is never changed once it is complete: other wheels are another folder, so that whoever runs in the old one keeps it. The new
 one is then made of hard links to an old one with the same lock, in seconds and without room of its own.
@@ -81,10 +82,23 @@ def install_wheels(env: Path, wheels: list[str]) -> None:
         pip(env, "--no-index", "--force-reinstall", wheel)
 
 
+def home(env: Path) -> Path | None:
+    """The folder that its scripts start their Python from: not `env` where that was reached by a link when it was built, or moved since."""
+    try:
+        start = (env / "bin/pip").read_bytes()[:1000]
+    except OSError:
+        return None
+    # a path too long for a first line stands in the second
+    found = re.search(rb"^(?:#!|'''exec' )(/.+?)/bin/python", start, re.M)
+    return Path(os.fsdecode(found[1])) if found else None
+
+
 def works(env: Path) -> bool:
-    """Whether its Python starts: it does not when the system's own was upgraded away."""
-    python = env / "bin/python"
-    return python.exists() and subprocess.run([str(python), "-c", "import pip"], capture_output=True, check=False).returncode == 0
+    """Whether its Python starts, which it does not when the system's own was upgraded away, and whether its scripts start that one."""
+    named = home(env)
+    if named is None or named.resolve() != env.resolve():
+        return False
+    return subprocess.run([str(env / "bin/python"), "-c", "import pip"], capture_output=True, check=False).returncode == 0
 
 
 def stamp_of(env: Path) -> dict[str, Any] | None:
@@ -119,13 +133,13 @@ def clone(old: Path, env: Path) -> None:
     say(f"{env.name}: made of {old.name}")
     shutil.rmtree(env, ignore_errors=True)
     # where the old folder is reached by a link, its scripts name either path
-    names = [str(path).encode() for path in dict.fromkeys((old, old.resolve()))]
+    names = b"|".join(re.escape(os.fsencode(path)) for path in (home(old) or old, old, old.resolve()))
+    named = re.compile(rb"(?:" + names + rb")(?![\w.-])")
     shutil.copytree(old.resolve(), env, symlinks=True, copy_function=link, ignore=shutil.ignore_patterns(".complete"))
     for path in [env / "pyvenv.cfg", *(env / "bin").iterdir()]:
         content = b"" if path.is_symlink() or not path.is_file() else path.read_bytes()
-        if any(name in content for name in names):
-            for name in names:
-                content = content.replace(name, str(env).encode())
+        if named.search(content):
+            content = named.sub(lambda _: os.fsencode(env), content)
             beside = path.with_name(f".{path.name}.new")
             beside.write_bytes(content)
             beside.chmod(path.stat().st_mode & 0o7777)
@@ -155,8 +169,12 @@ def ensure(env: Path, spec: dict[str, Any]) -> None:
 
 
 def main() -> int:
+    if len(sys.argv) == 2:
+        say(json.dumps(stamp_of(Path(sys.argv[1]))))
+        return 0
     try:
-        ensure(Path(sys.argv[1]), json.loads(sys.argv[2]))
+        # by its real path, which its scripts then name: a link on the way to it may go
+        ensure(Path(sys.argv[1]).resolve(), json.loads(sys.argv[2]))
     except subprocess.CalledProcessError as error:
         sys.stderr.write(f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status {error.returncode}\n")
         return 1
