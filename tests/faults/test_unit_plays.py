@@ -4,10 +4,8 @@ one leaves no service. They need the host of Molecule's scenario `service` (LOWM
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,35 +17,12 @@ from typing import Any
 import pytest
 
 from .ledger import Entry, streaming
-from .node import INVENTORY, ROOT, UNIT, WATCHDOG, Node, needs_host
+from .node import ROOT, UNIT, WATCHDOG, Node, needs_host
+from .plays import play, start
 
 pytestmark = needs_host
-REPOSITORY = Path(__file__).resolve().parents[2]
-# a few requests are enough here, and the engine is killed in test_units.py
-SETTINGS = {"lowmem_verify_kill": False, "lowmem_verify_requests": 4}
 SMALLER = {"lowmem_overrides": {"max_num_seqs": 4}}
 ALICE = "sk-alice-0123456789abcdef"
-
-
-def start(name: str, *arguments: str, **variables: Any) -> subprocess.Popen[str]:
-    """As an operator runs it, with the repository's settings and Molecule's inventory; stdout has stderr as well."""
-    program = Path(sys.executable).with_name("ansible-playbook")
-    return subprocess.Popen(
-        [program, "-i", INVENTORY, f"playbooks/{name}.yml", "-e", json.dumps({**SETTINGS, **variables}), *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_HOST_KEY_CHECKING": "false", "ANSIBLE_NOCOLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def play(name: str, *arguments: str, **variables: Any) -> str:
-    """What it says, its line breaks taken out; its status is its last word."""
-    with start(name, *arguments, **variables) as process:
-        said, _ = process.communicate()
-    return f"{' '.join(said.split())} rc={process.returncode}"
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_a_name_that_is_none_is_one_line():
     done = subprocess.run([sys.executable, ROOT / "molecule/run", "gpu_drivers"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert line.startswith("no scenario gpu_drivers: there are cuda_toolkit, ")
+    assert line.startswith("no scenario gpu_drivers: there are cluster, cuda_toolkit, ")
 
 
 def test_slow_ones_are_run_by_name_only():

@@ -1,0 +1,204 @@
+"""Two replicas with the real engine behind the router, under load from outside. They need the hosts of Molecule's scenario `cluster`,
+which runs this file (LOWMEM_CLUSTER_HOSTS), and Molecule's inventory of them. The last test leaves them upgraded."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from .ledger import Client, Entry
+from .node import Node
+from .plays import play
+
+HOSTS = os.environ.get("LOWMEM_CLUSTER_HOSTS", "")
+pytestmark = pytest.mark.skipif(not HOSTS, reason="runs on three systemd hosts: make molecule SCENARIO=cluster")
+KEY, MODEL = "sk-fleet-0123456789abcdefABCDEF", "SmolLM2-135M-Instruct"
+
+
+@dataclass
+class Load:
+    """What closed-loop clients saw: (when it began, how it ended) of each request, in the order of their ends."""
+
+    seen: list[tuple[float, Entry]] = field(default_factory=list)
+
+    def all_answered(self) -> None:
+        assert [(began, entry) for began, entry in self.seen if entry.end != "answer"] == []
+
+    def __str__(self) -> str:
+        answered = sum(entry.end == "answer" for _, entry in self.seen)
+        return f"{answered} of {len(self.seen)} requests answered whole"
+
+
+@contextmanager
+def constant_load(client: Client, clients: int = 4, streams: bool = False, tokens: int = 20) -> Iterator[Load]:
+    """Each client asks again as soon as it is answered, while the block runs; with `streams` every second one streams."""
+    load, over = Load(), threading.Event()
+
+    def ask(number: int) -> None:
+        while not over.is_set():
+            began = time.monotonic()
+            entry = client.complete(tokens, f"Story {number}: ", streams and number % 2 == 0)
+            load.seen.append((began, entry))
+            if entry.end != "answer":
+                time.sleep(1)
+
+    with ThreadPoolExecutor(clients) as pool:
+        asking = [pool.submit(ask, number) for number in range(clients)]
+        try:
+            yield load
+        finally:
+            over.set()
+        for one in asking:
+            one.result()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    one: Node
+    two: Node
+    router: Client
+    router_record: dict[str, Any]
+
+    def workers(self) -> dict[str, bool]:
+        """Whether the router holds each replica for healthy, by its address."""
+        found = json.loads(self.router.get("/workers")[1])["workers"]
+        return {worker["url"]: worker["is_healthy"] for worker in found}
+
+
+def answered(node: Node) -> int:
+    """Requests that this replica's engine has finished since it started."""
+    text = node.client.get("/metrics")[1]
+    return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:request_success_total{"))
+
+
+def until(what: Any, timeout_s: float = 600) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def until_it_answers_more(node: Node) -> None:
+    before = answered(node)
+    until(lambda: answered(node) > before)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    records = {record["name"]: record for record in json.loads(HOSTS)}
+    one, two = (
+        Node(records[name], Client(f"http://{records[name]['address']}:8000", KEY, MODEL)) for name in ("cluster-one", "cluster-two")
+    )
+    router = records["cluster-router"]
+    return Cluster(one, two, Client(f"http://{router['address']}:8080", KEY, MODEL), router)
+
+
+def test_both_replicas_answer_behind_one_address(cluster: Cluster) -> None:
+    assert cluster.workers() == {cluster.one.client.url: True, cluster.two.client.url: True}
+    before = answered(cluster.one), answered(cluster.two)
+    with constant_load(cluster.router, streams=True) as load:
+        until(lambda: answered(cluster.one) >= before[0] + 2 and answered(cluster.two) >= before[1] + 2)
+    load.all_answered()
+
+
+def test_a_key_that_no_replica_has(cluster: Cluster) -> None:
+    assert cluster.router.complete(2, key="sk-somebody-elses").status == 401
+    assert cluster.workers() == {cluster.one.client.url: True, cluster.two.client.url: True}
+
+
+@pytest.mark.fault("cluster-replica-killed")
+def test_a_replica_that_is_killed(cluster: Cluster, fault: Any) -> None:
+    with constant_load(cluster.router) as load:
+        until_it_answers_more(cluster.one)
+        began = time.monotonic()
+        cluster.one.sh(f"kill -KILL {cluster.one.show('MainPID')}")
+        until(lambda: not cluster.workers()[cluster.one.client.url], 60)
+        out_s = time.monotonic() - began
+        until_it_answers_more(cluster.two)
+        cluster.one.until_active()
+        until(lambda: cluster.workers()[cluster.one.client.url], 60)
+        until_it_answers_more(cluster.one)
+        fault.recovery_s = time.monotonic() - began
+    load.all_answered()
+    fault.saw(f"{load}; out of the router's list after {out_s:.0f} s")
+
+
+@pytest.mark.fault("cluster-replica-cut")
+def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
+    link = ["ip", "link", "set", cluster.one.network_namespace()]
+    with constant_load(cluster.router) as load:
+        until_it_answers_more(cluster.one)
+        began = time.monotonic()
+        subprocess.run([*link, "down"], check=True)
+        try:
+            until(lambda: not cluster.workers()[cluster.one.client.url], 60)
+            out_s = time.monotonic() - began
+            until_it_answers_more(cluster.two)
+            while time.monotonic() - began < 40:
+                time.sleep(0.5)
+        finally:
+            subprocess.run([*link, "up"], check=True)
+        healed = time.monotonic()
+        until(lambda: cluster.workers()[cluster.one.client.url], 60)
+        until_it_answers_more(cluster.one)
+        fault.recovery_s = time.monotonic() - healed
+    load.all_answered()
+    # those that the replica had when it was cut off wait for it; nothing new waits
+    waited = [entry for start, entry in load.seen if began + out_s < start < healed - 1]
+    assert waited
+    fault.saw(f"{load}; out of the router's list after {out_s:.0f} s")
+
+
+@pytest.mark.fault("cluster-replica-slow")
+def test_a_replica_that_is_slow(cluster: Cluster, fault: Any) -> None:
+    unit = "vllm@main.service"
+    cluster.one.sh(f"systemctl set-property --runtime {unit} CPUQuota=20%")
+    try:
+        before = answered(cluster.one), answered(cluster.two)
+        with ThreadPoolExecutor(8) as pool:
+            entries = list(pool.map(lambda n: cluster.router.complete(20, f"Story {n}: "), range(40)))
+        slow, fast = answered(cluster.one) - before[0], answered(cluster.two) - before[1]
+    finally:
+        cluster.one.sh(f"systemctl set-property --runtime {unit} CPUQuota=")
+    assert [entry for entry in entries if entry.end != "answer"] == []
+    assert slow + fast == 40
+    assert slow < fast / 2
+    fault.saw(f"40 of 40 requests answered whole, {slow} by the slow replica and {fast} by the other")
+
+
+def test_one_replica_less_and_one_more(cluster: Cluster) -> None:
+    said = play("router", router_workers=[cluster.two.client.url])
+    assert said.endswith("rc=0"), said
+    assert cluster.workers() == {cluster.two.client.url: True}
+    before = answered(cluster.one)
+    assert [cluster.router.complete(2).end for _ in range(4)] == ["answer"] * 4
+    assert answered(cluster.one) == before
+    said = play("router")
+    assert said.endswith("rc=0"), said
+    assert cluster.workers() == {cluster.one.client.url: True, cluster.two.client.url: True}
+    said = play("router")
+    assert "changed=0" in said, said
+
+
+@pytest.mark.fault("cluster-upgrade")
+def test_an_upgrade_of_both(cluster: Cluster, fault: Any) -> None:
+    before = [node.running() for node in (cluster.one, cluster.two)]
+    with constant_load(cluster.router, streams=True) as load:
+        said = play("upgrade", lowmem_overrides={"max_num_seqs": 4})
+    assert said.endswith("rc=0"), said
+    load.all_answered()
+    after = [node.running() for node in (cluster.one, cluster.two)]
+    assert after[0] == after[1]
+    assert after[0] not in before
+    assert [node.argument("--max-num-seqs") for node in (cluster.one, cluster.two)] == ["4", "4"]
+    fault.saw(f"{load}")
