@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from lowmem.enginelog import EngineLog
@@ -111,8 +110,9 @@ def limit_findings(plan: Plan, service_peak_bytes: Sequence[int], loads: Sequenc
 def physics_findings(plan: Plan, loads: Sequence[LoadResult], same_device: bool) -> list[str]:
     """Results that cannot be: faster than the plan's floors (only on the device they are for), or against Little's law.
 
-    Little's law in a closed loop: clients = throughput x mean E2E. The last wave of requests does not fill all clients, so
-    a lower product is normal; a higher one, or one far lower, means that the clock or the count is wrong.
+    Little's law in a closed loop: clients = throughput x mean E2E. A client is idle only once no request is left to begin, which is at
+    most the longest request before the end: so much lower a product may be (a single wave says nothing). A higher one, or one lower
+    still, means that the clock or the count is wrong.
     """
     findings = []
     for load in loads:
@@ -128,9 +128,8 @@ def physics_findings(plan: Plan, loads: Sequence[LoadResult], same_device: bool)
         done = load.requests - load.failed
         busy = load.request_throughput_per_s * load.e2e_ms.mean / 1000
         usable = min(clients, done)
-        waves = math.ceil(done / usable)
-        fill = done / (waves * usable)
-        if not usable * fill * LITTLE_LOW <= busy <= usable * LITTLE_HIGH:
+        filled = max(0.0, 1 - load.e2e_ms.p99 / 1000 / load.duration_s)
+        if not usable * filled * LITTLE_LOW <= busy <= usable * LITTLE_HIGH:
             findings.append(
                 f"Little's law: {load.request_throughput_per_s:.3f} requests/s x {load.e2e_ms.mean / 1000:.2f} s"
                 f" = {busy:.2f} requests in flight, with {clients} clients"

@@ -94,6 +94,19 @@ def test_an_unfilled_last_wave_is_no_finding(requests: int) -> None:
     assert physics_findings(plan(), [measured], same_device=True) == []
 
 
+def test_one_wave_of_requests_of_unequal_length_is_no_finding() -> None:
+    """As seen: four requests of eight clients, the longest 5.2 s, 3.42 s on average."""
+    measured = result(requests=4, rate=0.771)
+    measured = measured.model_copy(update={"e2e_ms": Percentiles(mean=3420, p50=2829, p90=4700, p99=5150)})
+    assert physics_findings(plan(), [measured], same_device=True) == []
+
+
+def test_clients_that_wait_for_nothing_are_a_finding() -> None:
+    """24 requests in 36 s, where 8 clients with 6 s each would have taken 18 s."""
+    found = physics_findings(plan(), [result(rate=24 / 36)], same_device=True)
+    assert found == ["Little's law: 0.667 requests/s x 6.00 s = 4.00 requests in flight, with 8 clients"]
+
+
 def test_terms_beside_their_measurement() -> None:
     log = read(
         [
