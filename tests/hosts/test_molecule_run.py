@@ -1,5 +1,6 @@
 """Scenarios side by side: what holds the same thing takes turns, a failure is shown and does not stop the others, all in one table."""
 
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,9 @@ def runner(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LOCKS", tmp_path)
     monkeypatch.setattr(module, "hosts_used", lambda name: 100.0)
     monkeypatch.setattr(sys, "argv", ["run"])
+    # what it sets itself is as before afterwards
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setenv("MOLECULE_QUICK", "")
     return module
 
 
@@ -102,6 +106,18 @@ def test_the_longest_of_the_last_time_begins(runner, monkeypatch, capsys):
     say = "echo '[%s > create] Executing'"
     assert play(runner, monkeypatch, {n: say % n for n in ("short", "long", "new")}, {}) == 0
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if "create" in line] == ["new:", "long:", "short:"]
+
+
+def test_what_takes_long_is_left_out_of_all_and_in_by_name(runner, monkeypatch, tmp_path):
+    scripts = {n: f"echo ${{MOLECULE_QUICK:-whole}} >{tmp_path}/{n}" for n in "ab"}
+    assert play(runner, monkeypatch, scripts, {}) == 0
+    assert [(tmp_path / n).read_text() for n in "ab"] == ["1\n", "1\n"]
+    monkeypatch.delenv("MOLECULE_QUICK")
+    monkeypatch.setattr(sys, "argv", ["run", "a", "b"])
+    assert play(runner, monkeypatch, scripts, {}) == 0
+    assert [(tmp_path / n).read_text() for n in "ab"] == ["whole\n", "whole\n"]
+    steps = {path for path in (ROOT / "molecule").glob("*/*.yml") if "MOLECULE_QUICK" in path.read_text()}
+    assert {str(path.relative_to(ROOT)) for path in steps} == {"molecule/service/faults.yml", "molecule/edge/fuzz.yml"}
 
 
 def test_a_name_that_is_none_is_one_line():
