@@ -162,10 +162,11 @@ def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
 
 @contextmanager
 def slowed(node: Node) -> Iterator[None]:
-    """Its engine runs a fifth of the time; the API server, which answers /health, all of it. CPUQuota= is not enforced in these hosts."""
-    engine = node.family()["engine"]
-    loop = f"while sleep 0.2; do kill -STOP {engine}; sleep 0.8; kill -CONT {engine}; done"
-    node.sh(f"systemd-run --quiet --unit=slow --property=ExecStopPost='/bin/kill -CONT {engine}' bash -c {shlex.quote(loop)}")
+    """Engine and worker run half a second in five; the API server, which answers /health, always. CPUQuota= is not enforced in these hosts."""
+    family = node.family()
+    pids = f"{family['engine']} {family['worker']}"
+    loop = f"while sleep 0.5; do kill -STOP {pids}; sleep 4.5; kill -CONT {pids}; done"
+    node.sh(f"systemd-run --quiet --unit=slow --property=ExecStopPost='/bin/kill -CONT {pids}' bash -c {shlex.quote(loop)}")
     try:
         yield
     finally:
