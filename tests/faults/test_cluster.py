@@ -162,7 +162,7 @@ def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
 
 @contextmanager
 def slowed(node: Node) -> Iterator[None]:
-    """Engine and worker run half a second in five; the API server, which answers /health, always. CPUQuota= is not enforced in these hosts."""
+    """Engine and worker run half a second in five; the API server, which answers /health, always. These hosts enforce no CPUQuota=."""
     family = node.family()
     pids = f"{family['engine']} {family['worker']}"
     loop = f"while sleep 0.5; do kill -STOP {pids}; sleep 4.5; kill -CONT {pids}; done"
