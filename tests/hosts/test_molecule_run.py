@@ -23,6 +23,7 @@ def runner(tmp_path, monkeypatch):
     # what it sets itself is as before afterwards
     monkeypatch.setenv("PATH", os.environ["PATH"])
     monkeypatch.setenv("MOLECULE_QUICK", "")
+    monkeypatch.setenv("NO_COLOR", "")
     return module
 
 
@@ -109,13 +110,13 @@ def test_the_longest_of_the_last_time_begins(runner, monkeypatch, capsys):
 
 
 def test_what_takes_long_is_left_out_of_all_and_in_by_name(runner, monkeypatch, tmp_path):
-    scripts = {n: f"echo ${{MOLECULE_QUICK:-whole}} >{tmp_path}/{n}" for n in "ab"}
+    scripts = {n: f"echo ${{MOLECULE_QUICK:-whole}} $NO_COLOR >{tmp_path}/{n}" for n in "ab"}
     assert play(runner, monkeypatch, scripts, {}) == 0
-    assert [(tmp_path / n).read_text() for n in "ab"] == ["1\n", "1\n"]
+    assert [(tmp_path / n).read_text() for n in "ab"] == ["1 1\n", "1 1\n"]
     monkeypatch.delenv("MOLECULE_QUICK")
     monkeypatch.setattr(sys, "argv", ["run", "a", "b"])
     assert play(runner, monkeypatch, scripts, {}) == 0
-    assert [(tmp_path / n).read_text() for n in "ab"] == ["whole\n", "whole\n"]
+    assert [(tmp_path / n).read_text() for n in "ab"] == ["whole 1\n", "whole 1\n"]
     steps = {path for path in (ROOT / "molecule").glob("*/*.yml") if "MOLECULE_QUICK" in path.read_text()}
     assert {str(path.relative_to(ROOT)) for path in steps} == {"molecule/service/faults.yml", "molecule/edge/fuzz.yml"}
 
