@@ -1,6 +1,7 @@
 """The host with the service, and the client beside it that sees what any other host sees."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -8,6 +9,10 @@ import testinfra
 
 KEYS = {"alice": "sk-alice-0123456789abcdefABCDEF", "bob": "sk-bob~0123456789+/abcdef==", "limited": "sk-limited.0123456789abcdef"}
 MODEL = "SmolLM2-135M-Instruct"
+# where all scenarios run together
+needs_minutes = pytest.mark.skipif(
+    os.environ.get("MOLECULE_QUICK") == "1", reason="stops the engine, and waits for minutes: make molecule SCENARIO=edge"
+)
 CERTIFICATE = "/etc/vllm-gateway/main-tls/certificate.pem"
 
 

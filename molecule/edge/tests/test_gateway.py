@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CERTIFICATE, KEYS, MODEL
+from conftest import CERTIFICATE, KEYS, MODEL, needs_minutes
 
 testinfra_hosts = ["ansible://edge-one"]
 
@@ -224,6 +224,7 @@ def test_a_key_that_does_not_fit_is_not_loaded_and_is_told(host, client):
     assert "\nlowmem_gateway_configuration_loaded 1\n" in host.check_output("curl --silent http://127.0.0.1:9444/metrics")
 
 
+@needs_minutes
 def test_health_is_no_while_the_engine_hangs(host, client):
     """vLLM's own /health goes on saying 200."""
     engine = host.check_output("pgrep --full '^VLLM::EngineCore'")

@@ -5,6 +5,7 @@ import time
 from urllib.parse import quote
 
 import pytest
+from conftest import needs_minutes
 
 testinfra_hosts = ["edge-one"]
 
@@ -134,6 +135,7 @@ def firing(host):
     return {alert["labels"]["alertname"]: alert for alert in api(host, "alerts")["alerts"] if alert["state"] == "firing"}
 
 
+@needs_minutes
 def test_a_stopped_engine_raises_an_alert_and_a_started_one_ends_it(host):
     assert serving(host)
     try:

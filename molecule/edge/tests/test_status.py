@@ -5,7 +5,7 @@ import json
 import re
 import time
 
-from conftest import KEYS
+from conftest import KEYS, needs_minutes
 
 testinfra_hosts = ["ansible://edge-one"]
 
@@ -112,6 +112,7 @@ def test_top_says_the_same_once_as_text_and_as_json(host):
     assert "\x1b" not in text
 
 
+@needs_minutes
 def test_the_page_says_that_the_server_is_stopped(host):
     host.check_output("systemctl stop vllm@main.service")
     try:
