@@ -81,10 +81,14 @@ class Client:
         finally:
             connection.close()
 
+    def total(self, metric: str) -> int:
+        """The sum of all series of one of the engine's metrics."""
+        text = self.get("/metrics")[1]
+        return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(f"{metric}{{"))
+
     def running(self) -> int:
         """Requests that the engine works on, as it says in its metrics."""
-        text = self.get("/metrics")[1]
-        return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:num_requests_running{"))
+        return self.total("vllm:num_requests_running")
 
     def until_running(self, count: int, timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s

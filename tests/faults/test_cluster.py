@@ -68,7 +68,6 @@ class Cluster:
     one: Node
     two: Node
     router: Client
-    router_record: dict[str, Any]
 
     def workers(self) -> dict[str, bool]:
         """Whether the router holds each replica for healthy, by its address."""
@@ -78,20 +77,12 @@ class Cluster:
 
 def answered(node: Node) -> int:
     """Requests that this replica's engine has finished since it started."""
-    text = node.client.get("/metrics")[1]
-    return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith("vllm:request_success_total{"))
+    return node.client.total("vllm:request_success_total")
 
 
-def until(what: Any, timeout_s: float = 600) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-
-
-def until_it_answers_more(node: Node) -> None:
+def until_it_answers_more(node: Node, by: int = 1) -> None:
     before = answered(node)
-    until(lambda: answered(node) > before)
+    node.until(lambda: answered(node) >= before + by, 600)
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +91,14 @@ def cluster() -> Cluster:
     one, two = (
         Node(records[name], Client(f"http://{records[name]['address']}:8000", KEY, MODEL)) for name in ("cluster-one", "cluster-two")
     )
-    router = records["cluster-router"]
-    return Cluster(one, two, Client(f"http://{router['address']}:8080", KEY, MODEL), router)
+    return Cluster(one, two, Client(f"http://{records['cluster-router']['address']}:8080", KEY, MODEL))
 
 
 def test_both_replicas_answer_behind_one_address(cluster: Cluster) -> None:
     assert cluster.workers() == {cluster.one.client.url: True, cluster.two.client.url: True}
-    before = answered(cluster.one), answered(cluster.two)
     with constant_load(cluster.router, streams=True) as load:
-        until(lambda: answered(cluster.one) >= before[0] + 2 and answered(cluster.two) >= before[1] + 2)
+        until_it_answers_more(cluster.one, by=2)
+        until_it_answers_more(cluster.two, by=2)
     load.all_answered()
 
 
@@ -123,11 +113,11 @@ def test_a_replica_that_is_killed(cluster: Cluster, fault: Any) -> None:
         until_it_answers_more(cluster.one)
         began = time.monotonic()
         cluster.one.sh(f"kill -KILL {cluster.one.show('MainPID')}")
-        until(lambda: not cluster.workers()[cluster.one.client.url], 60)
+        cluster.one.until(lambda: not cluster.workers()[cluster.one.client.url], 60)
         out_s = time.monotonic() - began
         until_it_answers_more(cluster.two)
         cluster.one.until_active()
-        until(lambda: cluster.workers()[cluster.one.client.url], 60)
+        cluster.one.until(lambda: cluster.workers()[cluster.one.client.url], 60)
         until_it_answers_more(cluster.one)
         fault.recovery_s = time.monotonic() - began
     load.all_answered()
@@ -142,7 +132,7 @@ def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
         began = time.monotonic()
         subprocess.run([*link, "down"], check=True)
         try:
-            until(lambda: not cluster.workers()[cluster.one.client.url], 60)
+            cluster.one.until(lambda: not cluster.workers()[cluster.one.client.url], 60)
             out_s = time.monotonic() - began
             until_it_answers_more(cluster.two)
             while time.monotonic() - began < 40:
@@ -150,7 +140,7 @@ def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
         finally:
             subprocess.run([*link, "up"], check=True)
         healed = time.monotonic()
-        until(lambda: cluster.workers()[cluster.one.client.url], 60)
+        cluster.one.until(lambda: cluster.workers()[cluster.one.client.url], 60)
         until_it_answers_more(cluster.one)
         fault.recovery_s = time.monotonic() - healed
     load.all_answered()
