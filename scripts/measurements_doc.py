@@ -18,9 +18,11 @@ TOP = Path(__file__).resolve().parent.parent
 FOLDER = TOP / "docs" / "measurements" / "2026-11-23-2xh200"
 ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
 LATEST = TOP / "docs" / "measurements" / "2026-11-24-1xh100"
+TWO_H100 = TOP / "docs" / "measurements" / "2026-11-25-2xh100"
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 WHAT = {
     "low_mem": "`low_mem`, two cards",
+    "low_mem-int4": "`low_mem` with a 4-bit KV cache, two cards (H100)",
     "plain": "the same model and cards with the engine's defaults",
     "low_latency": "`low_latency`, one card",
     "extreme_expandable": "`extreme` with 8 clients instead of its 6, one card, 2 bits (H100)",
@@ -29,7 +31,8 @@ WHAT = {
     "offload_prefetch": "the same with 45 layers",
     "offload_uva": "the same with UVA",
 }
-PROFILES = {"plain": "benchmarks/gpu/plain.yml", "extreme_expandable": "extreme"}
+PROFILES = {"plain": "benchmarks/gpu/plain.yml", "extreme_expandable": "extreme", "low_mem-int4": "low_mem"}
+KNOBS = {"low_mem-int4": {"kv_cache_dtype": "int4_per_token_head"}}
 NOT_PROFILES = ("extreme_uncapped", "offload_prefetch", "offload_uva")  # settings that no profile has any more
 
 
@@ -44,7 +47,7 @@ def headline(runs: dict[str, Received]) -> str:
         load, limit = run.receipt.loads[0], run.receipt.plan.limits.memory_bytes / MIB
         over = f" (**{run.peak_mib - limit:,.0f} over**)" if run.peak_mib > limit else ""
         profile = PROFILES.get(name, name)
-        scaled = "" if name in NOT_PROFILES else f"{make_plan(profile, search=False).latency_ms.decode_expected:,.0f} ms"
+        a100 = make_plan(profile, overrides=KNOBS.get(name), search=False).latency_ms.decode_expected if name not in NOT_PROFILES else None
         cells = [
             what,
             f"{limit:,.0f}",
@@ -52,7 +55,7 @@ def headline(runs: dict[str, Received]) -> str:
             f"{run.plan.peak_bytes / MIB:,.0f}",
             f"{load.tpot_ms.p50:,.1f}, {load.tpot_ms.p99:,.1f} ms",
             f"{load.output_tokens_per_s:,.0f}",
-            scaled,
+            f"{a100:,.0f} ms" if a100 else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -100,9 +103,11 @@ def pages() -> dict[Path, str]:
     runs = {run.name: run for run in load_receipts(FOLDER)}
     one_card = {run.name: run for run in load_receipts(ONE_CARD, "h100")}
     latest = {run.name: run for run in load_receipts(LATEST, "h100")}
+    two_h100 = {run.name: run for run in load_receipts(TWO_H100, "h100")}
     blocks = {
-        TOP / "README.md": headline(runs | latest),
+        TOP / "README.md": headline(runs | latest | two_h100),
         LATEST / "README.md": details(latest),
+        TWO_H100 / "README.md": details(two_h100),
         FOLDER.parent / "README.md": details(runs),
         ONE_CARD / "README.md": details(one_card),
     }
@@ -153,7 +158,7 @@ def main() -> None:
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     draw(load_receipts(FOLDER), "H200", FOLDER / "plan-and-measured.png")
-    for folder in (ONE_CARD, LATEST):
+    for folder in (ONE_CARD, LATEST, TWO_H100):
         draw(load_receipts(folder, "h100"), "H100", folder / "plan-and-measured.png")
 
 

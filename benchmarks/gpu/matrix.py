@@ -7,9 +7,10 @@
     python benchmarks/gpu/matrix.py run .carry/runs --out "$OUT" --deadline-s 560 [--only NAME,…]
 
 Runs of one card share the machine, one lane per GPU; runs of two cards have it to themselves and come first. A run that
-could not end before the deadline is not begun. The card of the plan is played on a larger one by a ballast (ballast.py)
-that holds all but `card_mib`; `args` and `env` are what this needs and no more: they stand in the receipt. `warm` measures nothing: it
-starts the named services side by side on the whole card until each has answered, so that what is compiled at first use is in the caches.
+could not end before the deadline is not begun, and none after one whose engine lacked a module: the next would lack it too. The
+card of the plan is played on a larger one by a ballast (ballast.py) that holds all but `card_mib`; `args` and `env` are what this
+needs and no more: they stand in the receipt. `warm` measures nothing: it starts the named services side by side on the whole card
+until each has answered, so that what is compiled at first use is in the caches.
 """
 
 from __future__ import annotations
@@ -217,8 +218,16 @@ def within(receipt: Path) -> bool:
     return ready(receipt) and not any(f.startswith("memory:") for f in json.loads(receipt.read_text())["findings"])
 
 
+def lacks_module(receipt: Path) -> bool:
+    """Whether that run's engine died for a package that is not there."""
+    return receipt.exists() and any("ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text())["findings"])
+
+
 def lane(runs: list[dict[str, Any]], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
     for run in runs:
+        if lacking := [r["name"] for r in runs if lacks_module(out / f"{r['name']}.json")]:
+            print(f"=== {run['name']}: not begun, the engine of {lacking[0]} lacked a module: see its findings", flush=True)
+            continue
         if run.get("unless_ready") and ready(out / f"{run['unless_ready']}.json"):
             continue
         if (other := run.get("if_within")) and not within(out / f"{other}.json"):

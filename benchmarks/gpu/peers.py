@@ -9,10 +9,13 @@ Starts the command, waits for a completion, warms up, drives closed-loop clients
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
 import random
+import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -79,6 +82,16 @@ def drive(port: int, model: str, clients: int, requests: int, inputs: int, outpu
     }  # fmt: skip
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends a server and what it started: a worker that outlives it holds the card, and answers for the next one."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(30)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -92,6 +105,10 @@ def main() -> None:
     parser.add_argument("--start-timeout-s", type=float, default=240)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends with a run that ran out of time
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", options.port)) == 0:
+            sys.exit(f"peers: --port {options.port}: a server is there already and would be measured; end it, or take another port")
     gpus = Gpus(1)
     log = options.out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -126,11 +143,7 @@ def main() -> None:
             result["error"] = str(error)
         finally:
             sampler.phase = "stopping"
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            stop(process)
             result["memory_mib"] = {
                 phase: (sampler.peak("gpu", phase)[0] - before) // MIB for phase in sampler.peaks if phase not in ("before", "stopping")
             }

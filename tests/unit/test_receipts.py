@@ -17,6 +17,7 @@ ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
 BLIND = {r.name: r for r in load_receipts(ONE_CARD, "h100")}
 LATEST = TOP / "docs" / "measurements" / "2026-11-24-1xh100"
 RUNS_2026_11_24 = {r.name: r for r in load_receipts(LATEST, "h100")}
+TWO_H100 = TOP / "docs" / "measurements" / "2026-11-25-2xh100"
 PEAK_MIB = {
     "low_mem": 20430, "low_mem-4-channels": 20466, "plain": 40022, "low_latency": 39304,
     "offload_prefetch": 20576, "offload_uva": 20250, "extreme_uncapped": 20770,
@@ -105,6 +106,23 @@ def test_expandable_segments_leave_less_behind_and_take_more_while_loading():
     extreme = make_plan("extreme", search=False)
     assert extreme.verdict == "fits"
     assert (extreme.load.clients, round(extreme.peak_bytes / MIB)) == (6, 20387)
+
+
+def test_the_stretch_of_low_mem():
+    """19,456 MiB a card under load; while loading it was more."""
+    (run,) = load_receipts(TWO_H100, "h100")
+    assert (run.name, run.receipt.verdict) == ("low_mem-int4", "passed")
+    assert (round(run.idle_mib), round(run.peak_mib)) == (19214, 19290)
+    assert run.plan.peak_bytes / MIB == pytest.approx(19290, rel=0.002)
+    assert run.receipt.loads[0].tpot_ms.p99 == pytest.approx(24.24, abs=0.01)
+    assert next(round((t.measured_bytes or 0) / MIB) for t in run.receipt.terms if t.name == "start") == 19568
+    assert run.plan.start_peak_bytes / MIB == pytest.approx(19568, rel=0.002)
+
+
+def test_the_page_of_two_h100_quotes_the_peer():
+    page, load = (TWO_H100 / "README.md").read_text(), json.loads((TWO_H100 / "same-client-sglang.json").read_text())["loads"][0]
+    assert f"8 clients {load['output_tokens_per_s']:.1f} tokens/s" in page
+    assert f"TPOT p50 {load['tpot_ms']['p50']:.1f}, p99 {load['tpot_ms']['p99']:.1f} ms, TTFT p50 {load['ttft_ms']['p50']:,.0f}" in page
 
 
 def test_the_page_of_one_card_quotes_its_files():
