@@ -1,5 +1,5 @@
-"""Two replicas with the real engine behind the router, under load from outside. They need the hosts of Molecule's scenario `cluster`,
-which runs this file (LOWMEM_CLUSTER_HOSTS), and Molecule's inventory of them. The last test leaves them upgraded."""
+"""Two replicas with the real engine behind the router and its gateway, under load from outside. They need the hosts of Molecule's
+scenario `cluster`, which runs this file (LOWMEM_CLUSTER_HOSTS), and Molecule's inventory of them. The last test leaves them upgraded."""
 
 from __future__ import annotations
 
@@ -68,10 +68,12 @@ class Cluster:
     one: Node
     two: Node
     router: Client
+    """Through the gateway."""
+    router_host: Node
 
     def workers(self) -> dict[str, bool]:
-        """Whether the router holds each replica for healthy, by its address."""
-        found = json.loads(self.router.get("/workers")[1])["workers"]
+        """Whether the router holds each replica for healthy, by its address; it listens on its host's loopback."""
+        found = json.loads(self.router_host.sh("curl --silent http://127.0.0.1:8080/workers"))["workers"]
         return {worker["url"]: worker["is_healthy"] for worker in found}
 
 
@@ -91,7 +93,27 @@ def cluster() -> Cluster:
     one, two = (
         Node(records[name], Client(f"http://{records[name]['address']}:8000", KEY, MODEL)) for name in ("cluster-one", "cluster-two")
     )
-    return Cluster(one, two, Client(f"http://{records['cluster-router']['address']}:8080", KEY, MODEL))
+    front = Client(f"https://{records['cluster-router']['address']}", KEY, MODEL)
+    return Cluster(one, two, front, Node(records["cluster-router"], front))
+
+
+def reaches(node: Node, address: str) -> bool:
+    """Whether a connection from that host gets an answer within three seconds."""
+    return node.sh(f"curl --silent --output /dev/null --max-time 3 http://{address}/health; echo $?").strip() == "0"
+
+
+def test_who_reaches_what(cluster: Cluster) -> None:
+    """The router reaches a replica, another replica does not; the router itself nobody, and the gateway lets the API's routes through."""
+    one, router = cluster.one.record["address"], cluster.router_host.record["address"]
+    assert reaches(cluster.router_host, f"{one}:8000")
+    assert reaches(cluster.one, f"{one}:8000")
+    assert not reaches(cluster.two, f"{one}:8000")
+    listening = cluster.one.sh("ss --listening --tcp --numeric --processes --no-header | grep -v 127.0.0. | grep -c VLLM || true").strip()
+    assert int(listening) >= 1, "torch's own listener is one of those hidden"
+    assert not reaches(cluster.two, f"{router}:8080")
+    assert cluster.router.get("/healthz")[0] == 200
+    assert cluster.router.get("/workers")[0] == 404
+    assert cluster.router.get("/v1/models")[0] == 401
 
 
 def test_both_replicas_answer_behind_one_address(cluster: Cluster) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from .conftest import ROOT
 
-ROLES = ("gpu_driver", "nvidia_repository", "cuda_toolkit", "host_memory", "gateway")
+ROLES = ("gpu_driver", "nvidia_repository", "cuda_toolkit", "host_memory", "gateway", "peer_firewall")
 INT, BOOL = "cannot be converted to an int", "is not a valid boolean"
 URL = "it has to start with https://, http:// or file://"
 
@@ -122,6 +122,14 @@ BAD = {
     "gateway_root": [("/etc/vllm gateway", PATH), ("/etc/gateway;", PATH)],
     "gateway_log_root": [("log", PATH)],
     "gateway_user": [("Serve User", "a user's name of small letters"), ("", "a user's name")],
+    "gateway_upstream": [("nginx", "must be one of: service, router")],
+    "gateway_upstream_address": [
+        ("10.0.0.2:8080", "set router_host to 127.0.0.1, or take the host out of group gateway.", {"gateway_upstream": "router"}),
+        ("127.0.0.1:443", "and router_port 443: they must be three different ports.", {"gateway_upstream": "router"}),
+    ],
+    "gateway_keys_path": [("etc/keys.env", PATH)],
+    "gateway_clients": [(0, "it must be 1 to 100000.")],
+    "gateway_stop_s": [(0, "it must be 1 to 86400."), ("soon", INT)],
     "gateway_addresses": [
         (["gpu-1.example.org"], "it must be one or more IP addresses of this host"),
         (["300.1.1.1"], "one or more IP addresses"),
@@ -182,6 +190,16 @@ BAD = {
     "gateway_firewall": [("perhaps", BOOL)],
     "gateway_log_max_mib": [(0, "it must be 1 to 100000.")],
     "gateway_log_files": [(0, "it must be 1 to 1000.")],
+    "peer_firewall_addresses": [
+        (["router-1.example.org"], "lowmem_peers has router-1.example.org: it must be IP addresses or networks"),
+        (["10.0.0.300"], "lowmem_peers has 10.0.0.300"),
+        (["10.0.0.0/33"], "lowmem_peers has 10.0.0.0/33"),
+        (["fd00::/129"], "lowmem_peers has fd00::/129"),
+        (["10.0.0.2; drop"], "lowmem_peers has 10.0.0.2; drop"),
+    ],
+    "peer_firewall_instance": [("a b", "it must be 1 to 32 letters, digits or _")],
+    "peer_firewall_service_root": [("opt/vllm", PATH)],
+    "peer_firewall_root": [("etc", PATH)],
 }
 CASES = [(variable, value, words, *more) for variable, bad in BAD.items() for value, words, *more in bad]
 
@@ -225,8 +243,8 @@ def role_of(variable):
 def answers(tmp_path_factory):
     """Host of the inventory -> what its first failed task said (None: none failed), and how many tasks changed something."""
     plan = {
-        "host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity", "drain_s": 280}, "load": {"clients": 8},
-        "deploy": {"host": "127.0.0.1", "port": 8000},
+        "host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity", "drain_s": 280, "timeout_stop_s": 310},
+        "load": {"clients": 8}, "deploy": {"host": "127.0.0.1", "port": 8000},
     }  # fmt: skip
     make_certificates()
     hosts = {}
