@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
     inventory, given = folder / "case.json", folder / "variables.json"
     local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     inventory.write_text(json.dumps({"cases": {"hosts": {"gpu-1.example.org": local}}}))
-    given.write_text(json.dumps({**variables, "lowmem_plan": plan}))
+    given.write_text(json.dumps({"lowmem_plan": plan, **variables}))
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     playbook = Path(sys.executable).with_name("ansible-playbook")
     command = [playbook, "-i", inventory, "tests/ansible/files/gateway.yml", "--diff", "--extra-vars", f"@{given}"]
@@ -212,9 +213,13 @@ class Gateway:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Gateway]:
+def serving(folder: Path, behind: str = "service") -> Iterator[Gateway]:
     """nginx as the role configures it, but for its folders, its ports, and the user, who is this one."""
     upstream = Upstream()
+    router: dict[str, Any] = {
+        "gateway_upstream": "router", "gateway_upstream_address": f"127.0.0.1:{upstream.server_port}", "gateway_clients": 16,
+        "gateway_stop_s": 300, "gateway_keys_path": "/opt/vllm-router/etc/keys.env", "lowmem_plan": {},
+    }  # fmt: skip
     gateway = Gateway(folder, free_port(), free_port(), upstream)
     for name in ("etc", "run", "log/main"):
         (folder / name).mkdir(parents=True)
@@ -226,7 +231,7 @@ def serving(folder: Path) -> Iterator[Gateway]:
         gateway_tls_certificate=str(folder / "certificate.pem"), gateway_tls_key=str(folder / "key.pem"),
         gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS, gateway_max_body_mib=1, gateway_answer_timeout_s=60,
         gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}"],
-        deploy={"port": upstream.server_port},
+        deploy={"port": upstream.server_port}, **(router if behind == "router" else {}),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert gateway.run("note").returncode == 0
@@ -293,6 +298,22 @@ def test_what_is_listed_is_passed_on_and_nothing_else(gateway: Gateway) -> None:
             assert headers["content-type"] == "application/json"
             assert json.loads(body)["error"]["code"] == status
     assert gateway.upstream.seen == known
+
+
+@needs_nginx
+def test_before_a_router_it_takes_no_plan_and_health_is_the_routers_own() -> None:
+    with tempfile.TemporaryDirectory(prefix="gw") as name, serving(Path(name), behind="router") as gateway:
+        assert gateway.ask("POST", "/v1/completions", ALICE, b"{}")[0] == 200
+        assert gateway.ask("GET", "/healthz")[0] == 200
+        assert gateway.ask("GET", "/workers", ALICE)[0] == 404
+        assert gateway.ask("POST", "/add_worker?url=http://203.0.113.1", ALICE)[0] == 404
+        assert gateway.upstream.seen == [("POST", "/v1/completions"), ("GET", "/readiness")]
+        (gateway.folder / "run/figures.prom").write_text("lowmem_gateway_configuration_loaded 1\n")
+        with urllib.request.urlopen(f"http://127.0.0.1:{gateway.metrics_port}/metrics", timeout=60) as answer:
+            assert (answer.headers["Content-Type"], answer.read()) == (
+                "text/plain; version=0.0.4",
+                b"lowmem_gateway_configuration_loaded 1\n",
+            )
 
 
 @needs_nginx

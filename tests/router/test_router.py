@@ -191,6 +191,29 @@ def test_both_replicas_get_requests_with_the_clients_own_key(cluster: Callable[.
 
 
 @pytest.mark.engine
+def test_readiness_is_whether_there_is_a_replica_to_send_to(cluster: Callable[..., Cluster]) -> None:
+    """What the gateway's /healthz says: 200, and 503 where nobody is left; /health is 200 in both cases."""
+    two = cluster(a=0, b=0)
+
+    def status(path: str) -> int:
+        try:
+            with urllib.request.urlopen(f"{two.url}{path}", timeout=SOON_S) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert (status("/readiness"), status("/health")) == (200, 200)
+    two.kill("a")
+    wait(lambda: two.healthy() == {"b"})
+    assert status("/readiness") == 200
+    two.kill("b")
+    wait(lambda: two.healthy() == set())
+    assert status("/readiness") == 503
+    two.start("a")
+    wait(lambda: status("/readiness") == 200)
+
+
+@pytest.mark.engine
 def test_a_replica_that_dies_under_load_is_out_and_comes_back_and_no_request_is_lost(cluster: Callable[..., Cluster]) -> None:
     two = cluster(a=0.1, b=0.1)
     with two.load() as got:
