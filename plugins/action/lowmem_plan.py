@@ -8,6 +8,16 @@ from typing import Any
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
+# At the top: Ansible reads this file once, before it forks a process for each host, and the import takes longer than a plan.
+try:
+    from lowmem.errors import BadInput
+    from lowmem.planner import make_plan
+    from lowmem.render import plan_text
+except ModuleNotFoundError as error:
+    missing: ModuleNotFoundError | None = error
+else:
+    missing = None
+
 DOCUMENTATION = r"""
 module: lowmem_plan
 short_description: Compute the plan of a deployment and refuse an impossible one
@@ -41,12 +51,8 @@ class ActionModule(ActionBase):
                 "deploy": {"type": "dict", "required": True},
             }
         )
-        try:
-            from lowmem.errors import BadInput
-            from lowmem.planner import make_plan
-            from lowmem.render import plan_text
-        except ModuleNotFoundError as error:
-            raise AnsibleActionFail(f"{error}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from error
+        if missing:
+            raise AnsibleActionFail(f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from missing
         try:
             plan = make_plan(
                 wanted["profile"],
