@@ -7,8 +7,14 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader, test_loader
 
-# At the top: Ansible reads this file once, before it forks a process for each host, and the import takes longer than a plan.
+# Ansible reads this file once, in its main process; then it forks a process for each task of each host. Each would load all filters
+# and tests for itself, which takes as long as an assert, unless they are there.
+filter_loader.get("bool")
+test_loader.get("match")
+
+# At the top for the same reason: the import takes longer than a plan.
 try:
     from lowmem.errors import BadInput
     from lowmem.planner import make_plan
