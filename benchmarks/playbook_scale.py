@@ -6,8 +6,8 @@
 Each "host" is this machine over a local connection: its own `lowmem_root`, instance and port, one shared `lowmem_store`. `site.yml` runs
 once, then again with nothing to change. The second run is the one measured: it writes <FOLDER>/playbook_scale.json and .png.
 
-The hosts' own work runs on the cores of the controller here, which is not so in a fleet. So the processor time is told apart: "hosts" is that of
-the modules and what they start, "controller" is the rest. `wall_s` has both.
+The hosts' own work runs on the cores of the controller here, which is not so in a fleet. So the processor time is told apart: "hosts" is
+that of the modules and what they start, "controller" is the rest. `wall_s` has both.
 
 Stubbed, all else is the product:
 - `--skip-tags verify`: no load, no checks of a host, no receipt.
@@ -240,8 +240,11 @@ def main() -> int:
         result = measure(count, arguments.forks, arguments.demo, arguments.scratch, arguments.repeats)
         results.append(result)
         again = result["again"]
-        print(f"{count} hosts: first {result['first']['wall_s']} s; again {again['wall_s']} s, changed={again['changed']}, {again['cpu_s']}, "
-              f"{again['tasks_per_host']}", flush=True)  # fmt: skip
+        print(
+            f"{count} hosts: first {result['first']['wall_s']} s; again {again['wall_s']} s, changed={again['changed']}, "
+            f"{again['cpu_s']}, {again['tasks_per_host']}",
+            flush=True,
+        )
         written: dict[str, Any] = {"cores": os.cpu_count(), "forks": arguments.forks or "ansible.cfg", "results": results}
         if len(results) > 1:
             slope, start = line([(entry["hosts"], entry["again"]["wall_s"]) for entry in results])

@@ -1,4 +1,4 @@
-"""Ansible loads all filters in every process that uses one, and it forks a process for each task of each host: they must load in no time."""
+"""Ansible loads all filters in every process that uses one, and forks one for each task of each host: they must load in no time."""
 
 from __future__ import annotations
 
