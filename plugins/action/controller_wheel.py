@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +60,19 @@ def build(source: Path, destination: Path) -> tuple[Path, bool]:
     for wheel in folder.glob("*.whl"):
         return wheel, False
     destination.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=destination))
+    # Ansible asks for every host at the same time: one builds, the others find it.
+    guard = os.open(destination, os.O_RDONLY)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        for wheel in folder.glob("*.whl"):
+            return wheel, False
+        return make(source, folder), True
+    finally:
+        os.close(guard)
+
+
+def make(source: Path, folder: Path) -> Path:
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(scratch)]
         done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
@@ -66,7 +80,7 @@ def build(source: Path, destination: Path) -> tuple[Path, bool]:
             raise RuntimeError((done.stderr.strip().splitlines() or ["hatchling said nothing"])[-1])
         folder.mkdir(exist_ok=True)
         [made] = scratch.glob("*.whl")
-        return Path(shutil.move(made, folder / made.name)), True
+        return Path(shutil.move(made, folder / made.name))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

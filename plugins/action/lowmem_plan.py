@@ -7,6 +7,22 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader, test_loader
+
+# Ansible reads this file once, in its main process; then it forks a process for each task of each host. Each would load all filters
+# and tests for itself, which takes as long as an assert, unless they are there.
+filter_loader.get("bool")
+test_loader.get("match")
+
+# At the top for the same reason: the import takes longer than a plan.
+try:
+    from lowmem.errors import BadInput
+    from lowmem.planner import make_plan
+    from lowmem.render import plan_text
+except ModuleNotFoundError as error:
+    missing: ModuleNotFoundError | None = error
+else:
+    missing = None
 
 DOCUMENTATION = r"""
 module: lowmem_plan
@@ -41,12 +57,8 @@ class ActionModule(ActionBase):
                 "deploy": {"type": "dict", "required": True},
             }
         )
-        try:
-            from lowmem.errors import BadInput
-            from lowmem.planner import make_plan
-            from lowmem.render import plan_text
-        except ModuleNotFoundError as error:
-            raise AnsibleActionFail(f"{error}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from error
+        if missing:
+            raise AnsibleActionFail(f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from missing
         try:
             plan = make_plan(
                 wanted["profile"],

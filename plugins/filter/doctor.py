@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lowmem.doctor import XID
-
 DOCUMENTATION = r"""
 name: xids
 short_description: Numbers of the Xid errors that lowmem.doctor grades so
@@ -14,6 +12,13 @@ options:
 """
 
 
+def xids(grade: str) -> list[int]:
+    # Not at the top: Ansible loads every filter anew for each task of each host, and this import takes longer than most tasks.
+    from lowmem.doctor import XID
+
+    return [number for number, (graded, _, _) in XID.items() if graded == grade]
+
+
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., list[int]]]:
-        return {"xids": lambda grade: [number for number, (graded, _, _) in XID.items() if graded == grade]}
+        return {"xids": xids}

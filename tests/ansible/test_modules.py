@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
@@ -210,6 +211,13 @@ def test_a_wheels_path_changes_exactly_when_its_source_does(project: Path, tmp_p
     second, built = controller_wheel.build(project, tmp_path / "dist")
     assert (built, second != first, second.parent.parent) == (True, True, first.parent.parent)
     assert not list((tmp_path / "dist").glob(".*")), "scratch folders are gone"
+
+
+def test_of_several_that_ask_at_once_one_builds_the_wheel(project: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: controller_wheel.build(project, tmp_path / "dist"), range(4)))
+    assert len({wheel for wheel, _ in answers}) == 1
+    assert [built for _, built in answers].count(True) == 1
 
 
 def test_a_wheel_that_cannot_be_built_says_why(project: Path, tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ BAD = {
     "a missing program": ({"vllm_service_commands": ["nothere9"]}, "nothere9 not found", "apt-get install nothere9"),
     "a disk that is too small": ({"vllm_service_environment_disk_gib": 10_000_000}, "GiB free", "make room"),
     "a missing lock": ({"vllm_service_environment_lock": "/nothere.txt"}, "vllm_service_environment_lock is /nothere.txt", "no such file"),
+    "two things at once": (
+        {"vllm_service_log_max_mib": -5, "vllm_service_environment_lock": "/nothere.txt"},
+        "vllm_service_log_max_mib must be 1 or more",
+        "vllm_service_environment_lock is /nothere.txt",
+    ),
     "a root with a blank": ({"lowmem_root": "/tmp/vllm lowmem"}, "lowmem_root is /tmp/vllm lowmem", "letters, digits"),
     "a root that is too long": ({"lowmem_root": "/tmp/" + "x" * 90}, "at most 76 characters"),
 }
