@@ -8,6 +8,7 @@ is there already is checked too, and made again where it is not as its manifest 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -27,6 +28,16 @@ def place_of(source: Path) -> Path:
 def keep(source: Path) -> tuple[Path, bool]:
     """The kept copy, and whether it was made now. ManifestError where the source is not as its own manifest has it."""
     place = place_of(source)
+    # Instances of a host that are deployed at the same time share the store: one makes it, the others find it.
+    guard = os.open(source.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        return _keep(source, place)
+    finally:
+        os.close(guard)
+
+
+def _keep(source: Path, place: Path) -> tuple[Path, bool]:
     if place.is_dir() and _manifest(place).is_file() and not manifest.check(_manifest(place), place):
         return place, False
     if problems := manifest.check(_manifest(source), source):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,17 @@ def test_no_manifest_no_copy(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     with pytest.raises(manifest.ManifestError, match="no such manifest"):
         kept.keep(tmp_path / "m")
+
+
+def test_of_several_that_keep_it_at_once_one_makes_it(tmp_path: Path) -> None:
+    """As instances of a host that share a store do, each in a process of its own; sixty-four files make the copy take a while."""
+    source = make(tmp_path, b"weights")
+    for number in range(64):
+        (source / f"part-{number}").write_bytes(bytes([number]))
+    (tmp_path / "m.manifest.json").write_text(json.dumps({"schema": 1, "files": manifest.entries(manifest.scan(source))}))
+    command = [sys.executable, "-m", "lowmem.kept", str(source)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    said = [json.loads(process.communicate()[0]) for process in running]
+    assert [process.returncode for process in running] == [0] * 4
+    assert sorted(answer["changed"] for answer in said) == [False, False, False, True]
+    assert not manifest.check(tmp_path / f"{Path(said[0]['path']).name}.manifest.json", Path(said[0]["path"]))
