@@ -108,8 +108,6 @@ def test_who_reaches_what(cluster: Cluster) -> None:
     assert reaches(cluster.router_host, f"{one}:8000")
     assert reaches(cluster.one, f"{one}:8000")
     assert not reaches(cluster.two, f"{one}:8000")
-    listening = cluster.one.sh("ss --listening --tcp --numeric --processes --no-header | grep -v 127.0.0. | grep -c VLLM || true").strip()
-    assert int(listening) >= 1, "torch's own listener is one of those hidden"
     assert not reaches(cluster.two, f"{router}:8080")
     assert cluster.router.get("/healthz")[0] == 200
     assert cluster.router.get("/workers")[0] == 404

@@ -125,7 +125,11 @@ BAD = {
     "gateway_upstream": [("nginx", "must be one of: service, router")],
     "gateway_upstream_address": [
         ("10.0.0.2:8080", "have it listen there, or take the host out of group gateway.", {"gateway_upstream": "router"}),
-        ("127.0.0.1:443", "and gateway_upstream_address 127.0.0.1:443: they must be three different ports.", {"gateway_upstream": "router"}),
+        (
+            "127.0.0.1:443",
+            "and gateway_upstream_address 127.0.0.1:443: they must be three different ports.",
+            {"gateway_upstream": "router"},
+        ),
     ],
     "gateway_keys_path": [("etc/keys.env", PATH)],
     "gateway_clients": [(0, "it must be 1 to 100000.")],
