@@ -1,5 +1,6 @@
 """Scenarios side by side: what holds the same thing takes turns, a failure is shown and does not stop the others, all in one table."""
 
+import json
 import os
 import subprocess
 import sys
@@ -96,6 +97,8 @@ def test_a_failure_is_shown_and_the_others_run_all_the_same(runner, monkeypatch,
     table = [line.split() for line in out.splitlines()[-5:]]
     assert table[0] == ["scenario", "result", "took", "processor", "time"]
     assert [row[:2] for row in table[1:4]] == [["bad", "FAILED"], ["good", "passed"], ["last", "passed"]]
+    # it ended early, and is not taken for a short one the next time
+    assert sorted(json.loads(runner.TOOK.read_text())) == ["good", "last"]
     assert table[4][0] == "all"
     assert table[4][-4:] == ["5", "min", "0", "s"]  # three times the 100 s of its hosts, and next to nothing of its own
 
