@@ -16,9 +16,7 @@ from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
 FOLDER = TOP / "docs" / "measurements" / "2026-11-23-2xh200"
-ONE_CARD = TOP / "docs" / "measurements" / "2026-11-23-1xh100"
-LATEST = TOP / "docs" / "measurements" / "2026-11-24-1xh100"
-TWO_H100 = TOP / "docs" / "measurements" / "2026-11-25-2xh100"
+H100 = [TOP / "docs" / "measurements" / name for name in ("2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100")]
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 WHAT = {
     "low_mem": "`low_mem`, two cards",
@@ -101,15 +99,11 @@ def written(page: str, block: str) -> str:
 
 def pages() -> dict[Path, str]:
     runs = {run.name: run for run in load_receipts(FOLDER)}
-    one_card = {run.name: run for run in load_receipts(ONE_CARD, "h100")}
-    latest = {run.name: run for run in load_receipts(LATEST, "h100")}
-    two_h100 = {run.name: run for run in load_receipts(TWO_H100, "h100")}
+    h100 = {folder: {run.name: run for run in load_receipts(folder, "h100")} for folder in H100}
     blocks = {
-        TOP / "README.md": headline(runs | latest | two_h100),
-        LATEST / "README.md": details(latest),
-        TWO_H100 / "README.md": details(two_h100),
+        TOP / "README.md": headline(runs | {name: run for found in h100.values() for name, run in found.items()}),
         FOLDER.parent / "README.md": details(runs),
-        ONE_CARD / "README.md": details(one_card),
+        **{folder / "README.md": details(found) for folder, found in h100.items()},
     }
     return {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
 
@@ -158,7 +152,7 @@ def main() -> None:
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     draw(load_receipts(FOLDER), "H200", FOLDER / "plan-and-measured.png")
-    for folder in (ONE_CARD, LATEST, TWO_H100):
+    for folder in H100:
         draw(load_receipts(folder, "h100"), "H100", folder / "plan-and-measured.png")
 
 

@@ -11,7 +11,6 @@ Nothing here is a timing of the engine.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
 import math
@@ -25,6 +24,8 @@ import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from servers import stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 ROLE = TOP / "roles" / "awq_quantize"
@@ -134,13 +135,7 @@ def serve_and_score(models: Path, names: list[str], logs: Path, extra: list[str]
             found[name]["kernels"] = sorted({m.group(0)[-160:] for m in KERNEL.finditer(log_text)})[:6]
             print(name, found[name], flush=True)
     finally:
-        for _, process in servers.values():
-            process.terminate()
-        for _, process in servers.values():
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # an engine that outlives its server holds memory that later runs count
+        stop(*(process for _, process in servers.values()))
     return found
 
 

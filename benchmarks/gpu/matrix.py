@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from servers import stop
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
@@ -177,16 +177,6 @@ def answered(port: int) -> bool:
         return False
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a server started in a session of its own, and what it leaves behind."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def warm(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> None:
     """Starts them all at once; each is ended when it has answered."""
     began, services = time.monotonic(), {}
@@ -225,9 +215,6 @@ def lacks_module(receipt: Path) -> bool:
 
 def lane(runs: list[dict[str, Any]], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
     for run in runs:
-        if lacking := [r["name"] for r in runs if lacks_module(out / f"{r['name']}.json")]:
-            print(f"=== {run['name']}: not begun, the engine of {lacking[0]} lacked a module: see its findings", flush=True)
-            continue
         if run.get("unless_ready") and ready(out / f"{run['unless_ready']}.json"):
             continue
         if (other := run.get("if_within")) and not within(out / f"{other}.json"):
@@ -238,6 +225,9 @@ def lane(runs: list[dict[str, Any]], folder: Path, out: Path, gpus: str, port: i
             print(f"=== {run['name']}: not begun, the deadline is near", flush=True)
             continue
         run_one(run, folder, out, gpus, port, until)
+        if lacks_module(out / f"{run['name']}.json"):
+            print(f"=== nothing begun after {run['name']}: its engine lacked a module, see its findings", flush=True)
+            return
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ Starts the command, waits for a completion, warms up, drives closed-loop clients
 from __future__ import annotations
 
 import argparse
-import contextlib
 import http.client
 import json
 import os
@@ -24,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from servers import stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
@@ -82,16 +83,6 @@ def drive(port: int, model: str, clients: int, requests: int, inputs: int, outpu
     }  # fmt: skip
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a server and what it started: a worker that outlives it holds the card, and answers for the next one."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
@@ -143,7 +134,7 @@ def main() -> None:
             result["error"] = str(error)
         finally:
             sampler.phase = "stopping"
-            stop(process)
+            stop(process, wait_s=30)
             result["memory_mib"] = {
                 phase: (sampler.peak("gpu", phase)[0] - before) // MIB for phase in sampler.peaks if phase not in ("before", "stopping")
             }
