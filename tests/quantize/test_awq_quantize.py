@@ -319,6 +319,7 @@ def served(engine: Path, model: Path, folder: Path) -> Iterator[Callable[..., di
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
         "TORCHDYNAMO_DISABLE": "1",
+        "VLLM_CPU_INT4_W4A8": "0",  # as profile demo_cpu has it
         "VLLM_CACHE_ROOT": str(folder / "cache"),
     }
     command = [str(engine / "bin/vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
