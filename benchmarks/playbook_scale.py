@@ -4,7 +4,8 @@
     benchmarks/playbook_scale.py --hosts 1,4,16,64 [--forks N] [--out FOLDER]      run it with .lowmem/venv/bin/python, after `make demo`
 
 Each "host" is this machine over a local connection: its own `lowmem_root`, instance and port, one shared `lowmem_store`. `site.yml` runs
-once, then again with nothing to change. The second run is the one measured: it writes <FOLDER>/playbook_scale.json and .png.
+once, then again with nothing to change: as `inventory/cluster` has it (`lowmem_skip_unchanged`: compared with the record of the first, no
+more), and whole, every task on every host. Both are measured: it writes <FOLDER>/playbook_scale.json and .png.
 
 The hosts' own work runs on the cores of the controller here, which is not so in a fleet. So the processor time is told apart: "hosts" is
 that of the modules and what they start, "controller" is the rest. `wall_s` has both.
@@ -74,6 +75,7 @@ def inventory(scratch: Path, count: int, port: int) -> Path:
         "lowmem_store": str(scratch / "store"),
         "lowmem_root": f"{scratch}/{{{{ inventory_hostname }}}}",
         "lowmem_instance": "{{ inventory_hostname }}",
+        "lowmem_skip_unchanged": True,
     }
     hosts = {f"h{n:03}": {"lowmem_port": port + n} for n in range(count)}
     folder = scratch / "inventory"
@@ -102,10 +104,10 @@ def cpu_s(times: Path) -> float:
     return sum(int(minutes) * 60 + float(seconds) for minutes, seconds in parts)
 
 
-def play(scratch: Path, hosts: Path, environment: Path, name: str, forks: int | None) -> dict[str, Any]:
+def play(scratch: Path, hosts: Path, environment: Path, name: str, forks: int | None, *more: str) -> dict[str, Any]:
     timeline, log, times = scratch / f"{name}.json", scratch / f"{name}.log", scratch / "times"
     times.unlink(missing_ok=True)
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(hosts), "site.yml", "--skip-tags", "verify"]
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(hosts), "site.yml", "--skip-tags", "verify", *more]
     command += ["--forks", str(forks)] if forks else []
     [packages] = environment.glob("lib/python*/site-packages")
     own = {
@@ -186,16 +188,25 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(count: int, forks: int | None, demo: Path, parent: Path, repeats: int) -> dict[str, Any]:
+def measure(count: int, forks: int | None, demo: Path, parent: Path, repeats: int, whole: bool) -> dict[str, Any]:
     environment = (demo / "current/env").resolve()
     with scratch_folder(parent) as scratch:
         store(scratch / "store", demo)
         hosts = inventory(scratch, count, free_ports(count))
         first = play(scratch, hosts, environment, "first", forks)
+        print(f"{count} hosts: first {first['wall_s']} s", flush=True)
         again = [play(scratch, hosts, environment, f"again{n}", forks) for n in range(repeats)]
-    best = min(again, key=lambda run: run["wall_s"])
-    return {"hosts": count, "first": {"wall_s": first["wall_s"], "cpu_s": first["cpu_s"]}, "again": best,
-            "again_wall_s": [run["wall_s"] for run in again]}  # fmt: skip
+        best = min(again, key=lambda run: run["wall_s"])
+        print(f"{count} hosts: again {best['wall_s']} s, {told(best)}", flush=True)
+        result = {"hosts": count, "first": {"wall_s": first["wall_s"], "cpu_s": first["cpu_s"]}, "again": best}
+        if whole:
+            result["whole"] = play(scratch, hosts, environment, "whole", forks, "-e", "lowmem_skip_unchanged=false")
+            print(f"{count} hosts: whole {result['whole']['wall_s']} s, {told(result['whole'])}", flush=True)
+    return result | {"again_wall_s": [run["wall_s"] for run in again]}
+
+
+def told(run: dict[str, Any]) -> str:
+    return f"changed={run['changed']}, {run['cpu_s']}, {run['tasks_per_host']}"
 
 
 def line(points: list[tuple[int, float]]) -> tuple[float, float]:
@@ -212,10 +223,12 @@ def draw(results: list[dict[str, Any]], slope: float, start: float, path: Path) 
 
     counts = [result["hosts"] for result in results]
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.plot(counts, [result["again"]["wall_s"] for result in results], "o-", label="no-change run, wall")
-    axes.plot(counts, [start + slope * count for count in counts], "--", color="grey", label=f"least squares: {slope:.2f} s a host")
+    whole = [(result["hosts"], result["whole"]["wall_s"]) for result in results if "whole" in result]
+    axes.plot(*zip(*whole, strict=True), "^-", color="tab:purple", label="every task on every host")
+    axes.plot(counts, [result["again"]["wall_s"] for result in results], "o-", label="unchanged hosts left out")
+    axes.plot(counts, [start + slope * count for count in counts], "--", color="grey", label=f"of it, least squares: {slope:.2f} s a host")
     controller = [result["again"]["cpu_s"]["controller"] / (os.cpu_count() or 1) for result in results]
-    axes.plot(counts, controller, "s:", label=f"controller's processor time / {os.cpu_count()} cores")
+    axes.plot(counts, controller, "s:", label=f"of it, the controller's processor time / {os.cpu_count()} cores")
     axes.axhline(LIMIT_S, color="tab:red", linewidth=1, label=f"target at 64 hosts: {LIMIT_S:.0f} s")
     axes.set(xlabel="hosts (local connections)", ylabel="seconds", title="site.yml with nothing to change", xlim=(0, None), ylim=(0, None))
     axes.grid(alpha=0.3)
@@ -228,6 +241,7 @@ def main() -> int:
     parser.add_argument("--hosts", default="1,4,16,64", help="numbers of hosts, with commas")
     parser.add_argument("--forks", type=int, help="instead of ansible.cfg's")
     parser.add_argument("--repeats", type=int, default=1, help="runs with nothing to change; the quickest counts")
+    parser.add_argument("--whole-up-to", type=int, default=64, help="hosts up to which every task runs once more")
     parser.add_argument("--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed")
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where the hosts' folders are made, and removed")
     parser.add_argument("--out", type=Path, default=REPOSITORY / ".lowmem/playbook_scale")
@@ -237,14 +251,8 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: list[dict[str, Any]] = []
     for count in map(int, arguments.hosts.split(",")):
-        result = measure(count, arguments.forks, arguments.demo, arguments.scratch, arguments.repeats)
-        results.append(result)
-        again = result["again"]
-        print(
-            f"{count} hosts: first {result['first']['wall_s']} s; again {again['wall_s']} s, changed={again['changed']}, "
-            f"{again['cpu_s']}, {again['tasks_per_host']}",
-            flush=True,
-        )
+        whole = count <= arguments.whole_up_to
+        results.append(measure(count, arguments.forks, arguments.demo, arguments.scratch, arguments.repeats, whole))
         written: dict[str, Any] = {"cores": os.cpu_count(), "forks": arguments.forks or "ansible.cfg", "results": results}
         if len(results) > 1:
             slope, start = line([(entry["hosts"], entry["again"]["wall_s"]) for entry in results])

@@ -227,17 +227,17 @@ def open_loop(speed: Speed, hosts: int, per_s: float, input_tokens: int, output_
     return _seen(sent, clock.now, WARM_SHARE)
 
 
-def closed_loop(speed: Speed, clients: int, input_tokens: int, output_tokens: int, requests: int) -> Seen:
-    """Each client sends its next request when the last is answered: how `lowmem measure` drives a host, so that the two can be compared."""
+def closed_loop(speed: Speed, clients: int, input_tokens: int, output_tokens: int, requests: int, hosts: int = 1) -> Seen:
+    """Each client sends its next request when the last is answered: how `lowmem measure` drives hosts, so that the two can be compared."""
     clock = simpy.Environment()
-    host = Host(clock, speed)
+    fleet = [Host(clock, speed) for _ in range(hosts)]
     left = itertools.repeat(None, requests)
     sent: list[Request] = []
 
     def client() -> Generator[simpy.Event, Any, None]:
         for _ in left:
             sent.append(Request(clock.now, input_tokens, output_tokens))
-            yield host.submit(sent[-1])
+            yield min(fleet, key=len).submit(sent[-1])
 
     clock.run(clock.all_of([clock.process(client()) for _ in range(clients)]))
     return _seen(sent, clock.now)

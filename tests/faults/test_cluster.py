@@ -210,6 +210,23 @@ def test_one_replica_less_and_one_more(cluster: Cluster) -> None:
     assert "changed=0" in said, said
 
 
+def test_a_run_leaves_out_replicas_that_are_as_they_were(cluster: Cluster) -> None:
+    def run() -> str:
+        said = play("../site", "--skip-tags", "verify", lowmem_skip_unchanged=True)
+        assert said.endswith("rc=0"), said
+        return said
+
+    run()
+    said = run()
+    assert said.count("left it: the rest of this run is left out") == 2, said
+    assert said.count("changed=0") == 3, said
+    cluster.one.sh("systemctl stop vllm-watchdog@main.service")
+    said = run()
+    assert said.count("left it: the rest of this run is left out") == 1, said
+    assert "left it: unit vllm-watchdog@main.service" in said
+    assert cluster.one.sh("systemctl is-active vllm-watchdog@main.service").strip() == "active"
+
+
 @pytest.mark.fault("cluster-upgrade")
 def test_an_upgrade_of_both(cluster: Cluster, fault: Any) -> None:
     before = [node.running() for node in (cluster.one, cluster.two)]
