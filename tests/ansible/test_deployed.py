@@ -58,6 +58,26 @@ def test_a_second_run_changes_nothing(deployed: Any, playbook: Any) -> None:
     assert server_of(deployed).pid == server.pid
 
 
+def test_a_run_leaves_out_a_host_that_is_as_the_last_one_left_it(deployed: Any, playbook: Any) -> None:
+    def run() -> str:
+        done = playbook("site.yml", "--skip-tags", "verify", variables={**deployed.variables, "lowmem_skip_unchanged": True})
+        assert done.rc == 0, done.text
+        return str(done.text)
+
+    file, record = deployed.root / "etc/supervise.sh", deployed.root / "as-deployed.json"
+    mode = file.stat().st_mode & 0o777
+    try:
+        run()
+        said = run()
+        assert "left it: the rest of this run is left out" in said
+        assert "TASK [vllm_service" not in said
+        file.chmod(0o700)
+        assert f"left it: {file}\n" in run()
+        assert file.stat().st_mode & 0o777 == mode
+    finally:
+        record.unlink(missing_ok=True)
+
+
 def test_check_mode_on_the_deployed_host_finds_nothing_to_do(deployed: Any, playbook: Any) -> None:
     done = playbook("site.yml", "--check", "--diff", "--skip-tags", "verify", variables=deployed.variables)
     assert done.rc == 0, done.text
