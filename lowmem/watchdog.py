@@ -298,7 +298,8 @@ class MemberLook:
             say(f"{why}; the engine that was joined has ended already")
         elif not was and self.bond.known:
             self.joined = self._running()
-            say(f"joined: host {self.deploy.rank} of {len(self.deploy.nodes)}, meeting at {self.deploy.nodes[0]} port {self.deploy.master_port}")
+            place = f"host {self.deploy.rank + 1} of {len(self.deploy.nodes)}"
+            say(f"joined: {place}, meeting at {self.deploy.nodes[0]} port {self.deploy.master_port}")
         return ""
 
     def ended(self, now: float) -> None:

@@ -41,8 +41,8 @@ options:
     type: dict, required: true}
   members:
     description: >-
-      Of a profile that is one server over several hosts, and ignored for any other: nodes (addresses in order), rank (this host's place among
-      them), interface, master_port. Their order and everything but the rank must be the same on each.
+      Of a profile that is one server over several hosts, and ignored for any other: nodes (addresses in order), rank (this host's place
+      among them), interface, master_port. All but the rank must be the same on each.
     type: dict
     default: {}
 """

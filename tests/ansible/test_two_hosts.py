@@ -20,22 +20,42 @@ HOST = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible
 ONE_SERVER = "and profile demo_two_hosts is one server"
 # what an inventory says wrongly, and the words that the operator must find
 BAD = {
-    "too few hosts": ({"lowmem_nodes": NODES[:1]}, "is one server on 2 hosts, and lowmem_nodes has 1 (10.0.0.1): give group vllm that many hosts"),
+    "too few hosts": (
+        {"lowmem_nodes": NODES[:1]},
+        "is one server on 2 hosts, and lowmem_nodes has 1 (10.0.0.1): give group vllm that many hosts",
+    ),
     "too many hosts": ({"lowmem_nodes": [*NODES, "10.0.0.3"]}, "lowmem_nodes has 3 (10.0.0.1, 10.0.0.2, 10.0.0.3)"),
-    "one address for both": ({"lowmem_nodes": ["10.0.0.1", "10.0.0.1"]}, "lowmem_nodes has 10.0.0.1 more than once; give each host its own"),
+    "one address for both": (
+        {"lowmem_nodes": ["10.0.0.1", "10.0.0.1"]},
+        "lowmem_nodes has 10.0.0.1 more than once; give each host its own",
+    ),
     "a name for an address": ({"lowmem_nodes": ["10.0.0.1", "gpu-2"]}, "lowmem_nodes has 'gpu-2', which is no IP address"),
-    "an address of nobody else": ({"lowmem_nodes": ["10.0.0.1", "127.0.0.1"]}, "lowmem_nodes has 127.0.0.1, by which no other host reaches it"),
+    "an address of nobody else": (
+        {"lowmem_nodes": ["10.0.0.1", "127.0.0.1"]},
+        "lowmem_nodes has 127.0.0.1, by which no other host reaches it",
+    ),
     "one port for two things": ({"lowmem_port": 29501}, "lowmem_port=29501 is the server's and master_port too; choose another"),
     "no systemd": ({}, f"vllm_service_manager is supervisor on one, {ONE_SERVER} over 2 hosts, whose parts start and end as units"),
-    "no such interface": ({}, "lowmem_interface is empty, and one has no such interface with 10.0.0.1 (lowmem_nodes) as its first address (it has"),
+    "no such interface": (
+        {},
+        "lowmem_interface is empty, and one has no such interface with 10.0.0.1 (lowmem_nodes) as its first address (it has",
+    ),
     "another host's address": ({"lowmem_interface": "lo"}, "lowmem_interface is lo, and two has no such interface with 10.0.0.2"),
     "plans that differ": (
         {"lowmem_host": "{{ '10.0.0.1' if inventory_hostname == 'one' else '10.0.0.2' }}"},
-        f"the plans of one, two differ, {ONE_SERVER} on them: have the same lowmem_* for all of them (in group_vars), lowmem_host among them",
+        f"the plans of one, two differ, {ONE_SERVER} on them: have the same lowmem_* for all of them (in group_vars)",
     ),
     "a router over it": ({"group": {"router": ["one"]}}, "in group router, and profile demo_two_hosts", "a router sends to replicas"),
-    "a gateway before it": ({"group": {"gateway": ["one"]}}, "one or another host is in group gateway", "hide each host's engine from the other"),
-    "a half that is watched": ({"group": {"monitoring": ["two"]}}, "two or another host is in group monitoring", "only the first host can be watched"),
+    "a gateway before it": (
+        {"group": {"gateway": ["one"]}},
+        "one or another host is in group gateway",
+        "hide each host's engine from the other",
+    ),
+    "a half that is watched": (
+        {"group": {"monitoring": ["two"]}},
+        "two or another host is in group monitoring",
+        "only the first host can be watched",
+    ),
     "rules without the other host": (
         {"peer_firewall_addresses": ["10.0.0.9"]},
         "peer_firewall_addresses is 10.0.0.9, without 10.0.0.2, another host of this server: leave peer_firewall_addresses out",
@@ -50,7 +70,13 @@ def inventory(folder: Path, groups: dict[str, list[str]]) -> str:
 
 
 def preflight(playbook: Any, folder: Path, root: Path, *more: str, **variables: Any) -> Any:
-    given = {"lowmem_root": str(root), "lowmem_become": False, "lowmem_profile": str(PROFILE), "lowmem_nodes": NODES, "host_memory_manage": False}
+    given = {
+        "lowmem_root": str(root),
+        "lowmem_become": False,
+        "lowmem_profile": str(PROFILE),
+        "lowmem_nodes": NODES,
+        "host_memory_manage": False,
+    }
     return playbook(
         "playbooks/preflight.yml", "-i", inventory(folder, variables.pop("group", {})), *more,
         variables={**given, "vllm_service_manager": "supervisor", "lowmem_port": 18999, **variables},

@@ -92,14 +92,19 @@ def pair(hosts: Pair) -> Pair:
 def text(client: Client, prompt: str) -> str:
     connection = client.connection(400)
     body = {"model": client.model, "prompt": prompt, "max_tokens": 24, "temperature": 0}
-    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", "Authorization": f"Bearer {client.key}"})
+    connection.request(
+        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", "Authorization": f"Bearer {client.key}"}
+    )
     return str(json.loads(connection.getresponse().read())["choices"][0]["text"])
 
 
 def test_it_answers_as_one_host_does(pair: Pair) -> None:
-    settings = "HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0 VLLM_CPU_INT4_W4A8=0 VLLM_HOST_IP=127.0.0.1"
-    script = f"cd /tmp; cat >alone.py <<'END'\n{ALONE}\nEND\n{settings} {ROOT}/current/env/bin/python alone.py $(readlink -f {ROOT}/current/model)"
-    said = pair.one.sh(f"{script} '{json.dumps(PROMPTS)}' 2>alone.log || {{ tail -n 30 alone.log >&2; false; }}")
+    environment = (
+        "HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0 VLLM_CPU_INT4_W4A8=0 VLLM_HOST_IP=127.0.0.1"
+    )
+    command = f"{ROOT}/current/env/bin/python alone.py $(readlink -f {ROOT}/current/model) '{json.dumps(PROMPTS)}'"
+    script = f"cd /tmp; cat >alone.py <<'END'\n{ALONE}\nEND\n{environment} {command}"
+    said = pair.one.sh(f"{script} 2>alone.log || {{ tail -n 30 alone.log >&2; false; }}")
     alone = json.loads(next(line for line in said.splitlines() if line.startswith("TEXTS ")).removeprefix("TEXTS "))
     assert all(len(answer) > 20 for answer in alone)
     assert [text(pair.client, prompt) for prompt in PROMPTS] == alone
@@ -258,7 +263,9 @@ def test_an_upgrade_whose_other_half_does_not_start(pair: Pair, fault: Any) -> N
         said = play("upgrade", lowmem_overrides={"max_num_seqs": 3}, vllm_service_start_limit=1, vllm_service_extra_environment=bad)
     assert said.endswith("rc=2"), said
     for release in served:
-        assert re.search(rf"does not serve: two-hosts-two has not joined two-hosts-one; .* Back by itself: {release} serves again\.", said), said
+        assert re.search(
+            rf"does not serve: two-hosts-two has not joined two-hosts-one; .* Back by itself: {release} serves again\.", said
+        ), said
     ledger.nothing_lost()
     pair.until_answering()
     assert [node.running() for node in pair.nodes] == served

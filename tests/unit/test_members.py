@@ -85,7 +85,9 @@ def test_the_first_host_asks_nobody():
     assert looked_at([{FIRST}] * 40, [None]) == [""] * 40
 
 
-@pytest.mark.parametrize(("running", "ended"), [(["old", "old"], True), (["old", "new"], False), (["old", None], False), ([None, None], False)])
+@pytest.mark.parametrize(
+    ("running", "ended"), [(["old", "old"], True), (["old", "new"], False), (["old", None], False), ([None, None], False)]
+)
 def test_only_the_engine_that_was_joined_is_ended(running, ended):
     """What the service manager started since then is to live."""
     look = MemberLook(Bond(Stub([{FIRST}, {FIRST}, set()]), 60), server=None, deploy=DEPLOY)
@@ -113,7 +115,8 @@ def test_the_kernels_own_words():
     with socket.create_server(("127.0.0.2", 0)) as listener:
         port = listener.getsockname()[1]
         first, other = (
-            MemberHosts(DEPLOY.model_copy(update={"nodes": ("127.0.0.2", "127.0.0.3"), "master_port": port, "rank": rank})) for rank in (0, 1)
+            MemberHosts(DEPLOY.model_copy(update={"nodes": ("127.0.0.2", "127.0.0.3"), "master_port": port, "rank": rank}))
+            for rank in (0, 1)
         )
         assert (first.connections(), other.connections()) == (frozenset(), frozenset())
         with socket.create_connection(("127.0.0.2", port), source_address=("127.0.0.3", 0)) as joined:
