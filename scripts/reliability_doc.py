@@ -34,8 +34,8 @@ them: each ends with a complete answer or with an error that the client saw; a r
 Written by `scripts/reliability_doc.py` from the records that the tests leave (`LOWMEM_SLOW=1 pytest -m fault`, `make molecule
 SCENARIO="service cluster two_hosts"`): vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}). Recovery: from
 the fault to the next complete answer; most of it is vLLM's own start. Beside it stand the day and the machine's load (mean of a
-minute, when the test ended): where 15 programs want two cores a start takes several times as long as alone. Rows without a day are of 2026-11-23, those
-named `unit-` at a load of 15 to 20.
+minute, when the test ended): where 15 programs want two cores a start takes several times as long as alone. Rows without a day are of
+2026-11-23, those named `unit-` at a load of 15 to 20.
 
 Rows `unit-`: the same engine as `vllm@main.service` in its sandbox, on a systemd host (Molecule's scenario `service`, which
 runs `tests/faults/test_units.py` and `test_unit_plays.py`).
