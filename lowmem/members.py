@@ -46,12 +46,12 @@ class MemberHosts:
     def connections(self) -> frozenset[Connection]:
         found = set()
         for c in psutil.net_connections("tcp"):
-            if c.status != psutil.CONN_ESTABLISHED or not c.raddr:
+            if c.status != psutil.CONN_ESTABLISHED or len(c.laddr) != 2 or len(c.raddr) != 2:
                 continue
-            here, there = plain(c.laddr.ip), plain(c.raddr.ip)
-            ours = (there, c.raddr.port) == (self.first, self.port) if self.rank else c.laddr.port == self.port and there in self.others
-            if ours:
-                found.add((here, c.laddr.port, there, c.raddr.port))
+            (here, port), (there, their_port) = c.laddr, c.raddr
+            here, there = plain(here), plain(there)
+            if (there, their_port) == (self.first, self.port) if self.rank else port == self.port and there in self.others:
+                found.add((here, port, there, their_port))
         return frozenset(found)
 
     def meeting(self) -> Meeting | None:
