@@ -15,7 +15,7 @@ from .test_templates import render
 
 FILES = Path(__file__).parent / "files"
 REPOSITORY = Path(__file__).resolve().parents[2]
-PROFILE = REPOSITORY / "molecule/two_hosts/demo_two_hosts.yml"
+PROFILE = REPOSITORY / "molecule/two_hosts/files/demo_two_hosts.yml"
 NODES = ["10.0.0.1", "10.0.0.2"]
 HOST = {"ansible_connection": "local", "ansible_python_interpreter": "{{ ansible_playbook_python }}"}
 ONE_SERVER = "and profile demo_two_hosts is one server"
