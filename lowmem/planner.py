@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -124,11 +125,35 @@ def gather(
     link = (links.load_link(joined) if isinstance(joined := network or p.network, str) else joined) if h > 1 else None
     if h > 1 and link is None:
         raise BadInput(f"hosts={h} needs the network between them: name one of {', '.join(links.names())}")
-    if place and place.nodes and len(place.nodes) != h:
-        raise BadInput(
-            f"nodes has {len(place.nodes)} addresses and the server spans {h} host(s); give one for each, the one that serves first"
-        )
+    if place:
+        refuse_place(place, h)
     return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place, h, link)
+
+
+class BadPlace(BadInput):
+    """Of the hosts of a server; what it says begins with the name of the field of `Deploy`."""
+
+
+def refuse_place(place: Deploy, hosts: int) -> None:
+    """BadPlace where the hosts of one server could not meet."""
+    if place.nodes and len(place.nodes) != hosts:
+        raise BadPlace(
+            f"nodes has {len(place.nodes)} addresses and the server spans {hosts} host(s); give one for each, the one that serves first"
+        )
+    if place.rank >= hosts:
+        raise BadPlace(f"rank={place.rank} is no place among the {hosts} host(s) of the server; count from 0, the one that serves")
+    for node in place.nodes:
+        try:
+            address = ipaddress.ip_address(node)
+        except ValueError:
+            raise BadPlace(f"nodes has {node!r}, which is no IP address; the engine and its firewall rules take addresses") from None
+        if address.is_loopback or address.is_unspecified or address.is_multicast:
+            raise BadPlace(f"nodes has {node}, by which no other host reaches it; give its address in the network that joins the hosts")
+    twice = sorted({node for node in place.nodes if place.nodes.count(node) > 1})
+    if twice:
+        raise BadPlace(f"nodes has {twice[0]} more than once; give each host its own address")
+    if place.nodes and place.port == place.master_port:
+        raise BadPlace(f"port={place.port} is the server's and master_port too; choose another for one of them")
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:
@@ -227,8 +252,10 @@ def compute(inputs: Inputs) -> Plan:
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     pool_bytes = max(m.terms["kv_cache"] for _, m in stages)  # every stage is told the same, and has as many blocks
     arguments = arguments_of(inputs, engine, memory, pool_bytes)
-    nodes = nodes_of(inputs, arguments)
     host = host_ram(part.card, engine, device, memory)
+    service = service_limits(engine, device, host, card, load, limits)
+    nodes = nodes_of(inputs, arguments, service)
+    own = nodes[inputs.deploy.rank if inputs.deploy else 0] if nodes else None
     return Plan(
         vllm_version=inputs.vllm_version,
         profile=p.name,
@@ -259,9 +286,9 @@ def compute(inputs: Inputs) -> Plan:
         kv_tokens=memory.kv_tokens,
         max_requests=requests,
         latency_ms=speed,
-        arguments=nodes[0].arguments if nodes else arguments,
-        environment=nodes[0].environment if nodes else environment_of(inputs, device),
-        service=service_limits(engine, device, host, card, load, limits),
+        arguments=own.arguments if own else arguments,
+        environment=own.environment if own else environment_of(inputs, device),
+        service=service,
         deploy=inputs.deploy,
         stages=stages_of(engine, device, stages),
         pipeline=pipeline,
@@ -497,7 +524,7 @@ _SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--sh
 """Of the API server, which runs on the first host alone."""
 
 
-def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...]) -> tuple[Node, ...]:
+def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
     """How each host of a server that spans several is started, by vLLM's own multi-node mode; empty for one host.
 
     0.32.0, cli/serve.py and multiproc_executor.py: the first host has the API server, the scheduler and its own workers; the others run
@@ -524,6 +551,9 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...]) -> tuple[Node, ...
             if place and place.nodes
             else {}
         )
+        if not rank:
+            why = "how long the API server waits for the engine, the other hosts' start in it (default 600): as long as the unit may take"
+            names["VLLM_ENGINE_READY_TIMEOUT_S"] = Knob(value=str(service.timeout_start_s), why=why)
         if place and place.interface:
             names["NCCL_SOCKET_IFNAME"] = Knob(value=place.interface, why="stages hand over through this network")
             names["GLOO_SOCKET_IFNAME"] = Knob(value=place.interface, why="the same for what goes beside it")

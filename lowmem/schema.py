@@ -205,6 +205,7 @@ class Deploy(Strict):
     )
     interface: str = Field("", description="network interface that joins them, the same on each; empty: NCCL and Gloo choose")
     master_port: int = Field(29501, ge=1, le=65535, description="port of the first host where the others meet it")
+    rank: int = Field(0, ge=0, description="this host's place among `nodes`; arguments and environment of the plan are its own")
 
 
 class Stage(Strict):

@@ -54,6 +54,8 @@ class Passing:
     cards_trouble: str
     ram_available_bytes: int
     port_taken: bool
+    meeting_port_taken: bool = False
+    address_missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,16 @@ def passing_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
         yield (
             f"port {plan.deploy.port} of {plan.deploy.host} is taken: "
             f"`ss -ltnp sport = :{plan.deploy.port}` says by whom; stop it, or choose another lowmem_port"
+        )
+    if seen.meeting_port_taken and plan.deploy:
+        yield (
+            f"port {plan.deploy.master_port}, where the hosts of this server meet, is taken: "
+            f"`ss -ltnp sport = :{plan.deploy.master_port}` says by whom; stop it, or choose another lowmem_master_port"
+        )
+    if seen.address_missing and plan.deploy:
+        yield (
+            f"{plan.deploy.nodes[plan.deploy.rank]} is no address of this host, by which the others of this server would reach it: "
+            "`ip address` says which it has; correct lowmem_nodes, or bring the interface up"
         )
 
 
@@ -167,12 +179,24 @@ def look_at_passing(plan: Plan) -> Passing:
             found = cards()
         except RuntimeError as error:
             trouble = str(error)
+    place = plan.deploy
+    several = place is not None and len(place.nodes) > 1
+    first = place is not None and not place.rank  # of several hosts it alone listens at known ports
     return Passing(
-        tuple(found), trouble, psutil.virtual_memory().available, bool(plan.deploy and taken(plan.deploy.host, plan.deploy.port))
+        tuple(found),
+        trouble,
+        psutil.virtual_memory().available,
+        port_taken=place is not None and first and taken(place.host, place.port),
+        meeting_port_taken=place is not None and several and first and taken("0.0.0.0", place.master_port),  # noqa: S104 - as torch binds it
+        address_missing=place is not None and several and why_not_bound(place.nodes[place.rank], 0) == errno.EADDRNOTAVAIL,
     )
 
 
 def taken(host: str, port: int) -> bool:
+    return why_not_bound(host, port) == errno.EADDRINUSE
+
+
+def why_not_bound(host: str, port: int) -> int | None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         # as the server does it: connections that are closing are no obstacle
@@ -180,8 +204,8 @@ def taken(host: str, port: int) -> bool:
         try:
             probe.bind((host, port))
         except OSError as error:
-            return error.errno == errno.EADDRINUSE
-    return False
+            return error.errno
+    return None
 
 
 def cards() -> list[Card]:

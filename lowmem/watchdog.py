@@ -5,6 +5,9 @@ answers 200 there. What the engine does say is scheduler statistics, with each s
 only computes a part of a long prompt. So a busy engine is never asked anything: its figures move. Where they stand still a real
 completion of one token is asked for, and where nothing comes for the limit's time the server's processes are ended.
 
+Of a server that spans several hosts each watches that they are still joined (`lowmem.members`), and ends its own engine where they are
+not; the first one also watches as above.
+
 The workers first: the API server then answers every open request with an error, and ends with a failure of its own.
 Nothing here knows of systemd or supervisord: both start again what was killed, and both give up by their own limits.
 """
@@ -28,7 +31,8 @@ import typer
 
 from lowmem.errors import BadInput
 from lowmem.measure import read_environment, read_plan
-from lowmem.schema import Plan
+from lowmem.members import Bond, MemberHosts
+from lowmem.schema import Deploy, Plan
 
 LONGEST_SILENCE_S = 180
 """A sound engine was seen silent for 126 s, while it made kernels at first use (docs/measurements); half as much again."""
@@ -223,24 +227,87 @@ def watch(
     if silence_s < 0:
         raise BadInput(f"--silence-s {silence_s:g} must be 0 (from the plan) or more")
     server = VllmServer(planned, env_file)
-    state = Watch(server, silence_s or silence_limit_s(planned), planned.service.timeout_start_s)
-    say(f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.start_s:g} s to the first completion")
-    said: tuple[str, str] = ("", "")
+    limit_s = silence_s or silence_limit_s(planned)
+    looks: list[Look] = []
+    if planned.hosts > 1:
+        looks.append(MemberLook(Bond(MemberHosts(planned.deploy), limit_s), server, planned.deploy))
+    if planned.deploy.rank == 0:
+        state = Watch(server, limit_s, planned.service.timeout_start_s)
+        say(f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.start_s:g} s to the first completion")
+        looks.append(ServerLook(state))
     while True:
-        verdict = state.look(time.monotonic())
-        if verdict in ("hung", "never ready"):
-            why = (
-                f"no sign of the engine for {state.silence_s:g} s"
-                if verdict == "hung"
-                else f"no completion {state.start_s:g} s after the start"
-            )
-            ended = server.end(report_s)
-            say(f"{why}: ended {', '.join(ended)}" if ended else f"{why}, and no server of this plan to end")
-            state.ended(time.monotonic())
-        elif verdict != "silent" and (verdict, state.remark) != said:
-            said = (verdict, state.remark)
-            say(f"{verdict}{': ' + state.remark if state.remark else ''}")
+        for look in looks:
+            if why := look.trouble(time.monotonic()):
+                ended = server.end(report_s)
+                say(f"{why}: ended {', '.join(ended)}" if ended else f"{why}, and no server of this plan to end")
+                for other in looks:
+                    other.ended(time.monotonic())
+                break
         time.sleep(every_s)
+
+
+class Look(Protocol):
+    """One thing that the watchdog looks at, and says when it changes."""
+
+    def trouble(self, now: float) -> str:
+        """Why the server has to be ended; empty where it has not."""
+
+    def ended(self, now: float) -> None:
+        """The server was ended."""
+
+
+@dataclass
+class ServerLook:
+    """Whether the server answers."""
+
+    state: Watch
+    said: tuple[str, str] = ("", "")
+
+    def trouble(self, now: float) -> str:
+        verdict = self.state.look(now)
+        if verdict == "hung":
+            return f"no sign of the engine for {self.state.silence_s:g} s"
+        if verdict == "never ready":
+            return f"no completion {self.state.start_s:g} s after the start"
+        if verdict != "silent" and (verdict, self.state.remark) != self.said:
+            self.said = (verdict, self.state.remark)
+            say(f"{verdict}{': ' + self.state.remark if self.state.remark else ''}")
+        return ""
+
+    def ended(self, now: float) -> None:
+        self.state.ended(now)
+
+
+@dataclass
+class MemberLook:
+    """Whether the hosts of one server are still joined."""
+
+    bond: Bond
+    server: VllmServer
+    deploy: Deploy
+    joined: psutil.Process | None = None
+    """The server as which this host joined. The one that its service manager has started since then is nobody's trouble."""
+
+    def trouble(self, now: float) -> str:
+        was = bool(self.bond.known)
+        why = self.bond.look(now)
+        if why:
+            before, self.joined = self.joined, None
+            if before is not None and self._running() == before:
+                return why
+            say(f"{why}; the engine that was joined has ended already")
+        elif not was and self.bond.known:
+            self.joined = self._running()
+            place = f"host {self.deploy.rank + 1} of {len(self.deploy.nodes)}"
+            say(f"joined: {place}, meeting at {self.deploy.nodes[0]} port {self.deploy.master_port}")
+        return ""
+
+    def ended(self, now: float) -> None:
+        self.bond.known, self.joined = frozenset(), None
+
+    def _running(self) -> psutil.Process | None:
+        processes = self.server.processes()
+        return processes[-1] if processes else None
 
 
 def say(text: str) -> None:

@@ -1,6 +1,6 @@
 """Writes docs/reliability.md from tests/faults/catalogue.yml and the records that the fault tests left in .lowmem/faults.
 
-    LOWMEM_SLOW=1 .lowmem/venv/bin/pytest -m fault && make molecule SCENARIO="service cluster"
+    LOWMEM_SLOW=1 .lowmem/venv/bin/pytest -m fault && make molecule SCENARIO="service cluster two_hosts"
     .lowmem/venv/bin/python scripts/reliability_doc.py
 
 A fault that was not injected again keeps its row, with the day and the load of that run. One that has neither a record nor a row, or whose
@@ -32,15 +32,17 @@ Each fault is injected for real into a running service by a test, with requests 
 them: each ends with a complete answer or with an error that the client saw; a request that ends otherwise is lost, and fails the test.
 
 Written by `scripts/reliability_doc.py` from the records that the tests leave (`LOWMEM_SLOW=1 pytest -m fault`, `make molecule
-SCENARIO="service cluster"`): vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}). Recovery: from the fault
-to the next complete answer; most of it is vLLM's own start. Beside it stand the day and the machine's load (mean of a minute, when the
-test ended): where 15 programs want two cores a start takes several times as long as alone. Rows without a day are of 2026-11-23, those
-named `unit-` at a load of 15 to 20.
+SCENARIO="service cluster two_hosts"`): vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}). Recovery: from
+the fault to the next complete answer; most of it is vLLM's own start. Beside it stand the day and the machine's load (mean of a
+minute, when the test ended): where 15 programs want two cores a start takes several times as long as alone. Rows without a day are of
+2026-11-23, those named `unit-` at a load of 15 to 20.
 
 Rows `unit-`: the same engine as `vllm@main.service` in its sandbox, on a systemd host (Molecule's scenario `service`, which
 runs `tests/faults/test_units.py` and `test_unit_plays.py`).
 
 Rows `cluster-`: two such hosts behind the router on a third (scenario `cluster`, `tests/faults/test_cluster.py`).
+
+Rows `two-hosts-`: two such hosts that are one server, half of the layers on each (`two_hosts`, `tests/faults/test_two_hosts.py`).
 
 Not to be had on the machine of these runs: a kernel that enforces MemoryMax in the hosts (scenario `vm` has one), a clock of a host's own
 (`unit-clock-jump` shows the service's programs another one), a card.

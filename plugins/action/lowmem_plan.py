@@ -17,7 +17,8 @@ test_loader.get("match")
 # At the top for the same reason: the import takes longer than a plan.
 try:
     from lowmem.errors import BadInput
-    from lowmem.planner import make_plan
+    from lowmem.planner import BadPlace, make_plan
+    from lowmem.profiles import load_profile
     from lowmem.render import plan_text
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
@@ -38,6 +39,12 @@ options:
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
   deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host, port.",
     type: dict, required: true}
+  members:
+    description: >-
+      Of a profile that is one server over several hosts, and ignored for any other: nodes (addresses in order), rank (this host's place
+      among them), interface, master_port. All but the rank must be the same on each.
+    type: dict
+    default: {}
 """
 
 
@@ -55,27 +62,34 @@ class ActionModule(ActionBase):
                 "count": {"type": "int", "default": 0},
                 "overrides": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
+                "members": {"type": "dict", "default": {}},
             }
         )
         if missing:
             raise AnsibleActionFail(f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from missing
         try:
+            hosts = load_profile(wanted["profile"]).hosts
+            nodes = wanted["members"].get("nodes", [])
+            if hosts > 1 and len(nodes) != hosts:
+                raise AnsibleActionFail(
+                    f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has {len(nodes)} "
+                    f"({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts (lowmem_nodes is its hosts' addresses, "
+                    "in order), or choose a profile of one host."
+                )
             plan = make_plan(
                 wanted["profile"],
                 model=wanted["model"] or None,
                 device=wanted["device"] or None,
                 count=wanted["count"] or None,
                 overrides=wanted["overrides"],
-                deploy=wanted["deploy"],
+                deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
             )
+        except BadPlace as error:
+            # what it names is in the inventory under the same name
+            raise AnsibleActionFail(f"lowmem_{error}") from error
         except BadInput as error:
             raise AnsibleActionFail(str(error)) from error
         self._display.display(plan_text(plan))
-        if plan.hosts > 1:
-            raise AnsibleActionFail(
-                f"profile {plan.profile} is one server on {plan.hosts} hosts, and these plays start one on each: take what each runs from "
-                f"`lowmem plan --profile {plan.profile} --model-path … --node ADDRESS --node ADDRESS`, or choose a profile of one host."
-            )
         if plan.verdict == "impossible":
             raise AnsibleActionFail(f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed.")
         return {"changed": False, "plan": json.loads(plan.model_dump_json())}

@@ -37,7 +37,7 @@ def test_every_inventory_is_in_the_table_with_its_profile():
 def test_an_inventory_for_gpus_says_what_its_hosts_need(name):
     host = variables(f"inventory/{name}", "gpu-1.example.org")
     assert host["lowmem_device"] == "a100-40g"
-    assert host["lowmem_device_count"] == {"a100-2x40g": 2, "a100-1x40g": 1, "cluster": 2}[name]
+    assert host["lowmem_device_count"] == {"a100-2x40g": 2, "a100-1x40g": 1, "cluster": 2, "two-hosts": 1}[name]
     assert (host["gpu_driver_source"], host["gpu_driver_branch"], host["gpu_driver_reboot"]) == ("nvidia", "580", False)
     assert host["cuda_toolkit_parts"] == ["c_compiler"]
     assert host["host_memory_swap_gib"] > 0

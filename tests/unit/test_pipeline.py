@@ -170,6 +170,11 @@ def test_a_limit_that_no_link_meets_is_not_the_links_fault():
         ({"network": "token-ring"}, "network 'token-ring' is not in the table; use one of 10gbe, 25gbe, 100gbe, infiniband"),
         ({"hosts": 0}, "hosts=0 is not from 1 to 64"),
         ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1"]}}, "nodes has 1 addresses and the server spans 2 host(s)"),
+        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "10.0.0.1"]}}, "nodes has 10.0.0.1 more than once; give each host its own address"),
+        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "gpu-2"]}}, "nodes has 'gpu-2', which is no IP address"),
+        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "127.0.1.1"]}}, "nodes has 127.0.1.1, by which no other host reaches it"),
+        ({"deploy": {**DEPLOY, "rank": 2}}, "rank=2 is no place among the 2 host(s) of the server"),
+        ({"deploy": {**DEPLOY, "port": 29501}}, "port=29501 is the server's and master_port too"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -210,6 +215,18 @@ def test_what_each_host_runs():
         assert environment["NCCL_SOCKET_IFNAME"] == environment["GLOO_SOCKET_IFNAME"] == "eth1"
         assert environment["NCCL_MAX_NCHANNELS"] == "2"
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
+
+
+def test_each_host_has_the_same_plan_with_its_own_arguments():
+    plans = [make_plan("two_hosts", deploy={**DEPLOY, "rank": rank}) for rank in (0, 1)]
+    assert plans[0].nodes == plans[1].nodes
+    assert [plan.argv for plan in plans] == [node.argv for node in plans[0].nodes]
+    assert [plan.environment for plan in plans] == [node.environment for node in plans[0].nodes]
+    different = {"arguments", "environment", "deploy"}
+    assert plans[0].model_dump(exclude=different | {"argv"}) == plans[1].model_dump(exclude=different | {"argv"})
+    # vLLM's own 600 s would be shorter than what the unit may take
+    waits = [{v.name: v.value for v in plan.environment}.get("VLLM_ENGINE_READY_TIMEOUT_S") for plan in plans]
+    assert waits == [str(plans[0].service.timeout_start_s), None]
 
 
 def test_stages_inside_one_host_need_no_network():

@@ -248,3 +248,27 @@ def test_a_start_beside_a_stale_process_is_refused(two_cards: Plan, tmp_path: Pa
         "start-check: GPU 1 has 20,000 MiB free, held by pid 4242424; the plan needs 20,452 MiB: stop what holds it, or wait for it to end"
     )
     fault.saw(f"refused: {line.removeprefix('start-check: ')}")
+
+
+def test_one_of_several_hosts_is_asked_for_its_own() -> None:
+    nodes = ("127.0.0.1", "127.0.0.2")  # the planner takes no loopback; the kernel does
+    first, other = (
+        make_plan("two_hosts", deploy=DEPLOY | {"nodes": ["10.0.0.1", "10.0.0.2"], "rank": rank}).model_copy(
+            update={"device_kind": "cpu", "host_ram": {}}
+        )
+        for rank in (0, 1)
+    )
+    assert first.deploy is not None
+    assert other.deploy is not None
+    with socket.create_server(("127.0.0.1", 0)) as api, socket.create_server(("0.0.0.0", 0)) as meeting:
+        ports = {"port": api.getsockname()[1], "master_port": meeting.getsockname()[1], "nodes": nodes}
+        here, there = (plan.model_copy(update={"deploy": plan.deploy.model_copy(update=ports)}) for plan in (first, other) if plan.deploy)
+        seen = list(passing_refusals(here, look_at_passing(here)))
+        # the other host listens at neither
+        assert list(passing_refusals(there, look_at_passing(there))) == []
+    assert [line.split(":")[0] for line in seen] == [
+        f"port {ports['port']} of 127.0.0.1 is taken",
+        f"port {ports['master_port']}, where the hosts of this server meet, is taken",
+    ]
+    [line] = passing_refusals(other, look_at_passing(other))
+    assert line.startswith("10.0.0.2 is no address of this host, by which the others of this server would reach it")
