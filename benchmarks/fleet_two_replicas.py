@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -92,7 +92,9 @@ def replica(demo: Path, plan: Plan, port: int, core: int, scratch: Path) -> Iter
 def router(binary: Path, ports: list[int], scratch: Path) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
     port, metrics = free_ports(2)
     workers = [f"http://127.0.0.1:{worker}" for worker in ports]
-    command = [str(binary), "--worker-urls", *workers, "--host", "127.0.0.1", "--port", str(port), "--policy", "power_of_two"]
+    # power_of_two refuses one worker, as role router knows
+    policy = "power_of_two" if len(ports) > 1 else "round_robin"
+    command = [str(binary), "--worker-urls", *workers, "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--log-level", "warning"]
     command += ["--worker-startup-timeout-secs", "10", "--request-timeout-secs", "600"]
     log = scratch / f"router-{len(ports)}.log"
@@ -138,7 +140,7 @@ def simulated(seen: fleet.Seen, names: list[str]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="lowmem fleet against two real replicas behind the router.")
     parser.add_argument("--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed")
-    parser.add_argument("--requests", type=int, default=96, help="of each load on two replicas")
+    parser.add_argument("--requests", type=int, default=64, help="of each load on two replicas")
     parser.add_argument("--out", type=Path, default=REPOSITORY / ".lowmem/fleet_two_replicas")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -174,6 +176,8 @@ def main() -> int:
                 load = plan.load.model_copy(update={"clients": clients})
                 out.print(f"driving two replicas: {what}, {given.requests} requests")
                 real = drive(given.demo, api, load, given.requests, seed, rate)
+                if rate:
+                    del real["tokens_per_s"]  # as many as arrive
                 said = (
                     fleet.open_loop(speed, 2, rate, *tokens, requests=1000)
                     if rate
@@ -182,10 +186,11 @@ def main() -> int:
                 rows.append({"load": what, "measured": {k: round(v, 1) for k, v in real.items()}, "simulated": simulated(said, list(real))})
                 written = {"speed": {"steps_ms": speed.steps_ms, "chunk_extra_ms": speed.chunk_extra_ms}, "rows": rows}
                 (given.out / "two_replicas.json").write_text(json.dumps(written, indent=1) + "\n")
-    table = Table("load", *(f"{name}: measured, simulated, ratio" for name in rows[0]["measured"]))
+    table = Table("load", "", *(Column(name, justify="right") for name in ("measured", "simulated", "ratio")))
     for row in rows:
-        pairs = [(row["measured"][name], row["simulated"][name]) for name in row["measured"]]
-        table.add_row(row["load"], *(f"{real:,.1f}, {said:,.1f}, {said / real:.2f}" for real, said in pairs))
+        for name, real in row["measured"].items():
+            said = row["simulated"][name]
+            table.add_row(row["load"], name, f"{real:,.1f}", f"{said:,.1f}", f"{said / real:.2f}")
     out.print(table)
     return 0
 
