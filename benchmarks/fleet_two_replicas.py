@@ -36,7 +36,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.gpu.servers import stop  # noqa: E402
 from lowmem import fleet  # noqa: E402
-from lowmem.measure import Api, bench_command, load_result, read_environment  # noqa: E402
+from lowmem.measure import Api, drive, read_environment  # noqa: E402
 from lowmem.receipt import read  # noqa: E402
 from lowmem.schema import Load, Plan, Receipt  # noqa: E402
 
@@ -74,8 +74,7 @@ def server(command: list[str], environment: dict[str, str], log: Path) -> Iterat
             stop(process)
 
 
-@contextlib.contextmanager
-def replica(demo: Path, plan: Plan, port: int, core: int, scratch: Path) -> Iterator[subprocess.Popen[bytes]]:
+def replica(demo: Path, plan: Plan, port: int, core: int, scratch: Path) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     argv = list(plan.argv)
     argv[argv.index("--port") + 1] = str(port)
     own = {v.name: v.value for v in plan.environment} | {
@@ -84,8 +83,7 @@ def replica(demo: Path, plan: Plan, port: int, core: int, scratch: Path) -> Iter
         "VLLM_CACHE_ROOT": str(scratch / f"cache-{core}"),
     }
     command = ["taskset", "-c", str(core), str(demo / "current/env/bin/vllm"), "serve", *argv]
-    with server(command, {**os.environ, **own}, scratch / f"replica-{core}.log") as process:
-        yield process
+    return server(command, {**os.environ, **own}, scratch / f"replica-{core}.log")
 
 
 @contextlib.contextmanager
@@ -113,17 +111,9 @@ def measure_one(demo: Path, url: str, pid: int, core: int, scratch: Path, out: P
     return read(out)
 
 
-def drive(demo: Path, api: Api, load: Load, requests: int, seed: int, per_s: float | None) -> dict[str, float]:
+def asked(api: Api, load: Load, requests: int, seed: int, per_s: float | None) -> dict[str, float]:
     name, folder = api.model()
-    with tempfile.TemporaryDirectory() as scratch:
-        command = bench_command(api.url, name, folder, load, requests, seed, Path(scratch))
-        if per_s:
-            place = command.index("--max-concurrency")
-            command[place : place + 2] = ["--request-rate", f"{per_s:.4f}"]
-        environment = {**os.environ, "OPENAI_API_KEY": api.key or "", "HF_HUB_OFFLINE": "1"}
-        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        raw = json.loads((Path(scratch) / "result.json").read_text())
-    seen = load_result(raw, load, requests)
+    seen = drive(api, name, folder, load, requests, seed, {"HF_HUB_OFFLINE": "1"}, per_s)
     if seen.failed:
         raise SystemExit(f"{seen.failed} of {requests} requests failed")
     return {
@@ -175,7 +165,7 @@ def main() -> int:
             for seed, (what, clients, rate) in enumerate(loads, 1000):
                 load = plan.load.model_copy(update={"clients": clients})
                 out.print(f"driving two replicas: {what}, {given.requests} requests")
-                real = drive(given.demo, api, load, given.requests, seed, rate)
+                real = asked(api, load, given.requests, seed, rate)
                 if rate:
                     del real["tokens_per_s"]  # as many as arrive
                 said = (

@@ -250,8 +250,13 @@ def warm_up(api: Api, model: str, load: Load) -> None:
         list(pool.map(lambda prompt: api.complete(model, prompt, min(8, load.output_tokens)), prompts))
 
 
-def bench_command(url: str, model: str, tokenizer: str, load: Load, requests: int, seed: int, folder: Path) -> list[str]:
-    """`vllm bench serve` of the engine's environment; a seed per load, or its prompts would sit in the prefix cache of the load before."""
+def bench_command(
+    url: str, model: str, tokenizer: str, load: Load, requests: int, seed: int, folder: Path, per_s: float | None = None
+) -> list[str]:
+    """`vllm bench serve` of the engine's environment; a seed per load, or its prompts would sit in the prefix cache of the load before.
+
+    The load's clients each wait for their answer; with `per_s` requests arrive by themselves instead (Poisson), so many a second.
+    """
     options = {
         "--backend": "openai",
         "--base-url": url,
@@ -262,7 +267,7 @@ def bench_command(url: str, model: str, tokenizer: str, load: Load, requests: in
         "--random-input-len": load.input_tokens,
         "--random-output-len": load.output_tokens,
         "--num-prompts": requests,
-        "--max-concurrency": load.clients,
+        **({"--request-rate": per_s} if per_s else {"--max-concurrency": load.clients}),
         "--seed": seed,
         "--percentile-metrics": "ttft,tpot,itl,e2el",
         "--metric-percentiles": "50,90,99",
@@ -300,10 +305,12 @@ def load_result(raw: dict[str, Any], load: Load, requests: int) -> LoadResult:
     )
 
 
-def drive(api: Api, model: str, tokenizer: str, load: Load, requests: int, seed: int, variables: dict[str, str]) -> LoadResult:
-    """Runs one closed-loop load; raises RuntimeError with the generator's last lines when it gives no result."""
+def drive(
+    api: Api, model: str, tokenizer: str, load: Load, requests: int, seed: int, variables: dict[str, str], per_s: float | None = None
+) -> LoadResult:
+    """Runs one load (`bench_command`); raises RuntimeError with the generator's last lines when it gives no result."""
     with tempfile.TemporaryDirectory(prefix="lowmem-bench-") as folder:
-        command = bench_command(api.url, model, tokenizer, load, requests, seed, Path(folder))
+        command = bench_command(api.url, model, tokenizer, load, requests, seed, Path(folder), per_s)
         environment = {**os.environ, **variables, **({"OPENAI_API_KEY": api.key} if api.key else {})}
         output = Path(folder) / "output"
         with output.open("wb") as stream:

@@ -171,7 +171,7 @@ def units(patterns: list[str]) -> dict[str, str]:
     """Of those that are enabled or run: enabled as what, and running or not. What a timer runs is up at times, and that does not count."""
     if not patterns or not shutil.which("systemctl"):
         return {}
-    wanted = "--property=Id,Type,RemainAfterExit,LoadState,ActiveState,UnitFileState,NeedDaemonReload"
+    wanted = "--property=Id,Type,RemainAfterExit,ActiveState,UnitFileState,NeedDaemonReload"
     found = {}
     for block in run(["systemctl", "show", wanted, "--", *patterns]).split("\n\n"):
         unit = dict(re.findall(r"(\w+)=(.*)", block))

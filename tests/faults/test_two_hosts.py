@@ -166,8 +166,14 @@ def test_the_first_hosts_server_is_killed(pair: Pair, fault: Any) -> None:
     killed(pair, fault, lambda: pair.one.sh(f"kill -KILL {processes(pair.one)['server']}"))
 
 
+def restarted_once(pair: Pair, pids: list[str], restarts: list[int]) -> None:
+    """Both halves answer and are new, each after exactly one restart."""
+    pair.until_answering()
+    assert [old == new for old, new in zip(pids, pair.pids(), strict=True)] == [False, False]
+    assert pair.restarts() == [count + 1 for count in restarts]
+
+
 def killed(pair: Pair, fault: Any, kill: Callable[[], object]) -> None:
-    """Both halves are new afterwards, each after exactly one restart."""
     before, restarts = pair.pids(), pair.restarts()
     with under_load(pair.client, clients=4, tokens=200) as ledger:
         began = time.monotonic()
@@ -175,9 +181,7 @@ def killed(pair: Pair, fault: Any, kill: Callable[[], object]) -> None:
     ledger.nothing_lost()
     assert "answer" not in ledger.ends
     fault.recovery_s = pair.client.recovery_s(began)
-    pair.until_answering()
-    assert [old == new for old, new in zip(before, pair.pids(), strict=True)] == [False, False]
-    assert pair.restarts() == [count + 1 for count in restarts]
+    restarted_once(pair, before, restarts)
     fault.saw(f"{ledger}; one restart of each unit")
 
 
@@ -190,9 +194,7 @@ def test_the_other_hosts_half_is_killed_while_nothing_runs(pair: Pair, fault: An
     pair.one.until(lambda: pair.one.show("NRestarts") == str(restarts[0] + 1), 120)
     noticed_s = time.monotonic() - began
     fault.recovery_s = pair.client.recovery_s(began)
-    pair.until_answering()
-    assert [old == new for old, new in zip(before, pair.pids(), strict=True)] == [False, False]
-    assert pair.restarts() == [count + 1 for count in restarts]
+    restarted_once(pair, before, restarts)
     fault.saw(f"the first host's unit was started again {noticed_s:.0f} s after it; one restart of each")
 
 
