@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """What `lowmem fleet` says of two replicas behind the router, against two real ones.
 
-    benchmarks/fleet_two_replicas.py [--out FOLDER]        run it with .lowmem/venv/bin/python, after `make demo` and `pytest tests/router`
+    benchmarks/fleet_two_replicas.py measure FOLDER        with .lowmem/venv/bin/python, after `make demo` and `pytest tests/router`
+    benchmarks/fleet_two_replicas.py compare FOLDER
 
-Two of the demo's engines, each on a core of its own, behind the real vllm-router (least load of two). One alone is measured first
-(`lowmem measure`), through the router as well; from its receipt the simulation says what clients of two will see, and then they are driven:
-clients that wait for their answers, and requests that arrive by themselves (Poisson). Writes <FOLDER>/one.json (the receipt) and
-two_replicas.json, prints the ratios; nothing is asserted.
+`measure` starts two replicas behind the real vllm-router (least load of two). One alone is measured first (`lowmem measure`), through the
+router as well: FOLDER/one.json. Then both are driven, by clients that wait for their answers and by requests that arrive by themselves
+(Poisson): FOLDER/loads.json. `compare` simulates the same loads from one.json, as many requests from an empty start, the mean of twenty
+seeds, writes FOLDER/two_replicas.json and prints the ratios; nothing is asserted.
 
-The load generator has no core of its own here, so it shares the core of the one replica, and both cores of the two: each replica loses the
-same to it.
+The replicas are two of the demo's engines, each on a core of its own. The load generator then has no core of its own: it shares the core of
+the one replica, and both cores of the two, so that each replica loses the same to it. On a machine with GPUs they are a run that
+benchmarks/gpu/matrix.py prepared, each on its own cards: --prepared .carry/runs/low_latency --gpus 2 --gpus 3 --router BINARY.
 """
 
 from __future__ import annotations
@@ -20,11 +22,13 @@ import json
 import os
 import shlex
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +39,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.gpu.servers import stop  # noqa: E402
-from lowmem import fleet  # noqa: E402
 from lowmem.measure import Api, drive, read_environment  # noqa: E402
-from lowmem.receipt import read  # noqa: E402
-from lowmem.schema import Load, Plan, Receipt  # noqa: E402
+from lowmem.schema import Load, Plan  # noqa: E402
 
 START_S = 300
+# the last fills both replicas
 CLOSED_CLIENTS = (4, 8, 16)
-# of what two full replicas do
+# of what the two did when full
 OPEN_SHARES = (0.4, 0.6, 0.8)
+SEEDS = 20
 
 
 def free_ports(count: int) -> list[int]:
@@ -74,16 +78,56 @@ def server(command: list[str], environment: dict[str, str], log: Path) -> Iterat
             stop(process)
 
 
-def replica(demo: Path, plan: Plan, port: int, core: int, scratch: Path) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    argv = list(plan.argv)
-    argv[argv.index("--port") + 1] = str(port)
-    own = {v.name: v.value for v in plan.environment} | {
-        "VLLM_CPU_OMP_THREADS_BIND": str(core),
-        "LOWMEM_API_KEYS": str(demo / "etc/vllm.env"),
-        "VLLM_CACHE_ROOT": str(scratch / f"cache-{core}"),
-    }
-    command = ["taskset", "-c", str(core), str(demo / "current/env/bin/vllm"), "serve", *argv]
-    return server(command, {**os.environ, **own}, scratch / f"replica-{core}.log")
+@dataclass(frozen=True)
+class Replica:
+    """How one is started, and what runs beside it."""
+
+    command: list[str]
+    environment: dict[str, str]
+    beside: list[str]
+    log: Path
+
+    def server(self) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+        return server(self.command, {**os.environ, **self.environment}, self.log)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    plan: Path
+    env_file: Path
+    lowmem: list[str]
+    replicas: list[Replica]
+
+
+def of_demo(demo: Path, ports: list[int], scratch: Path) -> Deployed:
+    plan = Plan.model_validate_json((demo / "etc/plan.json").read_text())
+    os.environ["VLLM_BIN"] = shlex.quote(str(demo / "current/env/bin/vllm"))
+    replicas = []
+    for port, core in zip(ports, sorted(os.sched_getaffinity(0)), strict=False):
+        argv = list(plan.argv)
+        argv[argv.index("--port") + 1] = str(port)
+        own = {v.name: v.value for v in plan.environment} | {
+            "VLLM_CPU_OMP_THREADS_BIND": str(core),
+            "LOWMEM_API_KEYS": str(demo / "etc/vllm.env"),
+            "VLLM_CACHE_ROOT": str(scratch / f"cache-{core}"),
+        }
+        pinned = ["taskset", "-c", str(core)]
+        command = [*pinned, str(demo / "current/env/bin/vllm"), "serve", *argv]
+        replicas.append(Replica(command, own, pinned, scratch / f"replica-{port}.log"))
+    return Deployed(demo / "etc/plan.json", demo / "etc/vllm.env", [str(demo / "current/env/bin/lowmem")], replicas)
+
+
+def of_prepared(run: Path, gpus: list[str], extra: list[str], ports: list[int], scratch: Path) -> Deployed:
+    replicas = [
+        Replica(
+            [str((run / "low_mem.sh").resolve()), f"--port={port}", *extra],
+            {"CUDA_VISIBLE_DEVICES": cards, "PYTHONUNBUFFERED": "1"},
+            ["env", f"CUDA_VISIBLE_DEVICES={cards}"],
+            scratch / f"replica-{port}.log",
+        )
+        for port, cards in zip(ports, gpus, strict=True)
+    ]
+    return Deployed(run / "plan.json", run / "vllm.env", [sys.executable, "-m", "lowmem"], replicas)
 
 
 @contextlib.contextmanager
@@ -100,15 +144,15 @@ def router(binary: Path, ports: list[int], scratch: Path) -> Iterator[tuple[str,
         yield f"http://127.0.0.1:{port}", process, log
 
 
-def measure_one(demo: Path, url: str, pid: int, core: int, scratch: Path, out: Path) -> Receipt:
-    command = ["taskset", "-c", str(core), str(demo / "current/env/bin/lowmem"), "measure", f"--plan={demo}/etc/plan.json"]
-    command += [f"--url={url}", f"--pid={pid}", f"--env-file={demo}/etc/vllm.env", f"--log={scratch}/replica-{core}.log"]
-    command += ["--clients=8,4,2,1", "--requests=24", f"--out={out}"]
+def measure_one(deployed: Deployed, url: str, pid: int, requests: int | None, out: Path) -> None:
+    replica = deployed.replicas[0]
+    command = [*replica.beside, *deployed.lowmem, "measure", f"--plan={deployed.plan}", f"--url={url}", f"--pid={pid}"]
+    command += [f"--env-file={deployed.env_file}", f"--log={replica.log}", "--clients=8,4,2,1", f"--out={out}"]
+    command += [f"--requests={requests}"] if requests else []
     # 2: a limit of the plan is missed by half of its cores, which is no matter here
-    done = subprocess.run(command, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, check=False)
     if done.returncode not in (0, 2):
         raise SystemExit(f"lowmem measure ended with status {done.returncode}")
-    return read(out)
 
 
 def asked(api: Api, load: Load, requests: int, seed: int, per_s: float | None) -> dict[str, float]:
@@ -123,67 +167,98 @@ def asked(api: Api, load: Load, requests: int, seed: int, per_s: float | None) -
     }  # fmt: skip
 
 
-def simulated(seen: fleet.Seen, names: list[str]) -> dict[str, float]:
-    return {name: round(getattr(seen, name), 1) for name in names}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="lowmem fleet against two real replicas behind the router.")
-    parser.add_argument("--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed")
-    parser.add_argument("--requests", type=int, default=64, help="of each load on two replicas")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / ".lowmem/fleet_two_replicas")
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    out = Console()
-    binary = next(iter(sorted(given.demo.glob("envs/vllm-router-*/bin/vllm-router"))), None)
+def measure(given: argparse.Namespace, out: Console) -> None:
+    given.folder.mkdir(parents=True, exist_ok=True)
+    binary = given.router or next(iter(sorted(given.demo.glob("envs/vllm-router-*/bin/vllm-router"))), None)
     if not binary:
-        raise SystemExit(f"no environment of vllm-router under {given.demo}/envs: `pytest tests/router` makes it")
-    plan = Plan.model_validate_json((given.demo / "etc/plan.json").read_text())
-    key = next(value for name, value in read_environment(given.demo / "etc/vllm.env").items() if name.startswith("VLLM_API_KEY"))
-    os.environ["VLLM_BIN"] = shlex.quote(str(given.demo / "current/env/bin/vllm"))
-    cores = sorted(os.sched_getaffinity(0))[:2]
+        raise SystemExit(
+            f"no environment of vllm-router under {given.demo}/envs: `pytest tests/router` makes it, or name one with --router"
+        )
     ports = free_ports(2)
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         scratch = Path(folder)
-        with contextlib.ExitStack() as running:
-            first = running.enter_context(replica(given.demo, plan, ports[0], cores[0], scratch))
-            wait(Api(f"http://127.0.0.1:{ports[0]}", key), first, scratch / f"replica-{cores[0]}.log")
-            with router(binary, ports[:1], scratch) as (url, process, log):
-                wait(Api(url, key), process, log)
-                speed = fleet.measured(measure_one(given.demo, url, first.pid, cores[0], scratch, given.out / "one.json"))
-            second = running.enter_context(replica(given.demo, plan, ports[1], cores[1], scratch))
-            wait(Api(f"http://127.0.0.1:{ports[1]}", key), second, scratch / f"replica-{cores[1]}.log")
-            url, process, log = running.enter_context(router(binary, ports, scratch))
-            api = Api(url, key)
-            wait(api, process, log)
-            tokens = plan.load.input_tokens, plan.load.output_tokens
-            full = fleet.closed_loop(speed, 2 * speed.max_num_seqs, *tokens, 8 * speed.max_num_seqs, hosts=2)
-            loads: list[tuple[str, int, float | None]] = [(f"{clients} clients", clients, None) for clients in CLOSED_CLIENTS]
-            rates = [share * full.tokens_per_s / tokens[1] for share in OPEN_SHARES]
-            loads += [(f"{rate:.2f} requests/s", 2 * speed.max_num_seqs, rate) for rate in rates]
-            for seed, (what, clients, rate) in enumerate(loads, 1000):
-                load = plan.load.model_copy(update={"clients": clients})
-                out.print(f"driving two replicas: {what}, {given.requests} requests")
-                real = asked(api, load, given.requests, seed, rate)
-                if rate:
-                    del real["tokens_per_s"]  # as many as arrive
-                said = (
-                    fleet.open_loop(speed, 2, rate, *tokens, requests=1000)
-                    if rate
-                    else fleet.closed_loop(speed, clients, *tokens, given.requests, hosts=2)
-                )
-                rows.append({"load": what, "measured": {k: round(v, 1) for k, v in real.items()}, "simulated": simulated(said, list(real))})
-                written = {"speed": {"steps_ms": speed.steps_ms, "chunk_extra_ms": speed.chunk_extra_ms}, "rows": rows}
-                (given.out / "two_replicas.json").write_text(json.dumps(written, indent=1) + "\n")
+        deployed = (
+            of_prepared(given.prepared, given.gpus, given.arg, ports, scratch) if given.prepared else of_demo(given.demo, ports, scratch)
+        )
+        plan = Plan.model_validate_json(deployed.plan.read_text())
+        key = next(value for name, value in read_environment(deployed.env_file).items() if name.startswith("VLLM_API_KEY"))
+
+        def start(number: int) -> subprocess.Popen[bytes]:
+            return running.enter_context(deployed.replicas[number].server())
+
+        def until_ready(number: int, process: subprocess.Popen[bytes]) -> None:
+            wait(Api(f"http://127.0.0.1:{ports[number]}", key), process, deployed.replicas[number].log)
+
+        first = start(0)
+        # an engine that waits takes a core of two from the other, and nothing from one on other cards
+        second = start(1) if given.prepared else None
+        until_ready(0, first)
+        with router(binary, ports[:1], scratch) as (url, process, log):
+            wait(Api(url, key), process, log)
+            measure_one(deployed, url, first.pid, given.alone_requests, given.folder / "one.json")
+        second = second or start(1)
+        until_ready(1, second)
+        url, process, log = running.enter_context(router(binary, ports, scratch))
+        api = Api(url, key)
+        wait(api, process, log)
+        loads: list[tuple[int, float | None]] = [(clients, None) for clients in CLOSED_CLIENTS]
+        for seed, (clients, share) in enumerate([*loads, *((CLOSED_CLIENTS[-1], share) for share in OPEN_SHARES)], 1000):
+            rate = share and share * rows[len(CLOSED_CLIENTS) - 1]["measured"]["tokens_per_s"] / plan.load.output_tokens
+            out.print(f"driving two replicas: {f'{rate:.2f} requests/s' if rate else f'{clients} clients'}, {given.requests} requests")
+            seen = asked(api, plan.load.model_copy(update={"clients": clients}), given.requests, seed, rate)
+            if rate:
+                del seen["tokens_per_s"]  # as many as arrive
+            rows.append({"clients": None if rate else clients, "per_s": rate, "requests": given.requests, "measured": seen})
+            (given.folder / "loads.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def compare(given: argparse.Namespace, out: Console) -> None:
+    from lowmem import fleet
+    from lowmem.receipt import read
+
+    receipt = read(given.folder / "one.json")
+    speed, tokens = fleet.measured(receipt), (receipt.plan.load.input_tokens, receipt.plan.load.output_tokens)
+    rows = json.loads((given.folder / "loads.json").read_text())
     table = Table("load", "", *(Column(name, justify="right") for name in ("measured", "simulated", "ratio")))
     for row in rows:
-        for name, real in row["measured"].items():
-            said = row["simulated"][name]
-            table.add_row(row["load"], name, f"{real:,.1f}", f"{said:,.1f}", f"{said / real:.2f}")
+        if row["per_s"]:
+            name, said = (
+                f"{row['per_s']:.2f} requests/s",
+                [
+                    fleet.open_loop(speed, 2, row["per_s"], *tokens, requests=row["requests"], seed=seed, left_out=0)
+                    for seed in range(SEEDS)
+                ],
+            )
+        else:
+            name, said = f"{row['clients']} clients", [fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)]
+        row["simulated"] = {figure: round(statistics.fmean(getattr(one, figure) for one in said), 1) for figure in row["measured"]}
+        for figure, real in row["measured"].items():
+            table.add_row(name, figure, f"{real:,.1f}", f"{row['simulated'][figure]:,.1f}", f"{row['simulated'][figure] / real:.2f}")
+    written = {"speed": {"steps_ms": speed.steps_ms, "chunk_extra_ms": speed.chunk_extra_ms}, "rows": rows}
+    (given.folder / "two_replicas.json").write_text(json.dumps(written, indent=1) + "\n")
     out.print(table)
-    return 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="lowmem fleet against two real replicas behind the router.")
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("measure", help="two real replicas, driven")
+    first.add_argument("folder", type=Path)
+    first.add_argument("--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed")
+    first.add_argument("--prepared", type=Path, help="instead of the demo: a run's folder, as benchmarks/gpu/matrix.py prepares it")
+    first.add_argument("--gpus", action="append", default=[], help="with --prepared, once for each of the two: its cards, such as 2 or 2,3")
+    first.add_argument("--arg", action="append", default=[], help="with --prepared: one more argument for the engine, repeatable")
+    first.add_argument("--router", type=Path, help="the program vllm-router (default: the demo's environment)")
+    first.add_argument("--requests", type=int, default=64, help="of each load on two replicas")
+    first.add_argument("--alone-requests", type=int, help="of each load on one (default: four for each client)")
+    first.set_defaults(do=measure)
+    second = commands.add_parser("compare", help="the same loads, simulated")
+    second.add_argument("folder", type=Path)
+    second.set_defaults(do=compare)
+    given = parser.parse_args()
+    given.do(given, Console())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -75,7 +75,7 @@ def quantize(models: Path, lib: Path, sites: dict[str, str]) -> dict[str, dict[s
                 lines = [line for line in (lib / backend / "out").read_text().splitlines() if "quantizing layer" not in line]
                 done[backend] = {"status": process.returncode, "seconds": round(time.monotonic() - began, 1), "said": lines}
                 if process.returncode:
-                    done[backend]["errors"] = (lib / backend / "err").read_text().splitlines()[-12:]
+                    done[backend]["errors"] = (lib / backend / "err").read_text().splitlines()[-60:]
                 print(backend, done[backend], flush=True)
         time.sleep(0.5)
     for backend, result in done.items():

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Plays a smaller card on a larger one: holds all but N MiB of each visible GPU until it gets SIGTERM.
 
-python3 benchmarks/gpu/ballast.py --leave-mib 40960 [--gpus 2]
+python3 benchmarks/gpu/ballast.py --leave-mib 40960 [--gpus 0,1]
 
 Prints `ready` when the memory is held. The holder's own CUDA context counts as held. Allocations are plain cudaMalloc, no
 managed memory. Memory that others use already counts as held too, so start it before the service.
@@ -49,20 +49,21 @@ def hold(index: int, leave_mib: int) -> list[torch.Tensor]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--leave-mib", type=int, required=True, help="free memory to leave on each GPU")
-    parser.add_argument("--gpus", type=int, help="how many, from the first (default: all)")
+    parser.add_argument("--gpus", help="their numbers, comma-separated (default: all)")
     options = parser.parse_args()
     pynvml.nvmlInit()
-    count = options.gpus or torch.cuda.device_count()
-    if not 1 <= count <= torch.cuda.device_count():
-        sys.exit(f"ballast: --gpus {count}: {torch.cuda.device_count()} are visible")
-    for index in range(count):
+    visible = range(torch.cuda.device_count())
+    gpus = [int(word) for word in options.gpus.split(",")] if options.gpus else list(visible)
+    for index in gpus:
+        if index not in visible:
+            sys.exit(f"ballast: --gpus {options.gpus}: {len(visible)} are visible, from 0")
         total = used_mib(index)[1]
         if not 0 < options.leave_mib < total:
             sys.exit(f"ballast: --leave-mib {options.leave_mib}: GPU {index} has {total} MiB, a number between is wanted")
     done = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     signal.signal(signal.SIGINT, lambda *_: done.set())
-    held = [hold(index, options.leave_mib) for index in range(count)]
+    held = [hold(index, options.leave_mib) for index in gpus]
     print("ready", flush=True)
     done.wait()
     held.clear()

@@ -6,7 +6,7 @@
     python benchmarks/gpu/matrix.py warm .carry/runs --out "$OUT" --only NAME,…
     python benchmarks/gpu/matrix.py run .carry/runs --out "$OUT" --deadline-s 560 [--only NAME,…]
 
-Runs of one card share the machine, one lane per GPU; runs of two cards have it to themselves and come first. A run that
+Runs whose cards differ (`gpus`) go side by side, each as soon as its cards are free, in the order of the file. A run that
 could not end before the deadline is not begun, and none after one whose engine lacked a module: the next would lack it too. The
 card of the plan is played on a larger one by a ballast (ballast.py) that holds all but `card_mib`; `args` and `env` are what this
 needs and no more: they stand in the receipt. `warm` measures nothing: it starts the named services side by side on the whole card
@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,13 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def ballast(card_mib: int | None) -> Iterator[None]:
-    """Holds all but card_mib of every visible GPU."""
+def ballast(card_mib: int | None, gpus: Iterable[str]) -> Iterator[None]:
+    """Holds all but card_mib of each of these GPUs."""
     if not card_mib:
         yield
         return
-    held = subprocess.Popen([sys.executable, str(HERE / "ballast.py"), "--leave-mib", str(card_mib)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(HERE / "ballast.py"), "--leave-mib", str(card_mib), "--gpus", ",".join(sorted(gpus))]
+    held = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert held.stdout is not None
     for line in held.stdout:
         print(f"ballast: {line.strip()}", flush=True)
@@ -213,21 +214,48 @@ def lacks_module(receipt: Path) -> bool:
     return receipt.exists() and any("ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text())["findings"])
 
 
-def lane(runs: list[dict[str, Any]], folder: Path, out: Path, gpus: str, port: int, until: float) -> None:
-    for run in runs:
-        if run.get("unless_ready") and ready(out / f"{run['unless_ready']}.json"):
-            continue
-        if (other := run.get("if_within")) and not within(out / f"{other}.json"):
-            continue
-        if (other := run.get("unless_within")) and within(out / f"{other}.json"):
-            continue
-        if time.monotonic() + run.get("guess_s", GUESS_S) > until:
-            print(f"=== {run['name']}: not begun, the deadline is near", flush=True)
-            continue
-        run_one(run, folder, out, gpus, port, until)
+def skipped(run: dict[str, Any], out: Path) -> bool:
+    """Whether what another run showed makes this one needless."""
+    if (other := run.get("unless_ready")) and ready(out / f"{other}.json"):
+        return True
+    if (other := run.get("if_within")) and not within(out / f"{other}.json"):
+        return True
+    return bool((other := run.get("unless_within")) and within(out / f"{other}.json"))
+
+
+def cards_of(run: dict[str, Any]) -> str:
+    """Numbers of the cards that a run has, comma-separated: the first ones where it names none."""
+    return str(run.get("gpus", ",".join(map(str, range(run["count"])))))
+
+
+def run_all(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> None:
+    """Side by side where their cards allow it; one that waits for a card keeps those after it from taking that card."""
+    waiting, running, lacking = list(runs), dict[str, threading.Thread](), list[str]()
+
+    def go(run: dict[str, Any], gpus: str) -> None:
+        run_one(run, folder, out, gpus, 8000 + int(gpus.split(",")[0]), until)
         if lacks_module(out / f"{run['name']}.json"):
-            print(f"=== nothing begun after {run['name']}: its engine lacked a module, see its findings", flush=True)
-            return
+            lacking.append(run["name"])
+
+    while waiting or running:
+        running = {gpus: thread for gpus, thread in running.items() if thread.is_alive()}
+        taken = set(",".join(running).split(","))
+        for run in list(waiting):
+            gpus = cards_of(run)
+            cards = set(gpus.split(","))
+            if taken & cards:
+                taken |= cards
+                continue
+            waiting.remove(run)
+            if lacking:
+                print(f"=== {run['name']}: not begun, the engine of {lacking[0]} lacked a module, see its findings", flush=True)
+            elif time.monotonic() + run.get("guess_s", GUESS_S) > until:
+                print(f"=== {run['name']}: not begun, the deadline is near", flush=True)
+            elif not skipped(run, out):
+                running[gpus] = threading.Thread(target=go, args=(run, gpus))
+                running[gpus].start()
+                taken |= cards
+        time.sleep(0.5)
 
 
 def main() -> None:
@@ -255,16 +283,8 @@ def main() -> None:
         return
     for card_mib in {run.get("card_mib"): None for run in wanted}:
         chosen = [run for run in wanted if run.get("card_mib") == card_mib]
-        with ballast(card_mib):
-            lane([r for r in chosen if r["count"] > 1], args.folder, args.out, "0,1", 8000, until)
-            lanes = []
-            for gpu in (0, 1):
-                own = [r for r in chosen if r["count"] == 1 and r.get("gpu", 0) == gpu]
-                lanes.append(threading.Thread(target=lane, args=(own, args.folder, args.out, str(gpu), 8000 + gpu, until)))
-            for thread in lanes:
-                thread.start()
-            for thread in lanes:
-                thread.join()
+        with ballast(card_mib, {gpu for run in chosen for gpu in cards_of(run).split(",")}):
+            run_all(chosen, args.folder, args.out, until)
 
 
 if __name__ == "__main__":
