@@ -131,6 +131,9 @@ def latency(
         layers = stage[0].card.layers
         t = work(stage, tokens, together)
         small = layers * float(constant("latency", "graph_ms_per_layer")) if cuda else 0.0  # what a layer takes beside its matrix products
+        if cuda:  # keys and values of fewer bits are packed and unpacked by kernels of their own
+            small += layers * float(constant("latency", "kv_ms_per_layer").get(engine.kv_dtype, 0.0))
+            small += layers * tokens * float(constant("latency", "kv_us_per_layer_token").get(engine.kv_dtype, 0.0)) / 1e3
         gpu = small + max(
             t["hbm_weights"] / _efficiency("hbm_efficiency", name, device) + t["hbm_kv"],
             t["flops"] / _efficiency("flop_efficiency", name, device),

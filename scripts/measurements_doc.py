@@ -7,53 +7,71 @@ Only the text between the markers is written; a test compares it with the receip
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowmem.planner import make_plan
 from lowmem.reference import Received, load_receipts
 from lowmem.report import bars
+from lowmem.schema import Scalar
 from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
-FOLDER = TOP / "docs" / "measurements" / "2026-11-23-2xh200"
-H100 = [TOP / "docs" / "measurements" / name for name in ("2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100")]
-BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
-WHAT = {
-    "low_mem": "`low_mem`, two cards",
-    "low_mem-int4": "`low_mem` with a 4-bit KV cache, two cards (H100)",
-    "plain": "the same model and cards with the engine's defaults",
-    "low_latency": "`low_latency`, one card",
-    "extreme_expandable": "`extreme` with 8 clients instead of its 6, one card, 2 bits (H100)",
-    "extreme_uncapped": "the same without expandable segments",
-    "offload": "`offload`, one card, prefetch, 46 of 80 layers (H100)",
-    "offload_prefetch": "the same with 45 layers",
-    "offload_uva": "the same with UVA",
+MEASUREMENTS = TOP / "docs" / "measurements"
+# Oldest first, with the card: where two hold a run of the same name, README.md has the newer one.
+SESSIONS = {
+    "2026-11-23-2xh200": "h200",
+    "2026-11-23-1xh100": "h100",
+    "2026-11-24-1xh100": "h100",
+    "2026-11-25-2xh100": "h100",
+    "2026-11-26-4xh200": "h200",
 }
-PROFILES = {"plain": "benchmarks/gpu/plain.yml", "extreme_expandable": "extreme", "low_mem-int4": "low_mem"}
-KNOBS = {"low_mem-int4": {"kv_cache_dtype": "int4_per_token_head"}}
-NOT_PROFILES = ("extreme_uncapped", "offload_prefetch", "offload_uva")  # settings that no profile has any more
+ON_THE_FRONT_PAGE = "2026-11-23-2xh200"  # its tables are in docs/measurements/README.md
+BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of README.md: what it is, and what is planned for an A100-40G beside it (nothing where no profile has these settings)."""
+
+    what: str
+    profile: str | None = None
+    knobs: dict[str, Scalar] = field(default_factory=dict)
+    clients: int | None = None
+
+
+ROWS = {
+    "low_mem": Row("`low_mem`, two cards", "low_mem"),
+    "low_mem-int8": Row("`low_mem` with 8-bit keys and values", "low_mem", {"kv_cache_dtype": "int8_per_token_head"}),
+    "low_mem-int4": Row("`low_mem` with 4-bit keys and values", "low_mem", {"kv_cache_dtype": "int4_per_token_head"}),
+    "plain": Row("the same model and cards with the engine's defaults", "benchmarks/gpu/plain.yml"),
+    "low_latency": Row("`low_latency`, one card", "low_latency"),
+    "extreme": Row("`extreme`, one card, 2 bits, 6 clients", "extreme"),
+    "extreme-8-batched-256": Row("`extreme` with 8 clients and steps of 256 tokens", "extreme", {"max_num_batched_tokens": 256}, 8),
+    "offload": Row("`offload`, one card, prefetch, 46 of 80 layers (H100)", "offload"),
+    "offload_uva": Row("the same by UVA, 45 layers"),
+}
 
 
 def headline(runs: dict[str, Received]) -> str:
     """The table of README.md."""
     lines = [
-        "| run | limit, MiB a card | peak under load | planned | TPOT p50, p99 at 8 clients | tokens/s | on an A100-40G, planned |",
+        "| run | limit, MiB a card | peak under load | planned | TPOT p50, p99 | tokens/s | on an A100-40G, planned |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, what in WHAT.items():
+    for name, row in ROWS.items():
         run = runs[name]
         load, limit = run.receipt.loads[0], run.receipt.plan.limits.memory_bytes / MIB
         over = f" (**{run.peak_mib - limit:,.0f} over**)" if run.peak_mib > limit else ""
-        profile = PROFILES.get(name, name)
-        a100 = make_plan(profile, overrides=KNOBS.get(name), search=False).latency_ms.decode_expected if name not in NOT_PROFILES else None
+        a100 = make_plan(row.profile, overrides=row.knobs, clients=row.clients, search=False).latency_ms if row.profile else None
         cells = [
-            what,
+            row.what,
             f"{limit:,.0f}",
             f"{run.peak_mib:,.0f}{over}",
             f"{run.plan.peak_bytes / MIB:,.0f}",
             f"{load.tpot_ms.p50:,.1f}, {load.tpot_ms.p99:,.1f} ms",
             f"{load.output_tokens_per_s:,.0f}",
-            f"{a100:,.0f} ms" if a100 else "",
+            f"{a100.decode_expected:,.0f} ms" if a100 else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -97,14 +115,15 @@ def written(page: str, block: str) -> str:
     return f"{before}{BEGIN}\n{block}\n{END}{after}"
 
 
+def sessions() -> dict[str, dict[str, Received]]:
+    return {name: {run.name: run for run in load_receipts(MEASUREMENTS / name, card)} for name, card in SESSIONS.items()}
+
+
 def pages() -> dict[Path, str]:
-    runs = {run.name: run for run in load_receipts(FOLDER)}
-    h100 = {folder: {run.name: run for run in load_receipts(folder, "h100")} for folder in H100}
-    blocks = {
-        TOP / "README.md": headline(runs | {name: run for found in h100.values() for name, run in found.items()}),
-        FOLDER.parent / "README.md": details(runs),
-        **{folder / "README.md": details(found) for folder, found in h100.items()},
-    }
+    found = sessions()
+    blocks = {TOP / "README.md": headline({name: run for runs in found.values() for name, run in runs.items()})}
+    for name, runs in found.items():
+        blocks[(MEASUREMENTS if name == ON_THE_FRONT_PAGE else MEASUREMENTS / name) / "README.md"] = details(runs)
     return {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
 
 
@@ -151,9 +170,8 @@ def draw(runs: list[Received], card: str, file: Path) -> None:
 def main() -> None:
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
-    draw(load_receipts(FOLDER), "H200", FOLDER / "plan-and-measured.png")
-    for folder in H100:
-        draw(load_receipts(folder, "h100"), "H100", folder / "plan-and-measured.png")
+    for name, runs in sessions().items():
+        draw(list(runs.values()), SESSIONS[name].upper(), MEASUREMENTS / name / "plan-and-measured.png")
 
 
 if __name__ == "__main__":

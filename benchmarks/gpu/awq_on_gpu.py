@@ -1,10 +1,12 @@
 """The role's own quantization on a GPU, served, and judged by what the server says.
 
-    python benchmarks/gpu/awq_on_gpu.py MODELS OUT.json --backend llmcompressor=SITE [--backend autoawq=SITE]
+    python benchmarks/gpu/awq_on_gpu.py MODELS OUT.json --backend llmcompressor=SITE/site-packages [--backend autoawq=…]
 
 MODELS holds SmolLM2-135M-Instruct/ and its manifest, as `make demo` leaves them. SITE is the folder with that backend's packages
-(locks/<backend>-cuda.txt, less torch). Every backend quantizes with the role's defaults; then the source and the results are served
-by `vllm serve` side by side, and each server scores the held-back text: the perplexity is that of the served model, kernels included.
+(locks/<backend>-cuda.txt, less torch), below one named site-packages: `dill`, by which `datasets` names a function, takes what lies
+elsewhere by value, and fails on pyarrow ("Can't pickle <class 'MonthDayNano'>"). Every backend quantizes with the role's defaults; then
+the source and the results are served by `vllm serve` side by side, and each server scores the held-back text: the perplexity is that of
+the served model, kernels included.
 Nothing here is a timing of the engine.
 """
 
@@ -148,6 +150,10 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers end with a run that ran out of time
     sites = dict(word.split("=", 1) for word in options.backend)
+    for backend, path in sites.items():
+        for site in path.split(":"):
+            if "site-packages" not in Path(site).parts:
+                sys.exit(f"awq_on_gpu: --backend {backend}={site}: dill wants a folder named site-packages in its path; move it there")
     result: dict[str, Any] = {"source": SOURCE, "window_tokens": WINDOW}
     result["quantized"] = quantize(options.models, make_lib(Path("/tmp/awq-lib")), sites)
     made = [f"{SOURCE}-{backend}" for backend, r in result["quantized"].items() if r["status"] == 0]

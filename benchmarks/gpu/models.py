@@ -89,6 +89,8 @@ def config(shape: str, quantization: str) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocabulary))]
+    # 0.32 refuses a text longer than its longest word times max_model_len, before it counts tokens (tokenizers/hf.py); spaces count too
+    words[-1] = words[-1].ljust(16, "w")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(words[:3])

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from lowmem import fleet
 from lowmem.explain import measured_effects
 from lowmem.planner import make_plan
+from lowmem.receipt import read
 from lowmem.reference import load_receipts
 from lowmem.units import MIB
 
@@ -18,6 +21,8 @@ BLIND = {r.name: r for r in load_receipts(ONE_CARD, "h100")}
 LATEST = TOP / "docs" / "measurements" / "2026-11-24-1xh100"
 RUNS_2026_11_24 = {r.name: r for r in load_receipts(LATEST, "h100")}
 TWO_H100 = TOP / "docs" / "measurements" / "2026-11-25-2xh100"
+FOUR_H200 = TOP / "docs" / "measurements" / "2026-11-26-4xh200"
+RUNS_2026_11_26 = {r.name: r for r in load_receipts(FOUR_H200)}
 PEAK_MIB = {
     "low_mem": 20430, "low_mem-4-channels": 20466, "plain": 40022, "low_latency": 39304,
     "offload_prefetch": 20576, "offload_uva": 20250, "extreme_uncapped": 20770,
@@ -119,6 +124,66 @@ def test_the_stretch_of_low_mem():
     assert run.plan.start_peak_bytes / MIB == pytest.approx(19568, rel=0.002)
 
 
+@pytest.mark.parametrize(
+    ("name", "idle_mib", "peak_mib"),
+    [
+        ("low_mem", 20376, 20430), ("low_mem-int8", 19572, 19660), ("low_mem-int4", 19218, 19274), ("plain", 39678, 39996),
+        ("extreme", 20220, 20322), ("extreme-8-batched-256", 20440, 20466), ("extreme-kv_cache_dtype-auto", 21978, 22060),
+        ("offload-prefetch_step-2", 20386, 20444),
+    ],
+)  # fmt: skip
+def test_memory_of_2026_11_26_within_two_percent(name, idle_mib, peak_mib):
+    run = RUNS_2026_11_26[name]
+    assert (round(run.idle_mib), round(run.peak_mib)) == (idle_mib, peak_mib)
+    assert run.plan.per_gpu["total"] / MIB == pytest.approx(idle_mib, rel=0.02)
+    assert run.plan.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "step_ms", "mean_ms"),
+    [
+        ("low_mem", 11.64, 16.07), ("low_mem-int8", 12.04, 16.31), ("low_mem-int4", 16.61, 21.11), ("plain", 11.46, 14.48),
+        ("extreme", 20.93, 23.91), ("extreme-kv_cache_dtype-auto", 14.93, 17.43), ("offload-prefetch_step-2", 373.06, 385.90),
+    ],
+)  # fmt: skip
+def test_decode_of_2026_11_26_within_fifteen_percent(name, step_ms, mean_ms):
+    run = RUNS_2026_11_26[name]
+    assert run.receipt.loads[0].itl_ms.p50 == pytest.approx(step_ms, abs=0.01)
+    assert run.receipt.loads[0].tpot_ms.mean == pytest.approx(mean_ms, abs=0.01)
+    assert run.plan.latency_ms.terms["steady_step"] == pytest.approx(step_ms, rel=0.15)
+    assert run.plan.latency_ms.decode_expected == pytest.approx(mean_ms, rel=0.15)
+
+
+def test_four_bit_keys_and_values_on_cards_that_calibrated_nothing():
+    (run,) = load_receipts(TWO_H100, "h100")
+    assert run.plan.latency_ms.terms["steady_step"] == pytest.approx(17.67, rel=0.1)
+    assert run.plan.latency_ms.decode_expected == pytest.approx(22.8, rel=0.15)
+
+
+def test_the_goal_with_more_clients_than_decode_together():
+    run, plain = RUNS_2026_11_26["low_mem"].receipt, RUNS_2026_11_26["plain"].receipt
+    assert run.verdict == "passed"
+    assert [(r.load.clients, r.failed, round(r.tpot_ms.p99, 1)) for r in run.loads] == [(8, 0, 17.3), (16, 0, 17.3), (32, 0, 17.3)]
+    assert run.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(0.966, abs=0.001)
+
+
+def test_extreme_keeps_its_limit():
+    run = RUNS_2026_11_26["extreme"].receipt
+    assert (run.verdict, run.loads[0].load.clients) == ("passed", 6)
+    assert run.loads[0].tpot_ms.p99 == pytest.approx(25.40, abs=0.01)
+
+
+def test_the_simulation_of_two_replicas_on_cards():
+    """Throughput and the 99th percentiles within 5 %, from what one replica alone was measured at."""
+    speed, tokens = fleet.measured(read(FOUR_H200 / "fleet" / "one.json")), (1024, 256)
+    rows = json.loads((FOUR_H200 / "fleet" / "loads.json").read_text())
+    assert [row["clients"] for row in rows] == [4, 8]
+    for row in rows:
+        said = fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)
+        for figure in ("tokens_per_s", "tpot_p99_ms", "ttft_p99_ms"):
+            assert getattr(said, figure) == pytest.approx(row["measured"][figure], rel=0.05)
+
+
 def test_the_page_of_two_h100_quotes_the_peer():
     page, load = (TWO_H100 / "README.md").read_text(), json.loads((TWO_H100 / "same-client-sglang.json").read_text())["loads"][0]
     assert f"8 clients {load['output_tokens_per_s']:.1f} tokens/s" in page
@@ -138,11 +203,12 @@ def test_the_page_of_one_card_quotes_its_files():
     assert f"| {profile['kernels'][0]['us'] / 109 / 1000:.2f} | 85 % |" in page
 
 
-def test_pages_say_what_the_receipts_say():
+def test_pages_say_what_the_receipts_say(monkeypatch):
     spec = importlib.util.spec_from_file_location("measurements_doc", TOP / "scripts" / "measurements_doc.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
     spec.loader.exec_module(module)
     for path, text in module.pages().items():
         assert path.read_text() == text, "run: python scripts/measurements_doc.py"
@@ -150,7 +216,7 @@ def test_pages_say_what_the_receipts_say():
 
 def test_explain_quotes_what_was_measured():
     measured = measured_effects(TOP / "docs" / "measurements", "offload")
-    assert list(measured) == ["offload_group_size", "offload_num_in_group"]
+    assert list(measured) == ["offload_group_size", "offload_prefetch_step", "enforce_eager", "offload_num_in_group"]
     assert "389.0 ms, 1.05 times the link's floor; 20,150 MiB under load" in measured["offload_num_in_group"]
     assert "20,440 MiB idle" in measured_effects(TOP / "docs" / "measurements", "extreme")["kv_cache_memory_bytes"]
     assert "376.6 against 400.9 ms a decode step" in measured["offload_group_size"]
