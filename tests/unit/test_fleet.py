@@ -81,6 +81,10 @@ def test_more_hosts_for_more_load_and_for_tighter_limits():
     assert hosts_needed(speed, 2, 1024, 256, 200, 800)[0] > counts[1]
 
 
+def test_the_first_requests_are_not_counted_unless_asked_for():
+    assert [open_loop(SIMPLE, 1, 0.5, 512, 256, requests=50, **asked).requests for asked in ({}, {"left_out": 0.0})] == [40, 50]
+
+
 def test_two_hosts_shorten_the_queue_of_one():
     speed = measured(read(RECEIPTS / "low_latency.json"))
     one, two = (open_loop(speed, hosts, 0.9, 1024, 256, requests=300) for hosts in (1, 2))
