@@ -4,7 +4,8 @@ A fresh engine of the first host wants fresh ones of the others, and none notice
 second host's workers outlive the first's, and wait). What joins them is a TCP connection of each other host's worker to the meeting port,
 torch's TCPStore, which the first host's worker holds for as long as it lives. It is made once, at the start, and whoever dies has it closed
 by his kernel. So that connection, with its two ports, is the incarnation: where it is gone, these engines are of no use to each other any
-more, whichever comes next. A host that loses power says nothing; that its port answers no more, or refuses, is what is left to see.
+more, whichever comes next. A host that loses power, or its network, says nothing, and the connection stays. So the first host and the
+others ask each other's kernels at that port: the first has an engine there, the others refuse, and either is a sign of the host.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Connection = tuple[str, int, str, int]
 """Address and port of this end, and of the other."""
 Meeting = Literal["there", "refused", "nothing"]
 MEETING_TIMEOUT_S = 3.0
+HOST_SILENCE_S = 30.0
+"""Decided: a kernel answers at once, whatever its engine does, and a machine that is moved is back within this."""
 
 
 class Hosts(Protocol):
@@ -32,8 +35,8 @@ class Hosts(Protocol):
     def connections(self) -> frozenset[Connection]:
         """Those to the meeting port: on the first host of the others, elsewhere of this one."""
 
-    def meeting(self) -> Meeting | None:
-        """Whether the first host listens at that port; None on the first host itself, which need not ask."""
+    def answers(self) -> dict[str, Meeting]:
+        """What the kernels of other hosts say at the meeting port: to the first host those of all others, to the others the first's."""
 
 
 class MemberHosts:
@@ -54,11 +57,12 @@ class MemberHosts:
                 found.add((here, port, there, their_port))
         return frozenset(found)
 
-    def meeting(self) -> Meeting | None:
-        if not self.rank:
-            return None
+    def answers(self) -> dict[str, Meeting]:
+        return {host: self._answer(host) for host in ([self.first] if self.rank else self.others)}
+
+    def _answer(self, host: str) -> Meeting:
         try:
-            socket.create_connection((self.first, self.port), timeout=MEETING_TIMEOUT_S).close()
+            socket.create_connection((host, self.port), timeout=MEETING_TIMEOUT_S).close()
         except ConnectionRefusedError:
             return "refused"
         except OSError:
@@ -79,13 +83,13 @@ def plain(address: str) -> str:
 class Bond:
     """What joins this host's engine with the others', without a clock of its own: `look(now)` is called every few seconds.
 
-    `silence_s`: how long the first host may not answer at all.
+    `silence_s`: how long another host may not answer at all. One that has never answered cannot be told from one that a firewall hides.
     """
 
     hosts: Hosts
-    silence_s: float
+    silence_s: float = HOST_SILENCE_S
     known: frozenset[Connection] = frozenset()
-    heard: float = 0.0
+    heard: dict[str, float] = field(default_factory=dict)
     _before: frozenset[Connection] = field(default=frozenset(), repr=False)
 
     def look(self, now: float) -> str:
@@ -93,7 +97,7 @@ class Bond:
         seen = self.hosts.connections()
         if not self.known:
             # twice in a row: what only asks whether the port is there is gone by the next look
-            self.known, self._before, self.heard = self._before & seen, seen, now
+            self.known, self._before, self.heard = self._before & seen, seen, {}
             return ""
         why = self._broken(seen, now)
         if why:
@@ -103,11 +107,11 @@ class Bond:
     def _broken(self, seen: frozenset[Connection], now: float) -> str:
         if gone := sorted(self.known - seen):
             return f"the connection with {gone[0][2]} has ended, and what comes next there cannot join this engine"
-        meeting = self.hosts.meeting()
-        if meeting in ("there", None):
-            self.heard = now
-        elif meeting == "refused":
-            return f"{self.hosts.first} has no engine at the meeting port any more"
-        elif now - self.heard >= self.silence_s:
-            return f"{self.hosts.first} has not answered for {self.silence_s:g} s"
+        for host, answer in self.hosts.answers().items():
+            if answer == "refused" and host == self.hosts.first:
+                return f"{host} has no engine at the meeting port any more"
+            if answer != "nothing":
+                self.heard[host] = now
+            elif now - self.heard.get(host, now) >= self.silence_s:
+                return f"{host} has not answered for {self.silence_s:g} s"
         return ""

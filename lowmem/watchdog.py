@@ -230,7 +230,7 @@ def watch(
     limit_s = silence_s or silence_limit_s(planned)
     looks: list[Look] = []
     if planned.hosts > 1:
-        looks.append(MemberLook(Bond(MemberHosts(planned.deploy), limit_s), server, planned.deploy))
+        looks.append(MemberLook(Bond(MemberHosts(planned.deploy)), server, planned.deploy))
     if planned.deploy.rank == 0:
         state = Watch(server, limit_s, planned.service.timeout_start_s)
         say(f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.start_s:g} s to the first completion")

@@ -225,7 +225,7 @@ def rebooted(pair: Pair, node: Node, fault: Any) -> None:
 
 @pytest.mark.fault("two-hosts-cut")
 def test_the_network_between_them_is_cut(pair: Pair, fault: Any) -> None:
-    """For longer than the first host's engine may be silent: what is left of the old connections must not keep the halves apart."""
+    """Until the first host has seen it: what is left of the old connections must not keep the halves apart."""
     before = pair.pids()
     link = ["ip", "link", "set", pair.two.network_namespace()]
     pid = pair.pids()[0]

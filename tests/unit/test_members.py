@@ -25,17 +25,18 @@ class Stub:
     looks: list[set[Connection]]
     meetings: list[str | None] = field(default_factory=lambda: ["there"])
     first: str = "10.0.0.1"
+    asked: str = "10.0.0.1"
 
     def connections(self):
         return frozenset(self.looks.pop(0) if len(self.looks) > 1 else self.looks[0])
 
-    def meeting(self):
-        return self.meetings.pop(0) if len(self.meetings) > 1 else self.meetings[0]
+    def answers(self):
+        return {self.asked: self.meetings.pop(0) if len(self.meetings) > 1 else self.meetings[0]}
 
 
-def looked_at(looks, meetings=("there",), seconds=5, silence_s=60):
+def looked_at(looks, meetings=("there",), seconds=5, silence_s=60, asked="10.0.0.1"):
     """What each of as many looks said as there are entries of the longer list."""
-    bond = Bond(Stub(list(looks), list(meetings)), silence_s)
+    bond = Bond(Stub(list(looks), list(meetings), asked=asked), silence_s)
     return [bond.look(float(n * seconds)) for n in range(max(len(looks), len(meetings) + 2))]
 
 
@@ -81,8 +82,24 @@ def test_a_short_silence_is_none():
     assert looked_at([{FIRST}] * 12, ["there", *["nothing"] * 8, "there", *["nothing"] * 8]) == [""] * 20
 
 
-def test_the_first_host_asks_nobody():
-    assert looked_at([{FIRST}] * 40, [None]) == [""] * 40
+def test_another_host_that_refuses_is_there():
+    """Nobody listens at that port but on the first host: it is the kernel that answers."""
+    assert looked_at([{FIRST}] * 40, ["refused"], asked="10.0.0.2") == [""] * 40
+
+
+def test_another_host_without_power_is_seen_by_the_first():
+    said = looked_at([{FIRST}] * 20, ["refused", "nothing"], silence_s=30, asked="10.0.0.2")
+    assert said.index("10.0.0.2 has not answered for 30 s") == 8
+    assert said[:8] == [""] * 8
+
+
+def test_a_host_that_a_firewall_hides_is_in_no_trouble():
+    assert looked_at([{FIRST}] * 40, ["nothing"]) == [""] * 40
+
+
+def test_what_one_engine_heard_is_nothing_to_the_next():
+    bond = Bond(Stub([{FIRST}, {FIRST}, {FIRST}, set(), {NEXT}], ["there", "nothing"]), 60)
+    assert [bool(bond.look(now)) for now in (0.0, 5.0, 10.0, 15.0, 500.0, 505.0, 510.0)] == [False, False, False, True, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -125,5 +142,5 @@ def test_the_kernels_own_words():
             assert other.connections() == {(*own, "127.0.0.2", port)}
             assert first.connections() == {("127.0.0.2", port, *own)}
             accepted.close()
-        assert (first.meeting(), other.meeting()) == (None, "there")
-    assert other.meeting() == "refused"
+        assert (first.answers(), other.answers()) == ({"127.0.0.3": "refused"}, {"127.0.0.2": "there"})
+    assert other.answers() == {"127.0.0.2": "refused"}
