@@ -7,7 +7,7 @@
 `measure` starts two replicas behind the real vllm-router (least load of two). One alone is measured first (`lowmem measure`), through the
 router as well: FOLDER/one.json. Then both are driven, by clients that wait for their answers and by requests that arrive by themselves
 (Poisson): FOLDER/loads.json. `compare` simulates the same loads from one.json, as many requests from an empty start, the mean of twenty
-seeds, writes FOLDER/two_replicas.json and prints the ratios; nothing is asserted.
+seeds, and prints the ratios; nothing is asserted.
 
 The replicas are two of the demo's engines, each on a core of its own. The load generator then has no core of its own: it shares the core of
 the one replica, and both cores of the two, so that each replica loses the same to it. On a machine with GPUs they are a run that
@@ -202,41 +202,39 @@ def measure(given: argparse.Namespace, out: Console) -> None:
         url, process, log = running.enter_context(router(binary, ports, scratch))
         api = Api(url, key)
         wait(api, process, log)
-        loads: list[tuple[int, float | None]] = [(clients, None) for clients in CLOSED_CLIENTS]
-        for seed, (clients, share) in enumerate([*loads, *((CLOSED_CLIENTS[-1], share) for share in OPEN_SHARES)], 1000):
-            rate = share and share * rows[len(CLOSED_CLIENTS) - 1]["measured"]["tokens_per_s"] / plan.load.output_tokens
-            out.print(f"driving two replicas: {f'{rate:.2f} requests/s' if rate else f'{clients} clients'}, {given.requests} requests")
-            seen = asked(api, plan.load.model_copy(update={"clients": clients}), given.requests, seed, rate)
-            if rate:
+
+        def drive_both(clients: int, per_s: float | None = None) -> None:
+            out.print(f"driving two replicas: {f'{per_s:.2f} requests/s' if per_s else f'{clients} clients'}, {given.requests} requests")
+            seen = asked(api, plan.load.model_copy(update={"clients": clients}), given.requests, 1000 + len(rows), per_s)
+            if per_s:
                 del seen["tokens_per_s"]  # as many as arrive
-            rows.append({"clients": None if rate else clients, "per_s": rate, "requests": given.requests, "measured": seen})
+            rows.append({"clients": None if per_s else clients, "per_s": per_s, "requests": given.requests, "measured": seen})
             (given.folder / "loads.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+        for clients in CLOSED_CLIENTS:
+            drive_both(clients)
+        full_per_s = rows[-1]["measured"]["tokens_per_s"] / plan.load.output_tokens
+        for share in OPEN_SHARES:
+            drive_both(CLOSED_CLIENTS[-1], share * full_per_s)
 
 
 def compare(given: argparse.Namespace, out: Console) -> None:
-    from lowmem import fleet
+    from lowmem import fleet  # its simpy is not on a lent machine, which only measures
     from lowmem.receipt import read
 
     receipt = read(given.folder / "one.json")
     speed, tokens = fleet.measured(receipt), (receipt.plan.load.input_tokens, receipt.plan.load.output_tokens)
-    rows = json.loads((given.folder / "loads.json").read_text())
     table = Table("load", "", *(Column(name, justify="right") for name in ("measured", "simulated", "ratio")))
-    for row in rows:
-        if row["per_s"]:
-            name, said = (
-                f"{row['per_s']:.2f} requests/s",
-                [
-                    fleet.open_loop(speed, 2, row["per_s"], *tokens, requests=row["requests"], seed=seed, left_out=0)
-                    for seed in range(SEEDS)
-                ],
-            )
+    for row in json.loads((given.folder / "loads.json").read_text()):
+        if per_s := row["per_s"]:
+            load = f"{per_s:.2f} requests/s"
+            said = [fleet.open_loop(speed, 2, per_s, *tokens, requests=row["requests"], seed=seed, left_out=0) for seed in range(SEEDS)]
         else:
-            name, said = f"{row['clients']} clients", [fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)]
-        row["simulated"] = {figure: round(statistics.fmean(getattr(one, figure) for one in said), 1) for figure in row["measured"]}
+            load = f"{row['clients']} clients"
+            said = [fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)]
         for figure, real in row["measured"].items():
-            table.add_row(name, figure, f"{real:,.1f}", f"{row['simulated'][figure]:,.1f}", f"{row['simulated'][figure] / real:.2f}")
-    written = {"speed": {"steps_ms": speed.steps_ms, "chunk_extra_ms": speed.chunk_extra_ms}, "rows": rows}
-    (given.folder / "two_replicas.json").write_text(json.dumps(written, indent=1) + "\n")
+            simulated = statistics.fmean(getattr(one, figure) for one in said)
+            table.add_row(load, figure, f"{real:,.1f}", f"{simulated:,.1f}", f"{simulated / real:.2f}")
     out.print(table)
 
 

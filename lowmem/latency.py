@@ -126,15 +126,19 @@ def latency(
     def launches(stage: tuple[Part, CardMemory]) -> float:
         return stage[0].card.layers * float(constant("latency", "eager_ms_per_layer")) if engine.eager and cuda else 0.0
 
+    def beside(layers: int, tokens: int) -> float:
+        """What layers take beside their matrix products: keys and values of few bits are packed and unpacked by kernels of their own."""
+        if not cuda:
+            return 0.0
+        few_bits = float(constant("latency", "kv_ms_per_layer").get(engine.kv_dtype, 0.0))
+        few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(engine.kv_dtype, 0.0)) / 1e3
+        return layers * (float(constant("latency", "graph_ms_per_layer")) + few_bits)
+
     def expected(stage: tuple[Part, CardMemory], tokens: int) -> float:
         """One stage's share of a step of so many tokens with the efficiencies seen."""
         layers = stage[0].card.layers
         t = work(stage, tokens, together)
-        small = layers * float(constant("latency", "graph_ms_per_layer")) if cuda else 0.0  # what a layer takes beside its matrix products
-        if cuda:  # keys and values of fewer bits are packed and unpacked by kernels of their own
-            small += layers * float(constant("latency", "kv_ms_per_layer").get(engine.kv_dtype, 0.0))
-            small += layers * tokens * float(constant("latency", "kv_us_per_layer_token").get(engine.kv_dtype, 0.0)) / 1e3
-        gpu = small + max(
+        gpu = beside(layers, tokens) + max(
             t["hbm_weights"] / _efficiency("hbm_efficiency", name, device) + t["hbm_kv"],
             t["flops"] / _efficiency("flop_efficiency", name, device),
         )

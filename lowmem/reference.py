@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem import profiles
+from lowmem.devices import by_nvml_name
 from lowmem.planner import make_plan
 from lowmem.receipt import read
 from lowmem.schema import Plan, Receipt, Scalar
@@ -175,8 +176,8 @@ class Received:
         return self.receipt.loads[0].tpot_ms.mean
 
 
-def received(name: str, receipt: Receipt, device: str = "h200") -> Received:
-    """Nothing of the receipt but arguments, environment, model and load goes into the plan."""
+def received(name: str, receipt: Receipt) -> Received:
+    """Nothing of the receipt but the card, arguments, environment, model and load goes into the plan."""
     words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     knobs = {k: v for k, v in knobs_of(shlex.join(words)).items() if k not in _PLAYED}
@@ -188,7 +189,7 @@ def received(name: str, receipt: Receipt, device: str = "h200") -> Received:
     plan = make_plan(
         empty,
         "llama-2-70b",
-        device,
+        by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
         old.device_count,
         knobs,
         clients=load.clients,
@@ -202,12 +203,12 @@ def received(name: str, receipt: Receipt, device: str = "h200") -> Received:
     return Received(name, receipt, plan)
 
 
-def load_receipts(folder: Path, device: str = "h200") -> list[Received]:
-    """The receipts of a folder whose service answered a load, by name, planned for `device`; other JSON files are passed over."""
+def load_receipts(folder: Path) -> list[Received]:
+    """The receipts of a folder whose service answered a load, by name, each planned for its own card; other JSON files are passed over."""
     found = []
     for file in sorted(folder.glob("*.json")):
         if '"argv"' in file.read_text(encoding="utf-8"):
             receipt = read(file)
             if receipt.loads:
-                found.append(received(file.stem, receipt, device))
+                found.append(received(file.stem, receipt))
     return found

@@ -227,12 +227,11 @@ def watch(
     if silence_s < 0:
         raise BadInput(f"--silence-s {silence_s:g} must be 0 (from the plan) or more")
     server = VllmServer(planned, env_file)
-    limit_s = silence_s or silence_limit_s(planned)
     looks: list[Look] = []
     if planned.hosts > 1:
         looks.append(MemberLook(Bond(MemberHosts(planned.deploy)), server, planned.deploy))
     if planned.deploy.rank == 0:
-        state = Watch(server, limit_s, planned.service.timeout_start_s)
+        state = Watch(server, silence_s or silence_limit_s(planned), planned.service.timeout_start_s)
         say(f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.start_s:g} s to the first completion")
         looks.append(ServerLook(state))
     while True:

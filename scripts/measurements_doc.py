@@ -18,14 +18,8 @@ from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
 MEASUREMENTS = TOP / "docs" / "measurements"
-# Oldest first, with the card: where two hold a run of the same name, README.md has the newer one.
-SESSIONS = {
-    "2026-11-23-2xh200": "h200",
-    "2026-11-23-1xh100": "h100",
-    "2026-11-24-1xh100": "h100",
-    "2026-11-25-2xh100": "h100",
-    "2026-11-26-4xh200": "h200",
-}
+# Oldest first: where two hold a run of the same name, README.md has the newer one.
+SESSIONS = ("2026-11-23-2xh200", "2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100", "2026-11-26-4xh200")
 ON_THE_FRONT_PAGE = "2026-11-23-2xh200"  # its tables are in docs/measurements/README.md
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 
@@ -116,7 +110,7 @@ def written(page: str, block: str) -> str:
 
 
 def sessions() -> dict[str, dict[str, Received]]:
-    return {name: {run.name: run for run in load_receipts(MEASUREMENTS / name, card)} for name, card in SESSIONS.items()}
+    return {name: {run.name: run for run in load_receipts(MEASUREMENTS / name)} for name in SESSIONS}
 
 
 def pages() -> dict[Path, str]:
@@ -127,7 +121,7 @@ def pages() -> dict[Path, str]:
     return {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
 
 
-def draw(runs: list[Received], card: str, file: Path) -> None:
+def draw(runs: list[Received], file: Path) -> None:
     """Planned and measured memory of each run as stacked bars, the limit as a line."""
     import matplotlib as mpl
 
@@ -161,7 +155,7 @@ def draw(runs: list[Received], card: str, file: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 46)
     axes.set_xlabel("GiB of a card (figures: MiB); the black line is the profile's limit")
-    axes.set_title(f"Memory of a card under load: planned by today's constants, and measured on {card}")
+    axes.set_title(f"Memory of a card under load: planned by today's constants, and measured on {runs[0].plan.device.upper()}")
     squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
     figure.legend(squares, list(colours), loc="outside lower center", fontsize=8, ncols=9)
     figure.savefig(file, dpi=110, metadata={"Software": None})
@@ -171,7 +165,7 @@ def main() -> None:
     for path, text in pages().items():
         path.write_text(text, encoding="utf-8")
     for name, runs in sessions().items():
-        draw(list(runs.values()), SESSIONS[name].upper(), MEASUREMENTS / name / "plan-and-measured.png")
+        draw(list(runs.values()), MEASUREMENTS / name / "plan-and-measured.png")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 #!/bin/bash
 # On the lent machine, in the repository, when every part is in /tmp/rig: unpacks them, and leaves /tmp/rig-env.sh to source.
-# HERE has the wheels that are not in the parts: zstandard and simpy; for fleet_two_replicas.py also vllm_router and orjson. MODELS is
+# HERE has the wheels that are not in the parts: zstandard; for fleet_two_replicas.py also vllm_router and orjson. MODELS is
 # what models.py made.
 #   benchmarks/gpu/stage.sh HERE MODELS
 set -euo pipefail
 here=$1 models=$2
 install() { python3 -m pip install -q --no-index --no-deps --no-compile --target "$@"; }
-install /tmp/zs "$here"/zstandard-*.whl "$here"/simpy-*.whl
+install /tmp/zs "$here"/zstandard-*.whl
 # torchvision and torchaudio of the machine belong to its own, older torch
 site=$(python3 -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 mkdir -p /tmp/rig-away
@@ -20,15 +20,11 @@ export VLLM_DISABLED_KERNELS=MacheteLinearKernel VLLM_BIN=/tmp/vllm
 END
 program() { printf '#!/bin/sh\n%s "$@"\n' "$2" > "$1"; chmod +x "$1"; }
 program /tmp/vllm 'exec python3 -m vllm.entrypoints.cli.main'
-PYTHONPATH=/tmp/zs python3 benchmarks/gpu/rig.py unpack /tmp/rig /tmp/site
-rm -f /tmp/rig/part-*
+# sourced before the NCCL that it preloads is there: until then the loader says that it is ignored
 # shellcheck source=/dev/null
 . /tmp/rig-env.sh
-# one process that imports all that a start takes: what is missing is known here, and files are in the page cache
-python3 -c "
-import torchvision, vllm.model_executor.warmup.kernel_warmup
-import torch, vllm, lowmem.fleet
-print(vllm.__version__, torch.__version__, torch.cuda.device_count(), 'GPU')"
+python3 benchmarks/gpu/rig.py unpack /tmp/rig /tmp/site --try torch --try torchvision --try vllm.model_executor.warmup.kernel_warmup
+rm -f /tmp/rig/part-*
 if ls "$here"/vllm_router-*.whl > /dev/null 2>&1; then
     install /tmp/router "$here"/vllm_router-*.whl "$here"/orjson-*.whl
     program /tmp/vllm-router 'PYTHONPATH=/tmp/router:/tmp/site exec python3 -m vllm_router.launch_router'
