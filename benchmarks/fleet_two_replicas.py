@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import socket
 import statistics
 import subprocess
@@ -43,7 +44,7 @@ from lowmem.measure import Api, drive, read_environment  # noqa: E402
 from lowmem.schema import Load, Plan  # noqa: E402
 
 START_S = 300
-# the last fills both replicas
+# the last fills both replicas; the rates of arrivals are shares of what it gave
 CLOSED_CLIENTS = (4, 8, 16)
 # of what the two did when full
 OPEN_SHARES = (0.4, 0.6, 0.8)
@@ -211,11 +212,11 @@ def measure(given: argparse.Namespace, out: Console) -> None:
             rows.append({"clients": None if per_s else clients, "per_s": per_s, "requests": given.requests, "measured": seen})
             (given.folder / "loads.json").write_text(json.dumps(rows, indent=1) + "\n")
 
-        for clients in CLOSED_CLIENTS:
+        for clients in given.clients:
             drive_both(clients)
         full_per_s = rows[-1]["measured"]["tokens_per_s"] / plan.load.output_tokens
         for share in OPEN_SHARES:
-            drive_both(CLOSED_CLIENTS[-1], share * full_per_s)
+            drive_both(given.clients[-1], share * full_per_s)
 
 
 def compare(given: argparse.Namespace, out: Console) -> None:
@@ -248,6 +249,9 @@ def main() -> None:
     first.add_argument("--gpus", action="append", default=[], help="with --prepared, once for each of the two: its cards, such as 2 or 2,3")
     first.add_argument("--arg", action="append", default=[], help="with --prepared: one more argument for the engine, repeatable")
     first.add_argument("--router", type=Path, help="the program vllm-router (default: the demo's environment)")
+    first.add_argument(
+        "--clients", type=int, nargs="+", default=CLOSED_CLIENTS, help="that drive both, one load after another (default: 4 8 16)"
+    )
     first.add_argument("--requests", type=int, default=64, help="of each load on two replicas")
     first.add_argument("--alone-requests", type=int, help="of each load on one (default: four for each client)")
     first.set_defaults(do=measure)
@@ -255,6 +259,7 @@ def main() -> None:
     second.add_argument("folder", type=Path)
     second.set_defaults(do=compare)
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the replicas end with a run that ran out of time
     given.do(given, Console())
 
 

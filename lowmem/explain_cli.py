@@ -32,7 +32,13 @@ def explain(
         else f"{inputs.count} x {inputs.device.title}"
     )
     out.print(f"{inputs.card.name} on {each}; differences are against the engine's default, computed\n")
-    for e in effects(inputs, measured_effects(measurements, inputs.profile.name)):
+    measured = measured_effects(measurements, inputs.profile.name)
+
+    def quote(sentence: str) -> None:
+        if sentence:
+            out.print(f"    [green]measured: {escape(sentence)}[/]", soft_wrap=True)
+
+    for e in effects(inputs, measured):
         out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
         out.print(f"    {escape(e.why)}", soft_wrap=True)
         if e.peak_mib is not None and e.kv_tokens is not None and e.decode_ms is not None and e.prefill_ms is not None:
@@ -47,12 +53,17 @@ def explain(
                 if abs(value) >= 0.5 * 10**-digits
             ]
             out.print(f"    [dim]{', '.join(shown) or 'the same as the default in memory and time'}[/]", soft_wrap=True)
-        if e.measured:
-            out.print(f"    [green]measured: {escape(e.measured)}[/]", soft_wrap=True)
+        quote(e.measured)
         if e.remark:
             out.print(f"    [yellow]{escape(e.remark)}[/]", soft_wrap=True)
     for name, knob in inputs.environment.items():
         out.print(f"[bold cyan]{name}[/]={escape(str(knob.value))}")
         out.print(f"    {escape(knob.why)}", soft_wrap=True)
+        quote(measured.get(name, ""))
+    if left := [name for name in measured if name not in inputs.knobs and name not in inputs.environment]:
+        out.print("left as the engine has them:")
+    for name in left:
+        out.print(f"[bold cyan]{flag_of(name)}[/]")
+        quote(measured[name])
     for note in inputs.profile.notes:
         out.print(f"note: {escape(note)}", soft_wrap=True)

@@ -36,9 +36,9 @@ def _embedding_bytes(card: ModelCard, engine: Engine) -> int:
 
 
 def _efficiency(which: str, kernel: str, device: Device) -> float:
-    """Of this kernel on cards of this compute capability where that was measured, else of the kernel."""
+    """Of this kernel on this card or on cards of this compute capability where that was measured, else of the kernel."""
     table = constant("latency", which)
-    return float(table.get(f"{kernel}@{device.capability}", table[kernel]))
+    return float(next(table[key] for key in (f"{kernel}@{device.name}", f"{kernel}@{device.capability}", kernel) if key in table))
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,18 @@ def hops(card: ModelCard, engine: Engine, device: Device, link: Link | None, tok
     size = tokens * hop_bytes_per_token(card, engine)
     inside = (engine.pp - engine.hosts) * size / (device.peer_gb_per_s * GB / 1e3)
     if link is None:
-        return Hops(inside, inside + engine.pp * float(constant("latency", "network_hop_ms")["rdma"]), inside / (engine.pp - 1))
+        return Hops(inside, inside + engine.pp * float(constant("latency", "hop_ms")["host"]), inside / (engine.pp - 1))
     kind = "rdma" if link.rdma else "tcp"
     wire, one_way = size / (link.gb_per_s * GB / 1e3), link.round_trip_us / 2e3
-    own, seen = float(constant("latency", "network_hop_ms")[kind]), wire / float(constant("latency", "network_efficiency")[kind])
+    own, seen = float(constant("latency", "hop_ms")[kind]), wire / float(constant("latency", "network_efficiency")[kind])
     between = engine.hosts - 1
     return Hops(
         floor=inside + between * (wire + one_way) + one_way,
-        expected=inside + between * (seen + one_way + own) + one_way + own,
+        expected=inside
+        + (engine.pp - engine.hosts) * float(constant("latency", "hop_ms")["host"])
+        + between * (seen + one_way + own)
+        + one_way
+        + own,
         out=seen,
     )
 
@@ -92,7 +96,7 @@ def latency(
     name = engine.kernel
     hbm, host_link = device.hbm_gb_per_s * GB / 1e3, device.link_gb_per_s * GB / 1e3  # bytes per ms
     flops = device.fp16_tflops * 1e12 / 1e3 * engine.tp
-    held = stages[0][1].kv_tokens // (load.input_tokens + load.output_tokens)
+    held = max(0, stages[0][1].kv_tokens - engine.block_tokens) // (load.input_tokens + load.output_tokens)  # block 0 is the engine's own
     together = min(load.clients, engine.max_num_seqs, held or load.clients)
     context = load.input_tokens + load.output_tokens // 2
     cuda = device.kind == "cuda"
@@ -120,7 +124,8 @@ def latency(
         if engine.tp == 1:
             return 0.0
         wire = tokens * card.hidden_size * DTYPE_BYTES[engine.dtype] / (device.peer_gb_per_s * GB / 1e3)
-        over = "eager" if engine.eager else "graph" if device.peer_gb_per_s > device.link_gb_per_s else "graph_over_pcie"
+        own = "graph" if engine.custom_all_reduce else "graph_by_nccl"
+        over = "eager" if engine.eager else own if device.peer_gb_per_s > device.link_gb_per_s else "graph_over_pcie"
         return 2 * stage[0].card.layers * (float(constant("latency", "all_reduce_ms")[over]) + wire)
 
     def launches(stage: tuple[Part, CardMemory]) -> float:
@@ -134,13 +139,25 @@ def latency(
         few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(engine.kv_dtype, 0.0)) / 1e3
         return layers * (float(constant("latency", "graph_ms_per_layer")) + few_bits)
 
+    def attention(stage: tuple[Part, CardMemory], tokens: int) -> float:
+        """Products of a prompt's tokens with keys and values, each token's with half of the prompt on average; no weights are in them."""
+        if not cuda:
+            return 0.0
+        operations = 4 * card.heads * card.head_dim * tokens * (load.input_tokens / 2) * stage[0].card.layers
+        return operations / flops / _efficiency("attention_efficiency", "any", device)
+
     def expected(stage: tuple[Part, CardMemory], tokens: int) -> float:
-        """One stage's share of a step of so many tokens with the efficiencies seen."""
+        """One stage's share of a step of so many tokens with the efficiencies seen; more than decode together are tokens of a prompt."""
         layers = stage[0].card.layers
         t = work(stage, tokens, together)
-        gpu = beside(layers, tokens) + max(
-            t["hbm_weights"] / _efficiency("hbm_efficiency", name, device) + t["hbm_kv"],
-            t["flops"] / _efficiency("flop_efficiency", name, device),
+        rows = max(tokens, int(constant("latency", "least_prompt_rows").get(name, 0))) if tokens > together else tokens
+        gpu = (
+            beside(layers, tokens)
+            + attention(stage, tokens - together if tokens > together else 0)
+            + max(
+                t["hbm_weights"] / _efficiency("hbm_efficiency", name, device) + t["hbm_kv"],
+                t["flops"] * rows / tokens / _efficiency("flop_efficiency", name, device),
+            )
         )
         if engine.offload == "prefetch":  # copies run beside the computing of the layers that are copied
             # Of the layers in a row that stay on the card, only the first finds a copy to run beside it.

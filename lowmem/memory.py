@@ -99,11 +99,14 @@ def hop_bytes_per_token(card: ModelCard, engine: Engine) -> int:
 
 
 def pipeline_buffers(part: Part, engine: Engine) -> int:
-    """On a card: what a stage receives, once for the captured graphs and once as it comes; what it has handed on stays until it is sent."""
+    """On a card: what a stage receives, once for the captured graphs and once as it comes; what it has handed on stays until it is sent.
+
+    And what only the last stage has, which computes logits and samples.
+    """
     if engine.pp == 1:
         return 0
     largest = engine.max_num_batched_tokens * hop_bytes_per_token(part.card, engine)
-    return (0 if part.first else 2 * largest) + (0 if part.last else largest)
+    return (0 if part.first else 2 * largest) + (_mib("last_stage_mib") if part.last else largest)
 
 
 # ---------------------------------------------------------------- one card's weights
@@ -295,11 +298,14 @@ def peak_activations(card: ModelCard, engine: Engine, samples: bool = True) -> i
     return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
 
 
-def graphs(engine: Engine) -> int:
-    """CUDA graphs of the captured sizes."""
+def graphs(card: ModelCard, engine: Engine) -> int:
+    """CUDA graphs of the captured sizes; NCCL's all-reduces keep more in them than vLLM's own."""
     if not engine.graph_sizes:
         return 0
-    return _mib("graph_base_mib") + len(engine.graph_sizes) * _mib("graph_mib_per_size")
+    each = float(constant("memory", "graph_mib_per_layer_and_size"))
+    if engine.tp > 1 and not engine.custom_all_reduce:
+        each += float(constant("memory", "graph_nccl_mib_per_layer_and_size"))
+    return _mib("graph_base_mib") + round(len(engine.graph_sizes) * card.layers * each * MIB)
 
 
 def offload_buffers(engine: Engine, w: Weights) -> int:
@@ -364,7 +370,7 @@ def card_memory(
     """
     w = weights(card, engine)
     act = peak_activations(card, engine, part is None or part.last)
-    graph = graphs(engine)
+    graph = graphs(card, engine)
     new = engine.vllm >= (0, 28, 0)
     alone = engine.tp * engine.pp == 1
     before = _mib("snapshot_mib") + (0 if alone else _mib("first_use_mib"))  # taken when the engine reads free memory first

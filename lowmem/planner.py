@@ -236,7 +236,7 @@ def compute(inputs: Inputs) -> Plan:
     stages = stage_memories(card, engine, device, ceiling(device, limits), held)
     part, memory = max(stages, key=lambda s: s[1].peak)  # the card that the limit is held against
     speed = latency(card, engine, device, stages, load, inputs.link)
-    requests = memory.kv_tokens // request
+    requests = max(0, memory.kv_tokens - engine.block_tokens) // request  # block 0 is the engine's own
     pipeline = pipeline_of(inputs, engine, stages, speed)
     blocked = [
         *knobs.missing_flags(inputs.knobs, engine.vllm),

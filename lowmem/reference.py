@@ -18,7 +18,7 @@ from lowmem.schema import Plan, Receipt, Scalar
 from lowmem.units import MIB
 
 _SHORT = {"-tp": "--tensor-parallel-size"}
-_BARE = ("--enforce-eager", "--enable-chunked-prefill", "--disable-log-stats")
+_BARE = ("--enforce-eager", "--enable-chunked-prefill", "--disable-log-stats", "--disable-custom-all-reduce")
 _NOT_KNOBS = ("model", "served_model_name", "load_format")
 
 
@@ -30,6 +30,8 @@ def knobs_of(args: str) -> dict[str, Scalar]:
         name = flag.removeprefix("--").replace("-", "_")
         if flag in _BARE:
             value: Scalar = True
+        elif name.startswith("no_"):
+            name, value = name.removeprefix("no_"), False
         else:
             i += 1
             value = words[i]

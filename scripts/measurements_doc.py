@@ -19,7 +19,7 @@ from lowmem.units import MIB
 TOP = Path(__file__).resolve().parent.parent
 MEASUREMENTS = TOP / "docs" / "measurements"
 # Oldest first: where two hold a run of the same name, README.md has the newer one.
-SESSIONS = ("2026-11-23-2xh200", "2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100", "2026-11-26-4xh200")
+SESSIONS = ("2026-11-23-2xh200", "2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100", "2026-11-26-4xh200", "2026-11-26-4xh100")
 ON_THE_FRONT_PAGE = "2026-11-23-2xh200"  # its tables are in docs/measurements/README.md
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 
@@ -39,7 +39,8 @@ ROWS = {
     "low_mem-int8": Row("`low_mem` with 8-bit keys and values", "low_mem", {"kv_cache_dtype": "int8_per_token_head"}),
     "low_mem-int4": Row("`low_mem` with 4-bit keys and values", "low_mem", {"kv_cache_dtype": "int4_per_token_head"}),
     "plain": Row("the same model and cards with the engine's defaults", "benchmarks/gpu/plain.yml"),
-    "low_latency": Row("`low_latency`, one card", "low_latency"),
+    "low_latency": Row("`low_latency`, one card (H100)", "low_latency"),
+    "long_context": Row("`long_context`, two cards, requests of 4,096 tokens (H100)", "long_context"),
     "extreme": Row("`extreme`, one card, 2 bits, 6 clients", "extreme"),
     "extreme-8-batched-256": Row("`extreme` with 8 clients and steps of 256 tokens", "extreme", {"max_num_batched_tokens": 256}, 8),
     "offload": Row("`offload`, one card, prefetch, 46 of 80 layers (H100)", "offload"),

@@ -65,6 +65,14 @@ def test_human_output_has_a_bar_per_term_and_the_command():
         assert word in done.stdout
 
 
+def test_explain_quotes_measurements_of_variables_and_of_flags_that_are_not_set():
+    shown = run("explain", "low_mem").stdout
+    assert "NCCL_MAX_NCHANNELS=2" in shown
+    assert "measured: H100, 2026-11-26: without it 20,884 MiB under load" in shown
+    assert shown.index("left as the engine has them:") < shown.index("--enforce-eager") < shown.index("--disable-custom-all-reduce")
+    assert "left as the engine" not in run("explain", "long_context").stdout
+
+
 def test_deployment_arguments():
     done = run("plan", "--profile", "demo_cpu", "--model-path", "/srv/m", "--served-model-name", "demo", "--port", "8012", "--json")
     argv = json.loads(done.stdout)["argv"]

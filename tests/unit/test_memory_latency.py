@@ -61,7 +61,9 @@ def test_a_pool_too_small_for_one_request_is_impossible():
 
 
 def test_a_pool_too_small_for_all_clients_is_slow():
-    plan = make_plan("low_mem", overrides={"kv_cache_memory_bytes": 800 * MIB})
+    # 2.5 MiB a block of 16 tokens, and 80 blocks a request; block 0 is the engine's own
+    assert make_plan("low_mem", overrides={"kv_cache_memory_bytes": 800 * MIB}).max_requests == 3
+    plan = make_plan("low_mem", overrides={"kv_cache_memory_bytes": 802.5 * MIB})
     assert (plan.verdict, plan.max_requests) == ("slow", 4)
     assert "the load has 8: 4 wait" in plan.reasons[0]
 
