@@ -9,8 +9,9 @@
 Runs whose cards differ (`gpus`) go side by side, each as soon as its cards are free, in the order of the file. A run that
 could not end before the deadline is not begun, and none after one whose engine lacked a module: the next would lack it too. The
 card of the plan is played on a larger one by a ballast (ballast.py) that holds all but `card_mib`; `args` and `env` are what this
-needs and no more: they stand in the receipt. `warm` measures nothing: it starts the named services side by side on the whole card
-until each has answered, so that what is compiled at first use is in the caches.
+needs and no more: they stand in the receipt. A run with a `command` is another script of this folder, with `env` in its environment
+and "{out}" for the folder of results; what it says is in NAME.out there. `warm` measures nothing: it starts the named services side by
+side on the whole card until each has answered, so that what is compiled at first use is in the caches.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     # Ansible's own filters, as far as the launcher uses them
     templates.filters |= {"quote": lambda v: shlex.quote(str(v)), "regex_replace": lambda v, pattern, by: re.sub(pattern, by, v)}
     runs = [{**spec.get("defaults", {}), **run} for run in spec["runs"]]
-    for run in runs:
+    for run in (r for r in runs if "command" not in r):
         options = {
             "--profile": run["profile"], "--device": run["device"], "--count": run["count"], "--model": run["card"],
             "--model-path": run["model_path"], "--served-model-name": "m", "--port": 8000,
@@ -166,6 +167,19 @@ def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, 
     print("\n".join(lines), flush=True)
 
 
+def run_command(run: dict[str, Any], out: Path, gpus: str, until: float) -> None:
+    """Ended with all that it started when its time is over."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1", **run.get("env", {})}
+    command, began, file = shlex.split(run["command"].replace("{out}", str(out))), time.monotonic(), out / f"{run['name']}.out"
+    with file.open("w") as said:
+        process = subprocess.Popen(command, env=environment, cwd=TOP, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - began))
+        stop(process)
+    lines = [f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s"]
+    print("\n".join([*lines, *file.read_text(errors="replace").splitlines()[-6:]]), flush=True)
+
+
 def answered(port: int) -> bool:
     """Whether the service there gives a completion of a prompt of several steps."""
     body = {"model": "m", "prompt": list(range(300, 1000)), "max_tokens": 4, "ignore_eos": True}
@@ -225,7 +239,7 @@ def skipped(run: dict[str, Any], out: Path) -> bool:
 
 def cards_of(run: dict[str, Any]) -> str:
     """Numbers of the cards that a run has, comma-separated: the first ones where it names none."""
-    return str(run.get("gpus", ",".join(map(str, range(run["count"])))))
+    return str(run["gpus"]) if "gpus" in run else ",".join(map(str, range(run["count"])))
 
 
 def run_all(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> None:
@@ -233,7 +247,11 @@ def run_all(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -
     waiting, running, lacking = list(runs), dict[str, threading.Thread](), list[str]()
 
     def go(run: dict[str, Any], gpus: str) -> None:
-        run_one(run, folder, out, gpus, 8000 + int(gpus.split(",")[0]), until)
+        with ballast(run.get("card_mib"), gpus.split(",")):
+            if "command" in run:
+                run_command(run, out, gpus, until)
+            else:
+                run_one(run, folder, out, gpus, 8000 + int(gpus.split(",")[0]), until)
         if lacks_module(out / f"{run['name']}.json"):
             lacking.append(run["name"])
 
@@ -281,10 +299,7 @@ def main() -> None:
     if args.command == "warm":
         warm(wanted, args.folder, args.out, until)
         return
-    for card_mib in {run.get("card_mib"): None for run in wanted}:
-        chosen = [run for run in wanted if run.get("card_mib") == card_mib]
-        with ballast(card_mib, {gpu for run in chosen for gpu in cards_of(run).split(",")}):
-            run_all(chosen, args.folder, args.out, until)
+    run_all(wanted, args.folder, args.out, until)
 
 
 if __name__ == "__main__":
