@@ -99,7 +99,7 @@ def latency(
     held = max(0, stages[0][1].kv_tokens - engine.block_tokens) // (load.input_tokens + load.output_tokens)  # block 0 is the engine's own
     together = min(load.clients, engine.max_num_seqs, held or load.clients)
     context = load.input_tokens + load.output_tokens // 2
-    cuda = device.kind == "cuda"
+    cuda, new = device.kind == "cuda", engine.vllm >= (0, 28, 0)
     fixed = float(constant("latency", "step_ms"))
 
     def work(stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> dict[str, float]:
@@ -125,11 +125,12 @@ def latency(
             return 0.0
         wire = tokens * card.hidden_size * DTYPE_BYTES[engine.dtype] / (device.peer_gb_per_s * GB / 1e3)
         own = "graph" if engine.custom_all_reduce else "graph_by_nccl"
-        over = "eager" if engine.eager else own if device.peer_gb_per_s > device.link_gb_per_s else "graph_over_pcie"
+        over = "eager" if engine.eager and not new else own if device.peer_gb_per_s > device.link_gb_per_s else "graph_over_pcie"
         return 2 * stage[0].card.layers * (float(constant("latency", "all_reduce_ms")[over]) + wire)
 
     def launches(stage: tuple[Part, CardMemory]) -> float:
-        return stage[0].card.layers * float(constant("latency", "eager_ms_per_layer")) if engine.eager and cuda else 0.0
+        each = float(constant("latency", "eager_ms_per_layer" if new else "eager_old_ms_per_layer"))
+        return stage[0].card.layers * each if engine.eager and cuda else 0.0
 
     def beside(layers: int, tokens: int) -> float:
         """What layers take beside their matrix products: keys and values of few bits are packed and unpacked by kernels of their own."""

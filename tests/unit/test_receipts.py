@@ -102,6 +102,7 @@ def test_a_decode_step_on_a_card_that_calibrated_nothing_within_fifteen_percent(
         (RUNS_2026_11_26, "low_mem-int4", 16.61, 21.11), (RUNS_2026_11_26, "plain", 11.46, 14.48),
         (RUNS_2026_11_26, "extreme", 20.93, 23.91), (RUNS_2026_11_26, "extreme-kv_cache_dtype-auto", 14.93, 17.43),
         (RUNS_2026_11_26, "offload-prefetch_step-2", 373.06, 385.90), (RUNS_2026_11_26, "extreme-8-batched-256", 21.32, 28.87),
+        (FLAGS, "low_mem-enforce_eager", 67.45, 70.93),
         (FLAGS, "low_mem-max_num_batched_tokens-2048", 12.47, 15.58), (FLAGS, "low_mem-max_num_seqs-256", 12.55, 16.31),
         (FLAGS, "low_mem-nccl-default", 12.46, 16.39), (FLAGS, "low_mem-no-custom-all-reduce", 14.39, 19.24),
         (FLAGS, "long_context", 14.23, 32.95), (FLAGS, "pipeline", 22.74, 27.44), (FLAGS, "extreme-8-batched-128", 21.78, 39.26),
