@@ -219,14 +219,14 @@ def measure(given: argparse.Namespace, out: Console) -> None:
             drive_both(given.clients[-1], share * full_per_s)
 
 
-def compare(given: argparse.Namespace, out: Console) -> None:
+def compared(folder: Path) -> Iterator[tuple[str, str, float, float]]:
+    """Load, figure, measured and simulated, of what `measure` left in FOLDER."""
     from lowmem import fleet  # its simpy is not on a lent machine, which only measures
     from lowmem.receipt import read
 
-    receipt = read(given.folder / "one.json")
+    receipt = read(folder / "one.json")
     speed, tokens = fleet.measured(receipt), (receipt.plan.load.input_tokens, receipt.plan.load.output_tokens)
-    table = Table("load", "", *(Column(name, justify="right") for name in ("measured", "simulated", "ratio")))
-    for row in json.loads((given.folder / "loads.json").read_text()):
+    for row in json.loads((folder / "loads.json").read_text()):
         if per_s := row["per_s"]:
             load = f"{per_s:.2f} requests/s"
             said = [fleet.open_loop(speed, 2, per_s, *tokens, requests=row["requests"], seed=seed, left_out=0) for seed in range(SEEDS)]
@@ -234,8 +234,13 @@ def compare(given: argparse.Namespace, out: Console) -> None:
             load = f"{row['clients']} clients"
             said = [fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)]
         for figure, real in row["measured"].items():
-            simulated = statistics.fmean(getattr(one, figure) for one in said)
-            table.add_row(load, figure, f"{real:,.1f}", f"{simulated:,.1f}", f"{simulated / real:.2f}")
+            yield load, figure, real, statistics.fmean(getattr(one, figure) for one in said)
+
+
+def compare(given: argparse.Namespace, out: Console) -> None:
+    table = Table("load", "", *(Column(name, justify="right") for name in ("measured", "simulated", "ratio")))
+    for load, figure, real, simulated in compared(given.folder):
+        table.add_row(load, figure, f"{real:,.1f}", f"{simulated:,.1f}", f"{simulated / real:.2f}")
     out.print(table)
 
 

@@ -3,7 +3,8 @@
 A host is what its receipt measured, or what its plan expects: the time of a step by requests decoded together, and the time of a
 step that also takes a chunk of a prompt. The scheduler is vLLM's, as far as it decides latency: decodes first, then prompts in the
 order of arrival, at most `max_num_batched_tokens` a step, at most `max_num_seqs` requests, and none whose keys and values would not
-fit the pool. Times are milliseconds. simpy runs the clock.
+fit the pool. With async scheduling the next step is decided before this one has ended, so that who comes meanwhile waits for one step
+more (0.32.0, v1/engine/core.py, step_with_batch_queue). Times are milliseconds. simpy runs the clock.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ class Speed:
     steps_ms: dict[int, float]
     chunk_extra_ms: float
     chunk_tokens: int
+    max_num_batched_tokens: int
     max_num_seqs: int
     kv_tokens: int
+    async_scheduling: bool
 
     def step_ms(self, decoding: int, prompt_tokens: int) -> float:
         """Between the batch sizes known in a straight line, outside them the nearest; a shorter chunk costs its share."""
@@ -59,6 +62,11 @@ def _number(plan: Plan, flag: str) -> int:
     return int(argv[argv.index(flag) + 1])
 
 
+def _async(plan: Plan) -> bool:
+    """0.32.0 turns it on where nothing forbids it, and off on a CPU (platforms/cpu.py)."""
+    return plan.device_kind == "cuda" and "--no-async-scheduling" not in plan.argv
+
+
 def planned(plan: Plan) -> Speed:
     """From the plan's expectation; what a smaller batch saves is the reading of its keys and values."""
     terms, load = plan.latency_ms.terms, plan.load
@@ -69,8 +77,10 @@ def planned(plan: Plan) -> Speed:
         steps_ms={1: alone, together: terms["steady_step"]},
         chunk_extra_ms=terms["chunk_step"] - terms.get("slot_step", terms["steady_step"]),
         chunk_tokens=min(batched, load.input_tokens),
+        max_num_batched_tokens=batched,
         max_num_seqs=_number(plan, "--max-num-seqs"),
         kv_tokens=plan.kv_tokens,
+        async_scheduling=_async(plan),
     )
 
 
@@ -84,15 +94,18 @@ def measured(receipt: Receipt) -> Speed:
     if alone is None:
         raise BadInput("the receipt has no load of one client, which tells what a prompt costs: measure with --clients 8,1")
     seats = _number(plan, "--max-num-seqs")
-    batched = min(_number(plan, "--max-num-batched-tokens"), alone.load.input_tokens)
-    chunks = alone.load.input_tokens / batched
+    batched = _number(plan, "--max-num-batched-tokens")
+    chunk = min(batched, alone.load.input_tokens)
+    chunks = alone.load.input_tokens / chunk
     steps = {min(r.load.clients, seats): r.itl_ms.p50 for r in sorted(receipt.loads, key=lambda r: -r.load.clients)}
     return Speed(
         steps_ms=dict(sorted(steps.items())),
         chunk_extra_ms=alone.ttft_ms.p50 / chunks - steps[1],
-        chunk_tokens=batched,
+        chunk_tokens=chunk,
+        max_num_batched_tokens=batched,
         max_num_seqs=seats,
         kv_tokens=plan.kv_tokens,
+        async_scheduling=_async(plan),
     )
 
 
@@ -155,12 +168,16 @@ class Host:
             if not len(self):
                 self._work = self.clock.event()
                 yield self._work
-            self._admit()
-            decoding = [r for r in self.running if not r.prompt_left]
-            budget = self.speed.chunk_tokens
+            if not (self.running and self.speed.async_scheduling):
+                self._admit()
+            batch = list(self.running)
+            if self.speed.async_scheduling:
+                self._admit()  # to the step after this one
+            decoding = [r for r in batch if not r.prompt_left]
+            budget = self.speed.max_num_batched_tokens - len(decoding)
             chunks: list[tuple[Request, int]] = []
-            for request in self.running:
-                if request.prompt_left and budget:
+            for request in batch:
+                if request.prompt_left and budget > 0:
                     chunks.append((request, min(budget, request.prompt_left)))
                     budget -= chunks[-1][1]
             took = self.speed.step_ms(len(decoding), sum(tokens for _, tokens in chunks))

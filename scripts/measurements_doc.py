@@ -7,6 +7,7 @@ Only the text between the markers is written; a test compares it with the receip
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,11 +18,17 @@ from lowmem.schema import Scalar
 from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(TOP))
+from benchmarks.fleet_two_replicas import compared  # noqa: E402 - run from a checkout that is not installed
+
 MEASUREMENTS = TOP / "docs" / "measurements"
 # Oldest first: where two hold a run of the same name, README.md has the newer one.
 SESSIONS = ("2026-11-23-2xh200", "2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100", "2026-11-26-4xh200", "2026-11-26-4xh100")
 ON_THE_FRONT_PAGE = "2026-11-23-2xh200"  # its tables are in docs/measurements/README.md
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
+# pages with two real replicas beside the simulation, and where their loads are
+FLEETS = {"2026-11-26-two-replicas-cpu": "", "2026-11-26-4xh200": "fleet", "2026-11-26-4xh100": "fleet"}
+FLEET_BEGIN, FLEET_END = "<!-- fleet, written by scripts/measurements_doc.py -->", "<!-- end of fleet -->"
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,21 @@ def details(runs: dict[str, Received]) -> str:
     return "\n".join(lines)
 
 
-def written(page: str, block: str) -> str:
+def replicas(folder: Path) -> str:
+    """A table of what two replicas did and what `lowmem fleet` says that they do."""
+    lines = ["| load | | measured | simulated | ratio |", "|---|---|--:|--:|--:|"]
+    for load, figure, real, simulated in compared(folder):
+        digits = 0 if figure.startswith("ttft") else 1
+        words = figure.replace("_", " ").replace("tpot", "TPOT").replace("ttft", "TTFT").replace(" ms", ", ms")
+        lines.append(f"| {load} | {words} | {real:,.{digits}f} | {simulated:,.{digits}f} | {simulated / real:.2f} |")
+    return "\n".join(lines)
+
+
+def written(page: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """The page with the block between its markers."""
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{block}\n{END}{after}"
+    before, _, rest = page.partition(begin)
+    _, _, after = rest.partition(end)
+    return f"{before}{begin}\n{block}\n{end}{after}"
 
 
 def sessions() -> dict[str, dict[str, Received]]:
@@ -119,7 +136,12 @@ def pages() -> dict[Path, str]:
     blocks = {TOP / "README.md": headline({name: run for runs in found.values() for name, run in runs.items()})}
     for name, runs in found.items():
         blocks[(MEASUREMENTS if name == ON_THE_FRONT_PAGE else MEASUREMENTS / name) / "README.md"] = details(runs)
-    return {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
+    texts = {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
+    for name, folder in FLEETS.items():
+        path = MEASUREMENTS / name / "README.md"
+        text = texts.get(path) or path.read_text(encoding="utf-8")
+        texts[path] = written(text, replicas(MEASUREMENTS / name / folder), FLEET_BEGIN, FLEET_END)
+    return texts
 
 
 def draw(runs: list[Received], file: Path) -> None:

