@@ -21,7 +21,6 @@ import contextlib
 import json
 import os
 import shlex
-import signal
 import socket
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from rich.table import Column, Table
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-from benchmarks.gpu.servers import stop  # noqa: E402
+from benchmarks.gpu.servers import end_on_sigterm, stop  # noqa: E402
 from lowmem.measure import Api, drive, read_environment  # noqa: E402
 from lowmem.schema import Load, Plan  # noqa: E402
 
@@ -264,7 +263,7 @@ def main() -> None:
     second.add_argument("folder", type=Path)
     second.set_defaults(do=compare)
     given = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the replicas end with a run that ran out of time
+    end_on_sigterm()
     given.do(given, Console())
 
 

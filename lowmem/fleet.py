@@ -71,7 +71,7 @@ def planned(plan: Plan) -> Speed:
     """From the plan's expectation; what a smaller batch saves is the reading of its keys and values."""
     terms, load = plan.latency_ms.terms, plan.load
     batched = _number(plan, "--max-num-batched-tokens")
-    together = min(load.clients, _number(plan, "--max-num-seqs"), plan.kv_tokens // (load.input_tokens + load.output_tokens) or 1)
+    together = min(load.clients, _number(plan, "--max-num-seqs"), plan.max_requests or 1)
     alone = terms["steady_step"] - terms["hbm_kv"] * (1 - 1 / together)
     return Speed(
         steps_ms={1: alone, together: terms["steady_step"]},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowmem.cards import DTYPE_BYTES
 from lowmem.knobs import Engine
-from lowmem.memory import CardMemory, Part, constant, hop_bytes_per_token, kv_bytes_per_token, streamed_layers
+from lowmem.memory import CardMemory, Part, constant, hop_bytes_per_token, kv_bytes_per_token, streamed_layers, usable_kv_tokens
 from lowmem.schema import Device, Latency, Limits, Link, Load, ModelCard
 from lowmem.units import GB
 
@@ -62,19 +62,16 @@ def hops(card: ModelCard, engine: Engine, device: Device, link: Link | None, tok
         return Hops(0.0, 0.0, 0.0)
     size = tokens * hop_bytes_per_token(card, engine)
     inside = (engine.pp - engine.hosts) * size / (device.peer_gb_per_s * GB / 1e3)
+    beside: dict[str, float] = constant("latency", "hop_ms")
     if link is None:
-        return Hops(inside, inside + engine.pp * float(constant("latency", "hop_ms")["host"]), inside / (engine.pp - 1))
+        return Hops(inside, inside + engine.pp * beside["host"], inside / (engine.pp - 1))
     kind = "rdma" if link.rdma else "tcp"
     wire, one_way = size / (link.gb_per_s * GB / 1e3), link.round_trip_us / 2e3
-    own, seen = float(constant("latency", "hop_ms")[kind]), wire / float(constant("latency", "network_efficiency")[kind])
+    own, seen = beside[kind], wire / float(constant("latency", "network_efficiency")[kind])
     between = engine.hosts - 1
     return Hops(
         floor=inside + between * (wire + one_way) + one_way,
-        expected=inside
-        + (engine.pp - engine.hosts) * float(constant("latency", "hop_ms")["host"])
-        + between * (seen + one_way + own)
-        + one_way
-        + own,
+        expected=inside + (engine.pp - engine.hosts) * beside["host"] + between * (seen + one_way + own) + one_way + own,
         out=seen,
     )
 
@@ -96,7 +93,7 @@ def latency(
     name = engine.kernel
     hbm, host_link = device.hbm_gb_per_s * GB / 1e3, device.link_gb_per_s * GB / 1e3  # bytes per ms
     flops = device.fp16_tflops * 1e12 / 1e3 * engine.tp
-    held = max(0, stages[0][1].kv_tokens - engine.block_tokens) // (load.input_tokens + load.output_tokens)  # block 0 is the engine's own
+    held = usable_kv_tokens(stages[0][1].kv_tokens, engine) // (load.input_tokens + load.output_tokens)
     together = min(load.clients, engine.max_num_seqs, held or load.clients)
     context = load.input_tokens + load.output_tokens // 2
     cuda, new = device.kind == "cuda", engine.vllm >= (0, 28, 0)
@@ -151,10 +148,11 @@ def latency(
         """One stage's share of a step of so many tokens with the efficiencies seen; more than decode together are tokens of a prompt."""
         layers = stage[0].card.layers
         t = work(stage, tokens, together)
-        rows = max(tokens, int(constant("latency", "least_prompt_rows").get(name, 0))) if tokens > together else tokens
+        prompt = max(0, tokens - together)
+        rows = max(tokens, int(constant("latency", "least_prompt_rows").get(name, 0))) if prompt else tokens
         gpu = (
             beside(layers, tokens)
-            + attention(stage, tokens - together if tokens > together else 0)
+            + attention(stage, prompt)
             + max(
                 t["hbm_weights"] / _efficiency("hbm_efficiency", name, device) + t["hbm_kv"],
                 t["flops"] * rows / tokens / _efficiency("flop_efficiency", name, device),

@@ -348,6 +348,11 @@ class CardMemory:
         return self.total + sum(self.load.values())
 
 
+def usable_kv_tokens(kv_tokens: int, engine: Engine) -> int:
+    """What requests can have of a pool: block 0 is the engine's own."""
+    return max(0, kv_tokens - engine.block_tokens)
+
+
 def stage_memories(
     card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0
 ) -> tuple[tuple[Part, CardMemory], ...]:

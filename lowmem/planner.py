@@ -24,6 +24,7 @@ from lowmem.memory import (
     start_peak,
     start_room,
     stored_bytes,
+    usable_kv_tokens,
 )
 from lowmem.schema import (
     VLLM_VERSION,
@@ -236,7 +237,7 @@ def compute(inputs: Inputs) -> Plan:
     stages = stage_memories(card, engine, device, ceiling(device, limits), held)
     part, memory = max(stages, key=lambda s: s[1].peak)  # the card that the limit is held against
     speed = latency(card, engine, device, stages, load, inputs.link)
-    requests = max(0, memory.kv_tokens - engine.block_tokens) // request  # block 0 is the engine's own
+    requests = usable_kv_tokens(memory.kv_tokens, engine) // request
     pipeline = pipeline_of(inputs, engine, stages, speed)
     blocked = [
         *knobs.missing_flags(inputs.knobs, engine.vllm),

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from servers import stop
+from servers import end_on_sigterm, stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 ROLE = TOP / "roles" / "awq_quantize"
@@ -148,7 +147,7 @@ def main() -> None:
     parser.add_argument("--backend", action="append", default=[], metavar="NAME=SITE")
     parser.add_argument("--arg", action="append", default=[], help="one more argument for every `vllm serve`, repeatable")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers end with a run that ran out of time
+    end_on_sigterm()
     sites = dict(word.split("=", 1) for word in options.backend)
     for backend, path in sites.items():
         for site in path.split(":"):

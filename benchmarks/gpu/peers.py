@@ -13,7 +13,6 @@ import http.client
 import json
 import os
 import random
-import signal
 import socket
 import statistics
 import subprocess
@@ -24,7 +23,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from servers import stop
+from servers import end_on_sigterm, stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
@@ -96,7 +95,7 @@ def main() -> None:
     parser.add_argument("--start-timeout-s", type=float, default=240)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the server ends with a run that ran out of time
+    end_on_sigterm()
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", options.port)) == 0:
             sys.exit(f"peers: --port {options.port}: a server is there already and would be measured; end it, or take another port")

@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: the end of servers that they started."""
+"""What the scripts that start servers share: the end of those."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from typing import Any
+
+
+def end_on_sigterm() -> None:
+    """So that servers end with a run that ran out of time: SIGTERM unwinds the script, by its `finally`."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def stop(*processes: subprocess.Popen[Any], wait_s: float = 20) -> None:

@@ -82,7 +82,10 @@ def test_a_request_waits_for_room_in_the_pool():
     ],
 )  # fmt: skip
 def test_a_measured_host_is_simulated_as_it_was(receipt, clients, tokens_per_s, tpot_p99, ttft_p99):
-    """Steps from the medians, the queue and the tails from the simulation: throughput and TPOT within 3 %, TTFT within 8 %."""
+    """Steps from the medians, the queue and the tails from the simulation.
+
+    Throughput and TPOT within 3 %, p99 TTFT within 7 %, its median within 8 %.
+    """
     found = read(RECEIPTS / f"{receipt}.json")
     load = next(r for r in found.loads if r.load.clients == clients)
     assert load.output_tokens_per_s == pytest.approx(tokens_per_s, abs=0.1)
@@ -90,7 +93,7 @@ def test_a_measured_host_is_simulated_as_it_was(receipt, clients, tokens_per_s, 
     assert seen.tokens_per_s == pytest.approx(tokens_per_s, rel=0.03)
     assert seen.tpot_p99_ms == pytest.approx(tpot_p99, rel=0.03)
     assert seen.tpot_p50_ms == pytest.approx(load.tpot_ms.p50, rel=0.03)
-    assert seen.ttft_p99_ms == pytest.approx(ttft_p99, rel=0.08)
+    assert seen.ttft_p99_ms == pytest.approx(ttft_p99, rel=0.07)
     assert seen.ttft_p50_ms == pytest.approx(load.ttft_ms.p50, rel=0.08)
 
 
