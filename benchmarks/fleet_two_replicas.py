@@ -4,14 +4,16 @@
     benchmarks/fleet_two_replicas.py measure FOLDER        with .lowmem/venv/bin/python, after `make demo` and `pytest tests/router`
     benchmarks/fleet_two_replicas.py compare FOLDER
 
-`measure` starts two replicas behind the real vllm-router (least load of two). One alone is measured first (`lowmem measure`), through the
-router as well: FOLDER/one.json. Then both are driven, by clients that wait for their answers and by requests that arrive by themselves
-(Poisson): FOLDER/loads.json. `compare` simulates the same loads from one.json, as many requests from an empty start, the mean of twenty
-seeds, and prints the ratios; nothing is asserted.
+`measure` starts two replicas behind the real vllm-router (least load of two). One alone is measured first
+(`lowmem measure`), through the router as well: FOLDER/one.json. Then both are driven, by clients that wait
+for their answers and by requests that arrive by themselves (Poisson): FOLDER/loads.json. `compare` simulates
+the same loads from one.json, as many requests from an empty start, the mean of twenty seeds, and prints the
+ratios; nothing is asserted.
 
-The replicas are two of the demo's engines, each on a core of its own. The load generator then has no core of its own: it shares the core of
-the one replica, and both cores of the two, so that each replica loses the same to it. On a machine with GPUs they are a run that
-benchmarks/gpu/matrix.py prepared, each on its own cards: --prepared .carry/runs/low_latency --gpus 2 --gpus 3 --router BINARY.
+The replicas are two of the demo's engines, each on a core of its own. The load generator then has no core of
+its own: it shares the core of the one replica, and both cores of the two, so that each replica loses the same
+to it. On a machine with GPUs they are a run that benchmarks/gpu/matrix.py prepared, each on its own cards:
+--prepared .carry/runs/low_latency --gpus 2 --gpus 3 --router BINARY.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.gpu.servers import end_on_sigterm, stop  # noqa: E402
-from lowmem.measure import Api, drive, read_environment  # noqa: E402
+from lowmem.artefacts import read_environment  # noqa: E402
+from lowmem.measure.load import Api, drive  # noqa: E402
 from lowmem.schema import Load, Plan  # noqa: E402
 
 START_S = 300
@@ -71,7 +74,14 @@ def wait(api: Api, process: subprocess.Popen[bytes], log: Path) -> None:
 @contextlib.contextmanager
 def server(command: list[str], environment: dict[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as stream:
-        process = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             yield process
         finally:
@@ -114,7 +124,9 @@ def of_demo(demo: Path, ports: list[int], scratch: Path) -> Deployed:
         pinned = ["taskset", "-c", str(core)]
         command = [*pinned, str(demo / "current/env/bin/vllm"), "serve", *argv]
         replicas.append(Replica(command, own, pinned, scratch / f"replica-{port}.log"))
-    return Deployed(demo / "etc/plan.json", demo / "etc/vllm.env", [str(demo / "current/env/bin/lowmem")], replicas)
+    return Deployed(
+        demo / "etc/plan.json", demo / "etc/vllm.env", [str(demo / "current/env/bin/lowmem")], replicas
+    )
 
 
 def of_prepared(run: Path, gpus: list[str], extra: list[str], ports: list[int], scratch: Path) -> Deployed:
@@ -131,12 +143,24 @@ def of_prepared(run: Path, gpus: list[str], extra: list[str], ports: list[int], 
 
 
 @contextlib.contextmanager
-def router(binary: Path, ports: list[int], scratch: Path) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
+def router(
+    binary: Path, ports: list[int], scratch: Path
+) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
     port, metrics = free_ports(2)
     workers = [f"http://127.0.0.1:{worker}" for worker in ports]
     # power_of_two refuses one worker, as role router knows
     policy = "power_of_two" if len(ports) > 1 else "round_robin"
-    command = [str(binary), "--worker-urls", *workers, "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
+    command = [
+        str(binary),
+        "--worker-urls",
+        *workers,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--policy",
+        policy,
+    ]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--log-level", "warning"]
     command += ["--worker-startup-timeout-secs", "10", "--request-timeout-secs", "600"]
     log = scratch / f"router-{len(ports)}.log"
@@ -146,8 +170,20 @@ def router(binary: Path, ports: list[int], scratch: Path) -> Iterator[tuple[str,
 
 def measure_one(deployed: Deployed, url: str, pid: int, requests: int | None, out: Path) -> None:
     replica = deployed.replicas[0]
-    command = [*replica.beside, *deployed.lowmem, "measure", f"--plan={deployed.plan}", f"--url={url}", f"--pid={pid}"]
-    command += [f"--env-file={deployed.env_file}", f"--log={replica.log}", "--clients=8,4,2,1", f"--out={out}"]
+    command = [
+        *replica.beside,
+        *deployed.lowmem,
+        "measure",
+        f"--plan={deployed.plan}",
+        f"--url={url}",
+        f"--pid={pid}",
+    ]
+    command += [
+        f"--env-file={deployed.env_file}",
+        f"--log={replica.log}",
+        "--clients=8,4,2,1",
+        f"--out={out}",
+    ]
     command += [f"--requests={requests}"] if requests else []
     # 2: a limit of the plan is missed by half of its cores, which is no matter here
     done = subprocess.run(command, cwd=REPOSITORY, check=False)
@@ -172,17 +208,24 @@ def measure(given: argparse.Namespace, out: Console) -> None:
     binary = given.router or next(iter(sorted(given.demo.glob("envs/vllm-router-*/bin/vllm-router"))), None)
     if not binary:
         raise SystemExit(
-            f"no environment of vllm-router under {given.demo}/envs: `pytest tests/router` makes it, or name one with --router"
+            f"no environment of vllm-router under {given.demo}/envs: `pytest tests/router` makes it, or name"
+            " one with --router"
         )
     ports = free_ports(2)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as running:
         scratch = Path(folder)
         deployed = (
-            of_prepared(given.prepared, given.gpus, given.arg, ports, scratch) if given.prepared else of_demo(given.demo, ports, scratch)
+            of_prepared(given.prepared, given.gpus, given.arg, ports, scratch)
+            if given.prepared
+            else of_demo(given.demo, ports, scratch)
         )
         plan = Plan.model_validate_json(deployed.plan.read_text())
-        key = next(value for name, value in read_environment(deployed.env_file).items() if name.startswith("VLLM_API_KEY"))
+        key = next(
+            value
+            for name, value in read_environment(deployed.env_file).items()
+            if name.startswith("VLLM_API_KEY")
+        )
 
         def start(number: int) -> subprocess.Popen[bytes]:
             return running.enter_context(deployed.replicas[number].server())
@@ -204,11 +247,27 @@ def measure(given: argparse.Namespace, out: Console) -> None:
         wait(api, process, log)
 
         def drive_both(clients: int, per_s: float | None = None) -> None:
-            out.print(f"driving two replicas: {f'{per_s:.2f} requests/s' if per_s else f'{clients} clients'}, {given.requests} requests")
-            seen = asked(api, plan.load.model_copy(update={"clients": clients}), given.requests, 1000 + len(rows), per_s)
+            out.print(
+                f"driving two replicas: {f'{per_s:.2f} requests/s' if per_s else f'{clients} clients'},"
+                f" {given.requests} requests"
+            )
+            seen = asked(
+                api,
+                plan.load.model_copy(update={"clients": clients}),
+                given.requests,
+                1000 + len(rows),
+                per_s,
+            )
             if per_s:
                 del seen["tokens_per_s"]  # as many as arrive
-            rows.append({"clients": None if per_s else clients, "per_s": per_s, "requests": given.requests, "measured": seen})
+            rows.append(
+                {
+                    "clients": None if per_s else clients,
+                    "per_s": per_s,
+                    "requests": given.requests,
+                    "measured": seen,
+                }
+            )
             (given.folder / "loads.json").write_text(json.dumps(rows, indent=1) + "\n")
 
         for clients in given.clients:
@@ -220,18 +279,26 @@ def measure(given: argparse.Namespace, out: Console) -> None:
 
 def compared(folder: Path) -> Iterator[tuple[str, str, float, float]]:
     """Load, figure, measured and simulated, of what `measure` left in FOLDER."""
-    from lowmem import fleet  # its simpy is not on a lent machine, which only measures
-    from lowmem.receipt import read
+    from lowmem.artefacts import read
+    from lowmem.fleet import (
+        simulation,
+        speed,  # its simpy is not on a lent machine, which only measures
+    )
 
     receipt = read(folder / "one.json")
-    speed, tokens = fleet.measured(receipt), (receipt.plan.load.input_tokens, receipt.plan.load.output_tokens)
+    speed, tokens = speed.measured(receipt), (receipt.plan.load.input_tokens, receipt.plan.load.output_tokens)
     for row in json.loads((folder / "loads.json").read_text()):
         if per_s := row["per_s"]:
             load = f"{per_s:.2f} requests/s"
-            said = [fleet.open_loop(speed, 2, per_s, *tokens, requests=row["requests"], seed=seed, left_out=0) for seed in range(SEEDS)]
+            said = [
+                simulation.open_loop(
+                    speed, 2, per_s, *tokens, requests=row["requests"], seed=seed, left_out=0
+                )
+                for seed in range(SEEDS)
+            ]
         else:
             load = f"{row['clients']} clients"
-            said = [fleet.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)]
+            said = [simulation.closed_loop(speed, row["clients"], *tokens, row["requests"], hosts=2)]
         for figure, real in row["measured"].items():
             yield load, figure, real, statistics.fmean(getattr(one, figure) for one in said)
 
@@ -248,16 +315,40 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     first = commands.add_parser("measure", help="two real replicas, driven")
     first.add_argument("folder", type=Path)
-    first.add_argument("--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed")
-    first.add_argument("--prepared", type=Path, help="instead of the demo: a run's folder, as benchmarks/gpu/matrix.py prepares it")
-    first.add_argument("--gpus", action="append", default=[], help="with --prepared, once for each of the two: its cards, such as 2 or 2,3")
-    first.add_argument("--arg", action="append", default=[], help="with --prepared: one more argument for the engine, repeatable")
-    first.add_argument("--router", type=Path, help="the program vllm-router (default: the demo's environment)")
     first.add_argument(
-        "--clients", type=int, nargs="+", default=CLOSED_CLIENTS, help="that drive both, one load after another (default: 4 8 16)"
+        "--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed"
+    )
+    first.add_argument(
+        "--prepared",
+        type=Path,
+        help="instead of the demo: a run's folder, as benchmarks/gpu/matrix.py prepares it",
+    )
+    first.add_argument(
+        "--gpus",
+        action="append",
+        default=[],
+        help="with --prepared, once for each of the two: its cards, such as 2 or 2,3",
+    )
+    first.add_argument(
+        "--arg",
+        action="append",
+        default=[],
+        help="with --prepared: one more argument for the engine, repeatable",
+    )
+    first.add_argument(
+        "--router", type=Path, help="the program vllm-router (default: the demo's environment)"
+    )
+    first.add_argument(
+        "--clients",
+        type=int,
+        nargs="+",
+        default=CLOSED_CLIENTS,
+        help="that drive both, one load after another (default: 4 8 16)",
     )
     first.add_argument("--requests", type=int, default=64, help="of each load on two replicas")
-    first.add_argument("--alone-requests", type=int, help="of each load on one (default: four for each client)")
+    first.add_argument(
+        "--alone-requests", type=int, help="of each load on one (default: four for each client)"
+    )
     first.set_defaults(do=measure)
     second = commands.add_parser("compare", help="the same loads, simulated")
     second.add_argument("folder", type=Path)

@@ -3,12 +3,14 @@
 
     benchmarks/playbook_scale.py --hosts 1,4,16,64 [--forks N] [--out FOLDER]      run it with .lowmem/venv/bin/python, after `make demo`
 
-Each "host" is this machine over a local connection: its own `lowmem_root`, instance and port, one shared `lowmem_store`. `site.yml` runs
-once, then again with nothing to change: as `inventory/cluster` has it (`lowmem_skip_unchanged`: compared with the record of the first, no
-more), and whole, every task on every host. Both are measured: it writes <FOLDER>/playbook_scale.json and .png.
+Each "host" is this machine over a local connection: its own `lowmem_root`, instance and port, one shared
+`lowmem_store`. `site.yml` runs once, then again with nothing to change: as `inventory/cluster` has it
+(`lowmem_skip_unchanged`: compared with the record of the first, no more), and whole, every task on every
+host. Both are measured: it writes <FOLDER>/playbook_scale.json and .png.
 
-The hosts' own work runs on the cores of the controller here, which is not so in a fleet. So the processor time is told apart: "hosts" is
-that of the modules and what they start, "controller" is the rest. `wall_s` has both.
+The hosts' own work runs on the cores of the controller here, which is not so in a fleet. So the processor
+time is told apart: "hosts" is that of the modules and what they start, "controller" is the rest. `wall_s` has
+both.
 
 Stubbed, all else is the product:
 - `--skip-tags verify`: no load, no checks of a host, no receipt.
@@ -43,7 +45,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 STUBS = Path(__file__).resolve().with_suffix("")
 sys.path.insert(0, str(REPOSITORY))
 
-from lowmem.kept import keep  # noqa: E402
+from lowmem.checkpoint.keep import keep  # noqa: E402
 
 MODELS = ("SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-awq")
 # What the issue asks of a run that changes nothing.
@@ -80,8 +82,11 @@ def inventory(scratch: Path, count: int, port: int) -> Path:
     hosts = {f"h{n:03}": {"lowmem_port": port + n} for n in range(count)}
     folder = scratch / "inventory"
     (folder / "group_vars").mkdir(parents=True)
-    (folder / "hosts.json").write_text(json.dumps({"vllm": {"hosts": hosts}, "gateway": {}, "monitoring": {}}, indent=1))
-    # in a file of its own, as in the inventories of the repository: in hosts.json they would give way to playbooks/group_vars
+    (folder / "hosts.json").write_text(
+        json.dumps({"vllm": {"hosts": hosts}, "gateway": {}, "monitoring": {}}, indent=1)
+    )
+    # in a file of its own, as in the inventories of the repository: in hosts.json they would give way to
+    # playbooks/group_vars
     (folder / "group_vars/vllm.yml").write_text(yaml.safe_dump(shared))
     return folder
 
@@ -104,10 +109,20 @@ def cpu_s(times: Path) -> float:
     return sum(int(minutes) * 60 + float(seconds) for minutes, seconds in parts)
 
 
-def play(scratch: Path, hosts: Path, environment: Path, name: str, forks: int | None, *more: str) -> dict[str, Any]:
+def play(
+    scratch: Path, hosts: Path, environment: Path, name: str, forks: int | None, *more: str
+) -> dict[str, Any]:
     timeline, log, times = scratch / f"{name}.json", scratch / f"{name}.log", scratch / "times"
     times.unlink(missing_ok=True)
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", str(hosts), "site.yml", "--skip-tags", "verify", *more]
+    command = [
+        str(Path(sys.executable).with_name("ansible-playbook")),
+        "-i",
+        str(hosts),
+        "site.yml",
+        "--skip-tags",
+        "verify",
+        *more,
+    ]
     command += ["--forks", str(forks)] if forks else []
     [packages] = environment.glob("lib/python*/site-packages")
     own = {
@@ -122,7 +137,9 @@ def play(scratch: Path, hosts: Path, environment: Path, name: str, forks: int | 
     }
     began = time.monotonic()
     with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=REPOSITORY, env={**os.environ, **own}, stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env={**os.environ, **own}, stdout=out, stderr=subprocess.STDOUT
+        )
         try:
             status = process.wait()
         finally:
@@ -138,7 +155,11 @@ def play(scratch: Path, hosts: Path, environment: Path, name: str, forks: int | 
     return {
         "wall_s": round(wall_s, 2),
         "changed": seen["totals"]["changed"],
-        "cpu_s": {"controller": round(controller, 2), "of it the main process": round(seen["main_cpu_s"], 2), "hosts": round(on_hosts, 2)},
+        "cpu_s": {
+            "controller": round(controller, 2),
+            "of it the main process": round(seen["main_cpu_s"], 2),
+            "hosts": round(on_hosts, 2),
+        },
         "tasks_per_host": {
             "ran": round(statistics.mean(host["ran"] for host in seen["hosts"].values()), 1),
             "skipped": round(statistics.mean(host["skipped"] for host in seen["hosts"].values()), 1),
@@ -188,7 +209,9 @@ def scratch_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def measure(count: int, forks: int | None, demo: Path, parent: Path, repeats: int, whole: bool) -> dict[str, Any]:
+def measure(
+    count: int, forks: int | None, demo: Path, parent: Path, repeats: int, whole: bool
+) -> dict[str, Any]:
     environment = (demo / "current/env").resolve()
     with scratch_folder(parent) as scratch:
         store(scratch / "store", demo)
@@ -198,9 +221,15 @@ def measure(count: int, forks: int | None, demo: Path, parent: Path, repeats: in
         again = [play(scratch, hosts, environment, f"again{n}", forks) for n in range(repeats)]
         best = min(again, key=lambda run: run["wall_s"])
         print(f"{count} hosts: again {best['wall_s']} s, {told(best)}", flush=True)
-        result = {"hosts": count, "first": {"wall_s": first["wall_s"], "cpu_s": first["cpu_s"]}, "again": best}
+        result = {
+            "hosts": count,
+            "first": {"wall_s": first["wall_s"], "cpu_s": first["cpu_s"]},
+            "again": best,
+        }
         if whole:
-            result["whole"] = play(scratch, hosts, environment, "whole", forks, "-e", "lowmem_skip_unchanged=false")
+            result["whole"] = play(
+                scratch, hosts, environment, "whole", forks, "-e", "lowmem_skip_unchanged=false"
+            )
             print(f"{count} hosts: whole {result['whole']['wall_s']} s, {told(result['whole'])}", flush=True)
     return result | {"again_wall_s": [run["wall_s"] for run in again]}
 
@@ -225,12 +254,28 @@ def draw(results: list[dict[str, Any]], slope: float, start: float, path: Path) 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     whole = [(result["hosts"], result["whole"]["wall_s"]) for result in results if "whole" in result]
     axes.plot(*zip(*whole, strict=True), "^-", color="tab:purple", label="every task on every host")
-    axes.plot(counts, [result["again"]["wall_s"] for result in results], "o-", label="unchanged hosts left out")
-    axes.plot(counts, [start + slope * count for count in counts], "--", color="grey", label=f"of it, least squares: {slope:.2f} s a host")
+    axes.plot(
+        counts, [result["again"]["wall_s"] for result in results], "o-", label="unchanged hosts left out"
+    )
+    axes.plot(
+        counts,
+        [start + slope * count for count in counts],
+        "--",
+        color="grey",
+        label=f"of it, least squares: {slope:.2f} s a host",
+    )
     controller = [result["again"]["cpu_s"]["controller"] / (os.cpu_count() or 1) for result in results]
-    axes.plot(counts, controller, "s:", label=f"of it, the controller's processor time / {os.cpu_count()} cores")
+    axes.plot(
+        counts, controller, "s:", label=f"of it, the controller's processor time / {os.cpu_count()} cores"
+    )
     axes.axhline(LIMIT_S, color="tab:red", linewidth=1, label=f"target at 64 hosts: {LIMIT_S:.0f} s")
-    axes.set(xlabel="hosts (local connections)", ylabel="seconds", title="site.yml with nothing to change", xlim=(0, None), ylim=(0, None))
+    axes.set(
+        xlabel="hosts (local connections)",
+        ylabel="seconds",
+        title="site.yml with nothing to change",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -240,10 +285,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time of site.yml against the number of hosts.")
     parser.add_argument("--hosts", default="1,4,16,64", help="numbers of hosts, with commas")
     parser.add_argument("--forks", type=int, help="instead of ansible.cfg's")
-    parser.add_argument("--repeats", type=int, default=1, help="runs with nothing to change; the quickest counts")
-    parser.add_argument("--whole-up-to", type=int, default=64, help="hosts up to which every task runs once more")
-    parser.add_argument("--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed")
-    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="where the hosts' folders are made, and removed")
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs with nothing to change; the quickest counts"
+    )
+    parser.add_argument(
+        "--whole-up-to", type=int, default=64, help="hosts up to which every task runs once more"
+    )
+    parser.add_argument(
+        "--demo", type=Path, default=REPOSITORY / ".lowmem/host", help="what `make demo` deployed"
+    )
+    parser.add_argument(
+        "--scratch",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where the hosts' folders are made, and removed",
+    )
     parser.add_argument("--out", type=Path, default=REPOSITORY / ".lowmem/playbook_scale")
     arguments = parser.parse_args()
     # so that an ended benchmark ends its supervisors too
@@ -252,8 +308,14 @@ def main() -> int:
     results: list[dict[str, Any]] = []
     for count in map(int, arguments.hosts.split(",")):
         whole = count <= arguments.whole_up_to
-        results.append(measure(count, arguments.forks, arguments.demo, arguments.scratch, arguments.repeats, whole))
-        written: dict[str, Any] = {"cores": os.cpu_count(), "forks": arguments.forks or "ansible.cfg", "results": results}
+        results.append(
+            measure(count, arguments.forks, arguments.demo, arguments.scratch, arguments.repeats, whole)
+        )
+        written: dict[str, Any] = {
+            "cores": os.cpu_count(),
+            "forks": arguments.forks or "ansible.cfg",
+            "results": results,
+        }
         if len(results) > 1:
             slope, start = line([(entry["hosts"], entry["again"]["wall_s"]) for entry in results])
             written |= {

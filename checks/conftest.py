@@ -2,8 +2,9 @@
 
     pytest checks/ --hosts=ansible://all --ansible-inventory=inventory/demo
 
-Every expectation is read from the plan that was deployed (`etc/plan.json` on the host); nothing is computed again. Programs that
-must run on the host are run with the deployed environment's own Python, which is there whatever else is not.
+Every expectation is read from the plan that was deployed (`etc/plan.json` on the host); nothing is computed
+again. Programs that must run on the host are run with the deployed environment's own Python, which is there
+whatever else is not.
 """
 
 from __future__ import annotations
@@ -88,7 +89,13 @@ class Deployment:
         assert done.rc == 0, f"exit {done.rc}: {done.stderr.strip()[-2000:] or done.stdout[-2000:]}"
         return str(done.stdout)
 
-    def http(self, path: str, body: dict[str, Any] | None = None, key: str | None = "deployed", timeout_s: int = 120) -> tuple[int, str]:
+    def http(
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        key: str | None = "deployed",
+        timeout_s: int = 120,
+    ) -> tuple[int, str]:
         """Status (0: no connection) and body; asked from the host itself, where the service listens."""
         request = {
             "url": f"http://{self.deploy.host}:{self.deploy.port}{path}", "body": body, "key": key, "timeout_s": timeout_s,
@@ -114,7 +121,10 @@ class Deployment:
     def unit(self) -> str:
         """The systemd unit of this deployment, among those of its host."""
         launcher = shlex.quote(f"ExecStart={self.path('current/low_mem.sh')}")
-        found = self.host.run(f"grep --files-with-matches --line-regexp --fixed-strings {launcher} /etc/systemd/system/vllm@*.service")
+        found = self.host.run(
+            f"grep --files-with-matches --line-regexp --fixed-strings {launcher}"
+            " /etc/systemd/system/vllm@*.service"
+        )
         assert found.rc == 0, f"no unit vllm@….service of this host runs {self.path('current/low_mem.sh')}"
         return str(found.stdout.split()[0].rsplit("/", 1)[1])
 
@@ -127,11 +137,23 @@ class Deployment:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lowmem")
     group.addoption(
-        "--lowmem-root", help="folder of the deployment on the host (default: lowmem_root of the inventory, or /opt/vllm-lowmem)"
+        "--lowmem-root",
+        help=(
+            "folder of the deployment on the host (default: lowmem_root of the inventory, or"
+            " /opt/vllm-lowmem)"
+        ),
     )
     group.addoption("--lowmem-become", action="store_true", help="become root on the host, as the deploy did")
-    group.addoption("--measurement", type=Path, help="receipt of `lowmem measure` for this deployment; without it the load is driven here")
-    group.addoption("--leave-running", action="store_true", help="skip the checks that kill the service to see it come back")
+    group.addoption(
+        "--measurement",
+        type=Path,
+        help="receipt of `lowmem measure` for this deployment; without it the load is driven here",
+    )
+    group.addoption(
+        "--leave-running",
+        action="store_true",
+        help="skip the checks that kill the service to see it come back",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -143,7 +165,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         # what a receipt calls the check: without the host, which pytest-testinfra puts among the parameters
         suite = Path(item.path).stem.removeprefix("test_")
         words = item.name.split("[")[0].removeprefix("test_").replace("_", " ")
-        parameters = [str(v) for k, v in getattr(getattr(item, "callspec", None), "params", {}).items() if k != "_testinfra_host"]
+        parameters = [
+            str(v)
+            for k, v in getattr(getattr(item, "callspec", None), "params", {}).items()
+            if k != "_testinfra_host"
+        ]
         detail = f" ({', '.join(parameters)})" if parameters else ""
         item.user_properties.append(("check", f"{suite}: {words}{detail}"))
     disruptive = [i for i in items if i.get_closest_marker("disruptive")]

@@ -16,14 +16,18 @@ def test_environment_has_the_planned_vllm(deployment: Any, plan: Plan) -> None:
 
 def test_ram_holds_what_the_plan_asks_of_the_host(deployment: Any, plan: Plan) -> None:
     total = int(deployment.python("import psutil; print(psutil.virtual_memory().total)"))
-    assert total >= plan.host_ram_bytes, f"{total / 2**30:.1f} GiB of RAM, the plan needs {plan.host_ram_bytes / 2**30:.1f} GiB"
+    assert total >= plan.host_ram_bytes, (
+        f"{total / 2**30:.1f} GiB of RAM, the plan needs {plan.host_ram_bytes / 2**30:.1f} GiB"
+    )
 
 
 def test_gpus_are_there(deployment: Any, plan: Plan) -> None:
     if plan.device_kind != "cuda":
         pytest.skip("the plan uses no GPU")
     seen = deployment.host.check_output("nvidia-smi --query-gpu=name --format=csv,noheader").splitlines()
-    assert len(seen) >= plan.device_count, f"the plan is for {plan.device_count} GPUs, nvidia-smi shows {seen}"
+    assert len(seen) >= plan.device_count, (
+        f"the plan is for {plan.device_count} GPUs, nvidia-smi shows {seen}"
+    )
 
 
 def test_pinned_memory_is_allowed(deployment: Any, plan: Plan) -> None:

@@ -24,7 +24,9 @@ def key(deployment: Any) -> str:
 def test_the_manager_says_it_runs(deployment: Any) -> None:
     supervisor = deployment.path("etc/supervisord.conf")
     if deployment.host.file(supervisor).exists:
-        state = deployment.host.run(f"{deployment.environment}/bin/supervisorctl -c {supervisor} status vllm").stdout
+        state = deployment.host.run(
+            f"{deployment.environment}/bin/supervisorctl -c {supervisor} status vllm"
+        ).stdout
         # STARTING: it answers already, and has not yet run for as long as the supervisor wants to see
         assert state.split()[1:2] in (["RUNNING"], ["STARTING"]), state
     else:
@@ -39,7 +41,13 @@ def test_every_process_belongs_to_the_services_user(deployment: Any, owner: str)
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("etc/vllm.env", "0o600"), ("current/low_mem.sh", "0o755"), ("current/plan.json", "0o644"), ("log", "0o700"), ("cache", "0o700")],
+    [
+        ("etc/vllm.env", "0o600"),
+        ("current/low_mem.sh", "0o755"),
+        ("current/plan.json", "0o644"),
+        ("log", "0o700"),
+        ("cache", "0o700"),
+    ],
 )
 def test_modes(deployment: Any, name: str, mode: str) -> None:
     assert oct(deployment.host.file(deployment.path(name)).mode) == mode
@@ -51,7 +59,9 @@ def test_the_model_is_readable_by_the_service_and_writable_by_its_owner_only(dep
 
 
 def test_the_key_is_in_no_argument_list(deployment: Any, key: str) -> None:
-    assert [p["pid"] for p in deployment.processes()["processes"] if any(key in word for word in p["argv"])] == []
+    assert [
+        p["pid"] for p in deployment.processes()["processes"] if any(key in word for word in p["argv"])
+    ] == []
 
 
 def test_the_key_is_in_no_environment(deployment: Any, key: str) -> None:
@@ -78,6 +88,11 @@ def test_it_answers_again_after_its_engine_was_killed(deployment: Any) -> None:
         answered = bool(now) and not now & old and deployment.http("/v1/completions", body)[0] == 200
     assert answered, f"no completion within {deployment.plan.service.timeout_start_s} s of the kill"
     running = json.loads(
-        deployment.python("import psutil, json; print(json.dumps([(p.pid, p.create_time()) for p in psutil.process_iter()]))")
+        deployment.python(
+            "import psutil, json; print(json.dumps([(p.pid, p.create_time()) for p in"
+            " psutil.process_iter()]))"
+        )
     )
-    assert sorted(old & {(pid, started) for pid, started in running}) == [], "processes of the killed engine are still there"
+    assert sorted(old & {(pid, started) for pid, started in running}) == [], (
+        "processes of the killed engine are still there"
+    )

@@ -1,5 +1,5 @@
 """`python -m lowmem`, for a machine where nothing is installed."""
 
-from lowmem.cli import app
+from lowmem.cli.main import app
 
 app(prog_name="lowmem")

@@ -2,4 +2,6 @@
 
 
 class BadInput(ValueError):
-    """One line that names the variable, its value, its limit and what to do. The CLI prints it on stderr and exits 1."""
+    """One line that names the variable, its value, its limit and what to do. The CLI prints it on stderr and
+    exits 1.
+    """

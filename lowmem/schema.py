@@ -1,7 +1,9 @@
-"""The data that flows through the house: profile, model card and device become a plan; the plan becomes a service and a receipt.
+"""The data that flows through the house: profile, model card and device become a plan; the plan becomes a
+service and a receipt.
 
-Every quantity carries its unit in its name. `_bytes` are bytes, `_mib` are MiB (2**20 bytes, what NVML and nvidia-smi print),
-`_gib` are GiB, `_gb_per_s` are 10**9 bytes per second (what datasheets print), `_ms` are milliseconds.
+Every quantity carries its unit in its name. `_bytes` are bytes, `_mib` are MiB (2**20 bytes, what NVML and
+nvidia-smi print), `_gib` are GiB, `_gb_per_s` are 10**9 bytes per second (what datasheets print), `_ms` are
+milliseconds.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
 Bytes = Annotated[int, Field(description="bytes")]
+
 Scalar = bool | int | float | str
+
 Verdict = Literal["fits", "slow", "impossible"]
 
 VLLM_VERSION = "0.32.0"
@@ -26,7 +30,11 @@ class Strict(BaseModel):
     @classmethod
     def _drop_computed(cls, data: Any) -> Any:
         # What is computed is written for readers in other languages; read back, it is computed again.
-        return {k: v for k, v in data.items() if k not in cls.model_computed_fields} if isinstance(data, dict) else data
+        return (
+            {k: v for k, v in data.items() if k not in cls.model_computed_fields}
+            if isinstance(data, dict)
+            else data
+        )
 
 
 class Quantization(Strict):
@@ -50,7 +58,9 @@ class Load(Strict):
 class Limits(Strict):
     """What the deployed service is held to."""
 
-    memory_bytes: Bytes = Field(gt=0, description="per GPU as NVML shows it under load; on a CPU: resident set of the service")
+    memory_bytes: Bytes = Field(
+        gt=0, description="per GPU as NVML shows it under load; on a CPU: resident set of the service"
+    )
     tpot_p99_ms: float = Field(gt=0)
     ttft_p99_ms: float = Field(gt=0)
 
@@ -81,10 +91,12 @@ class Profile(Strict):
 
 
 class WeightGroup(Strict):
-    """`count` equal tensors of a checkpoint: `out_features` x `in_features` weights (a norm or a bias is out_features x 1).
+    """`count` equal tensors of a checkpoint: `out_features` x `in_features` weights (a norm or a bias is
+    out_features x 1).
 
-    `split` says what tensor parallelism does to it: `column` cuts out_features, `row` cuts in_features, `kv` cuts key/value heads (and
-    repeats them once there are more cards than heads), `vocab` cuts the padded vocabulary, `none` copies it to every card.
+    `split` says what tensor parallelism does to it: `column` cuts out_features, `row` cuts in_features, `kv`
+    cuts key/value heads (and repeats them once there are more cards than heads), `vocab` cuts the padded
+    vocabulary, `none` copies it to every card.
     """
 
     name: str
@@ -94,7 +106,9 @@ class WeightGroup(Strict):
     in_features: int = Field(ge=1)
     split: Literal["column", "row", "kv", "vocab", "none"]
     quantized: bool = False
-    layered: bool = Field(True, description="part of a decoder layer (what weight offload can move), not of the ends")
+    layered: bool = Field(
+        True, description="part of a decoder layer (what weight offload can move), not of the ends"
+    )
 
     @property
     def parameters(self) -> int:
@@ -102,7 +116,9 @@ class WeightGroup(Strict):
 
 
 class ModelCard(Strict):
-    """What config.json and the safetensors headers say of a checkpoint. Groups inside a layer stand in the engine's loading order."""
+    """What config.json and the safetensors headers say of a checkpoint. Groups inside a layer stand in the
+    engine's loading order.
+    """
 
     name: str
     source: str = Field(description="where the card comes from: built-in, a directory, a Hugging Face id")
@@ -121,7 +137,9 @@ class ModelCard(Strict):
     dtype: str = "float16"
     quantization: Quantization = Quantization()
     groups: tuple[WeightGroup, ...]
-    header_bytes: Bytes | None = Field(None, description="sum of the tensors as the safetensors headers give it; None: not read")
+    header_bytes: Bytes | None = Field(
+        None, description="sum of the tensors as the safetensors headers give it; None: not read"
+    )
 
     @property
     def parameters(self) -> int:
@@ -129,18 +147,24 @@ class ModelCard(Strict):
 
 
 class Device(Strict):
-    """One accelerator (or the CPU) as its maker or the driver describes it; `source` names where each figure comes from."""
+    """One accelerator (or the CPU) as its maker or the driver describes it; `source` names where each figure
+    comes from.
+    """
 
     name: str
     title: str
     kind: Literal["cuda", "cpu"] = "cuda"
     capability: str = Field("", description="CUDA compute capability, e.g. 8.0")
     nvml_total_mib: int = Field(gt=0, description="memory.total of nvidia-smi; on a CPU the machine's RAM")
-    torch_total_mib: int = Field(gt=0, description="what cudaMemGetInfo reports: the base of --gpu-memory-utilization")
+    torch_total_mib: int = Field(
+        gt=0, description="what cudaMemGetInfo reports: the base of --gpu-memory-utilization"
+    )
     hbm_gb_per_s: float = Field(gt=0)
     link_gb_per_s: float = Field(gt=0, description="host to device, pinned copy")
     fp16_tflops: float = Field(gt=0, description="dense, tensor cores")
-    peer_gb_per_s: float = Field(gt=0, description="card to card, one direction: NVLink where there is one, else the host link")
+    peer_gb_per_s: float = Field(
+        gt=0, description="card to card, one direction: NVLink where there is one, else the host link"
+    )
     sm_count: int = Field(ge=0)
     source: dict[str, str]
 
@@ -174,7 +198,9 @@ class EnvironmentVariable(Strict):
 
 
 class Latency(Strict):
-    """Milliseconds. Floors are physics (bytes over bandwidth, operations over rate); expectations add calibration."""
+    """Milliseconds. Floors are physics (bytes over bandwidth, operations over rate); expectations add
+    calibration.
+    """
 
     decode_floor: float
     decode_expected: float
@@ -188,7 +214,9 @@ class ServiceLimits(Strict):
 
     timeout_start_s: int
     timeout_stop_s: int
-    drain_s: int = Field(0, description="how long a server that is told to stop goes on with the requests it has")
+    drain_s: int = Field(
+        0, description="how long a server that is told to stop goes on with the requests it has"
+    )
     memory_max_bytes: Bytes = Field(description="cgroup limit: host RAM of the plan with headroom")
     memlock: Literal["infinity", "default"]
 
@@ -201,15 +229,28 @@ class Deploy(Strict):
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=1, le=65535)
     nodes: tuple[str, ...] = Field(
-        (), description="addresses of the hosts of one server in the network that joins them, the one that serves first"
+        (),
+        description=(
+            "addresses of the hosts of one server in the network that joins them, the one that serves first"
+        ),
     )
-    interface: str = Field("", description="network interface that joins them, the same on each; empty: NCCL and Gloo choose")
-    master_port: int = Field(29501, ge=1, le=65535, description="port of the first host where the others meet it")
-    rank: int = Field(0, ge=0, description="this host's place among `nodes`; arguments and environment of the plan are its own")
+    interface: str = Field(
+        "", description="network interface that joins them, the same on each; empty: NCCL and Gloo choose"
+    )
+    master_port: int = Field(
+        29501, ge=1, le=65535, description="port of the first host where the others meet it"
+    )
+    rank: int = Field(
+        0,
+        ge=0,
+        description="this host's place among `nodes`; arguments and environment of the plan are its own",
+    )
 
 
 class Stage(Strict):
-    """The layers of one pipeline stage and what one of its cards holds; fields of the same name as in the plan."""
+    """The layers of one pipeline stage and what one of its cards holds; fields of the same name as in the
+    plan.
+    """
 
     node: int = Field(description="host it runs on, from 0")
     first_layer: int
@@ -228,14 +269,27 @@ class Pipeline(Strict):
     bytes_per_token: Bytes = Field(description="over each boundary of two stages, for each token of a step")
     bytes_per_decode_step: Bytes = Field(description="the same for a decode step of the whole load")
     bytes_per_prefill_step: Bytes = Field(description="the same for the largest step")
-    hop_floor_ms: float = Field(description="a decode step's way through the network and the sampled tokens' way back, as physics has it")
-    hop_ms: float = Field(description="the same as expected, with what NCCL and Gloo add")
-    idle_share_one_client: float = Field(description="of each card's time, while one client decodes: the pipeline's bubble")
-    idle_share: float = Field(description="the same at the load, all of it in one batch: the engine does not split batches evenly")
-    least_gb_per_s: float | None = Field(
-        None, description="bandwidth below which a latency limit is missed at this round trip; None: no link is enough"
+    hop_floor_ms: float = Field(
+        description=(
+            "a decode step's way through the network and the sampled tokens' way back, as physics has it"
+        )
     )
-    most_round_trip_us: float | None = Field(None, description="round trip above which a latency limit is missed at this bandwidth")
+    hop_ms: float = Field(description="the same as expected, with what NCCL and Gloo add")
+    idle_share_one_client: float = Field(
+        description="of each card's time, while one client decodes: the pipeline's bubble"
+    )
+    idle_share: float = Field(
+        description="the same at the load, all of it in one batch: the engine does not split batches evenly"
+    )
+    least_gb_per_s: float | None = Field(
+        None,
+        description=(
+            "bandwidth below which a latency limit is missed at this round trip; None: no link is enough"
+        ),
+    )
+    most_round_trip_us: float | None = Field(
+        None, description="round trip above which a latency limit is missed at this bandwidth"
+    )
 
 
 class Node(Strict):
@@ -253,7 +307,9 @@ class Node(Strict):
 
 
 class Plan(Strict):
-    """Everything that is known before a host is touched. Serialised by `lowmem plan --json`; the only input of the templates."""
+    """Everything that is known before a host is touched. Serialised by `lowmem plan --json`; the only input
+    of the templates.
+    """
 
     schema_version: Literal[1] = 1
     vllm_version: str = VLLM_VERSION
@@ -274,20 +330,37 @@ class Plan(Strict):
     reasons: tuple[str, ...]
     limit_bytes: Bytes
     per_gpu: dict[str, Bytes] = Field(
-        description="term -> bytes, with 'total'; on a CPU the 'GPU' is the engine's resident set; of several stages the fullest"
+        description=(
+            "term -> bytes, with 'total'; on a CPU the 'GPU' is the engine's resident set; of several stages"
+            " the fullest"
+        )
     )
     weight_terms: dict[str, Bytes] = Field(
-        default_factory=dict, description="per_gpu['weights'] in parts: sharded, replicated, padding, repacking, less offloaded"
+        default_factory=dict,
+        description="per_gpu['weights'] in parts: sharded, replicated, padding, repacking, less offloaded",
     )
     load_growth: dict[str, Bytes] = Field(
         default_factory=dict, description="per GPU, what a full load adds to per_gpu['total'], term -> bytes"
     )
-    peak_bytes: Bytes = Field(0, description="per GPU under load: per_gpu['total'] + load_growth; this is what the limit is held against")
-    before_start_bytes: Bytes = Field(0, description="per GPU, the part of per_gpu that is there when the engine first reads free memory")
-    start_peak_bytes: Bytes = Field(0, description="per GPU, bound of what NVML may show while the engine loads (the allocator's cache)")
+    peak_bytes: Bytes = Field(
+        0,
+        description=(
+            "per GPU under load: per_gpu['total'] + load_growth; this is what the limit is held against"
+        ),
+    )
+    before_start_bytes: Bytes = Field(
+        0, description="per GPU, the part of per_gpu that is there when the engine first reads free memory"
+    )
+    start_peak_bytes: Bytes = Field(
+        0, description="per GPU, bound of what NVML may show while the engine loads (the allocator's cache)"
+    )
     host_ram: dict[str, Bytes]
-    stage_ram: dict[str, Bytes] = Field(default_factory=dict, description="RAM of the stages before the service runs, stage -> bytes")
-    kv_available_bytes: int = Field(0, description="what the engine's budget leaves for KV; negative: it does not start")
+    stage_ram: dict[str, Bytes] = Field(
+        default_factory=dict, description="RAM of the stages before the service runs, stage -> bytes"
+    )
+    kv_available_bytes: int = Field(
+        0, description="what the engine's budget leaves for KV; negative: it does not start"
+    )
     kv_tokens: int
     max_requests: int
     latency_ms: Latency
@@ -299,7 +372,10 @@ class Plan(Strict):
     stages: tuple[Stage, ...] = Field((), description="pipeline stages in order; empty: one")
     pipeline: Pipeline | None = None
     nodes: tuple[Node, ...] = Field(
-        (), description="how each host is started; empty: one host, as `arguments` say, which are the first node's"
+        (),
+        description=(
+            "how each host is started; empty: one host, as `arguments` say, which are the first node's"
+        ),
     )
 
     @computed_field  # type: ignore[prop-decorator]
@@ -336,7 +412,9 @@ class LoadResult(Strict):
     tpot_ms: Percentiles
     itl_ms: Percentiles
     e2e_ms: Percentiles
-    memory_peak_bytes: tuple[Bytes, ...] = Field((), description="highest samples while this load ran, as in Receipt")
+    memory_peak_bytes: tuple[Bytes, ...] = Field(
+        (), description="highest samples while this load ran, as in Receipt"
+    )
 
 
 class Term(Strict):
@@ -351,39 +429,56 @@ class Term(Strict):
 class Receipt(Strict):
     """What was measured on the deployed service, the plan beside it, and the verdict.
 
-    Memory is per GPU as NVML shows it (all processes); on a CPU one figure, the engine's processes. `before` is what was in use
-    before the engine started (by others, by ballast): limits hold for what came on top of it, `service_peak_bytes`.
+    Memory is per GPU as NVML shows it (all processes); on a CPU one figure, the engine's processes. `before`
+    is what was in use before the engine started (by others, by ballast): limits hold for what came on top of
+    it, `service_peak_bytes`.
     """
 
     schema_version: Literal[1] = 1
     created_utc: str
     plan: Plan
-    mode: Literal["start", "attach"] = Field("start", description="started for this measurement, or found running")
+    mode: Literal["start", "attach"] = Field(
+        "start", description="started for this measurement, or found running"
+    )
     versions: dict[str, str]
     hardware: dict[str, str]
     argv: tuple[str, ...] = Field(description="of the running process; of the launcher where none ran")
-    environment: dict[str, str] = Field(default_factory=dict, description="variables of the engine that bear on the result; no secrets")
+    environment: dict[str, str] = Field(
+        default_factory=dict, description="variables of the engine that bear on the result; no secrets"
+    )
     terms: tuple[Term, ...]
     memory_source: str = ""
     memory_before_bytes: tuple[Bytes, ...]
     memory_idle_bytes: tuple[Bytes, ...]
     memory_peak_bytes: tuple[Bytes, ...] = Field(description="highest sample over loading, start and load")
-    memory_peak_start_bytes: tuple[Bytes, ...] = Field((), description="the part of the peak seen before the service was ready")
-    memory_phases_bytes: dict[str, tuple[Bytes, ...]] = Field(default_factory=dict, description="highest sample of each phase")
+    memory_peak_start_bytes: tuple[Bytes, ...] = Field(
+        (), description="the part of the peak seen before the service was ready"
+    )
+    memory_phases_bytes: dict[str, tuple[Bytes, ...]] = Field(
+        default_factory=dict, description="highest sample of each phase"
+    )
     host_memory_bytes: dict[str, Bytes] = Field(
         default_factory=dict, description="peak of the process tree, and of RAM taken from the machine"
     )
     sample_interval_ms: float = 0
-    ready_s: float | None = Field(description="start to first completion; None: did not start, or was running already")
+    ready_s: float | None = Field(
+        description="start to first completion; None: did not start, or was running already"
+    )
     loads: tuple[LoadResult, ...]
-    engine_values: dict[str, tuple[float, ...]] = Field(default_factory=dict, description="see lowmem.enginelog")
+    engine_values: dict[str, tuple[float, ...]] = Field(
+        default_factory=dict, description="see lowmem.enginelog"
+    )
     engine_words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     engine_log: tuple[str, ...] = Field((), description="the lines that the terms were read from")
     error: str | None = Field(None, description="the engine's own words, where it did not start or died")
     advice: str | None = None
-    findings: tuple[str, ...] = Field((), description="limits missed, each with its term; physics broken; empty when all is well")
+    findings: tuple[str, ...] = Field(
+        (), description="limits missed, each with its term; physics broken; empty when all is well"
+    )
     notes: tuple[str, ...] = Field((), description="what a reader must know and what is no failure")
-    checks: dict[str, Any] = Field(default_factory=dict, description="outcome of the pytest-testinfra suites by name")
+    checks: dict[str, Any] = Field(
+        default_factory=dict, description="outcome of the pytest-testinfra suites by name"
+    )
     verdict: Literal["passed", "failed"]
 
     @computed_field  # type: ignore[prop-decorator]

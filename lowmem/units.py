@@ -24,7 +24,10 @@ def parse_bytes(text: str | int | float) -> int:
         return int(text)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
     if not match or match[2] not in _SUFFIX:
-        raise ValueError(f"{text!r} is not a size; write bytes, or a number with M, MiB, G, GiB (binary) or m, MB, g, GB (decimal)")
+        raise ValueError(
+            f"{text!r} is not a size; write bytes, or a number with M, MiB, G, GiB (binary) or m, MB, g, GB"
+            " (decimal)"
+        )
     return int(float(match[1]) * _SUFFIX[match[2]])
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes the Grafana dashboards of role monitoring. `--print NAME` shows one and writes nothing.
 
-Every panel names series that role monitoring scrapes or records; a test holds the two together. For Grafana 11 and later.
+Every panel names series that role monitoring scrapes or records; a test holds the two together. For Grafana
+11 and later.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ RED, AMBER, GREEN, GREY = "red", "orange", "green", "text"
 
 @dataclass(frozen=True)
 class Graph:
-    """A panel over time. `series`: legend -> expression; a legend that starts with "limit" or "plan" is drawn as a dashed line."""
+    """A panel over time. `series`: legend -> expression; a legend that starts with "limit" or "plan" is drawn
+    as a dashed line.
+    """
 
     title: str
     unit: str
@@ -36,7 +39,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number: green below the first of `steps`, amber below the second, red above. `words`: value -> word and colour."""
+    """One number: green below the first of `steps`, amber below the second, red above. `words`: value -> word
+    and colour.
+    """
 
     title: str
     unit: str
@@ -61,7 +66,9 @@ SERVICE: list[Row] = [
                 words={"0": ("down", RED), "1": ("up", GREEN)},
                 about="Whether its /metrics answers. A hung engine still does: see the alerts.",
             ),
-            Figure("Alerts that fire", "none", 'count(ALERTS{alertstate="firing"}) or vector(0)', steps=(1, 2)),
+            Figure(
+                "Alerts that fire", "none", 'count(ALERTS{alertstate="firing"}) or vector(0)', steps=(1, 2)
+            ),
             Figure(
                 "p99 TPOT of its limit",
                 "percentunit",
@@ -81,9 +88,14 @@ SERVICE: list[Row] = [
                 "percentunit",
                 f"max(lowmem:memory_used_bytes{{{D}}}) / max(lowmem:limit_memory_bytes{{{D}}})",
                 steps=(0.999, 1),
-                about="The fullest card; on a CPU the service's own memory. A plan that fits may use nearly all of it.",
+                about=(
+                    "The fullest card; on a CPU the service's own memory. A plan that fits may use nearly all"
+                    " of it."
+                ),
             ),
-            Figure("KV cache in use", "percentunit", f"max(vllm:kv_cache_usage_perc{{{D}}})", steps=(0.9, 0.95)),
+            Figure(
+                "KV cache in use", "percentunit", f"max(vllm:kv_cache_usage_perc{{{D}}})", steps=(0.9, 0.95)
+            ),
         ],
     ),
     (
@@ -99,7 +111,10 @@ SERVICE: list[Row] = [
                     "limit p99": f"lowmem:limit_tpot_p99_seconds{{{D}}}",
                     "plan expects": f"lowmem:planned_tpot_seconds{{{D}}}",
                 },
-                about="Per request, (end to end - first token) / (tokens - 1); over 10 minutes, and guessed between two buckets.",
+                about=(
+                    "Per request, (end to end - first token) / (tokens - 1); over 10 minutes, and guessed"
+                    " between two buckets."
+                ),
             ),
             Graph(
                 "Time to first token (TTFT)",
@@ -128,7 +143,10 @@ SERVICE: list[Row] = [
                 "End to end",
                 "s",
                 {
-                    name: f"histogram_quantile({quantile}, sum by (le) (rate(vllm:e2e_request_latency_seconds_bucket{{{D}}}[10m])))"
+                    name: (
+                        f"histogram_quantile({quantile}, sum by (le)"
+                        f" (rate(vllm:e2e_request_latency_seconds_bucket{{{D}}}[10m])))"
+                    )
                     for name, quantile in {"p50": 0.5, "p90": 0.9, "p99": 0.99}.items()
                 },
             ),
@@ -140,7 +158,10 @@ SERVICE: list[Row] = [
             Graph(
                 "Tokens a second",
                 "none",
-                {"generated": f"lowmem:generated_tokens:rate1m{{{D}}}", "prompts": f"lowmem:prompt_tokens:rate1m{{{D}}}"},
+                {
+                    "generated": f"lowmem:generated_tokens:rate1m{{{D}}}",
+                    "prompts": f"lowmem:prompt_tokens:rate1m{{{D}}}",
+                },
                 about="Prompt tokens count when their request has its first token.",
             ),
             Graph(
@@ -156,13 +177,22 @@ SERVICE: list[Row] = [
             Graph(
                 "Requests that ended, a minute",
                 "none",
-                {"{{finished_reason}}": f"sum by (finished_reason) (rate(vllm:request_success_total{{{D}}}[5m])) * 60"},
+                {
+                    "{{finished_reason}}": (
+                        f"sum by (finished_reason) (rate(vllm:request_success_total{{{D}}}[5m])) * 60"
+                    )
+                },
                 stack=True,
             ),
             Graph(
                 "Prompt tokens found in the prefix cache",
                 "percentunit",
-                {"found": f"sum(rate(vllm:prefix_cache_hits_total{{{D}}}[5m])) / sum(rate(vllm:prefix_cache_queries_total{{{D}}}[5m]))"},
+                {
+                    "found": (
+                        f"sum(rate(vllm:prefix_cache_hits_total{{{D}}}[5m])) /"
+                        f" sum(rate(vllm:prefix_cache_queries_total{{{D}}}[5m]))"
+                    )
+                },
                 most=1,
             ),
         ],
@@ -180,7 +210,12 @@ SERVICE: list[Row] = [
                 },
                 about="Per card, as NVML has it; on a CPU the anonymous and mapped memory of the unit.",
             ),
-            Graph("KV cache in use", "percentunit", {"engine {{engine}}": f"vllm:kv_cache_usage_perc{{{D}}}"}, most=1),
+            Graph(
+                "KV cache in use",
+                "percentunit",
+                {"engine {{engine}}": f"vllm:kv_cache_usage_perc{{{D}}}"},
+                most=1,
+            ),
             Graph(
                 "Preemptions, in 10 minutes",
                 "none",
@@ -208,25 +243,46 @@ HOST: list[Row] = [
                 about="1: active. vllm-host-metrics runs for a moment only.",
                 most=1,
             ),
-            Graph("Restarts since they were started", "none", {"{{name}}": 'node_systemd_service_restart_total{name=~"vllm.+"}'}),
+            Graph(
+                "Restarts since they were started",
+                "none",
+                {"{{name}}": 'node_systemd_service_restart_total{name=~"vllm.+"}'},
+            ),
             Graph("Ends by the watchdog since boot", "none", {"{{unit}}": "lowmem_watchdog_ends"}),
-            Graph("Days until a certificate ends", "d", {"{{path}}": "(lowmem_certificate_not_after_timestamp_seconds - time()) / 86400"}),
+            Graph(
+                "Days until a certificate ends",
+                "d",
+                {"{{path}}": "(lowmem_certificate_not_after_timestamp_seconds - time()) / 86400"},
+            ),
         ],
     ),
     (
         "Cards",
         [
             Graph(
-                "Memory", "bytes", {"GPU {{index}}": "gpu_memory_used_MiB * 1048576", "limit {{deployment}}": "lowmem:limit_memory_bytes"}
+                "Memory",
+                "bytes",
+                {
+                    "GPU {{index}}": "gpu_memory_used_MiB * 1048576",
+                    "limit {{deployment}}": "lowmem:limit_memory_bytes",
+                },
             ),
             Graph("Utilization", "percent", {"GPU {{index}}": "gpu_utilization_Percentage"}, most=100),
             Graph("Temperature", "celsius", {"GPU {{index}}": "gpu_temperature_C"}, span=8),
-            Graph("Power", "watt", {"GPU {{index}}": "gpu_power_usage_W", "limit {{index}}": "gpu_power_limit_W"}, span=8),
+            Graph(
+                "Power",
+                "watt",
+                {"GPU {{index}}": "gpu_power_usage_W", "limit {{index}}": "gpu_power_limit_W"},
+                span=8,
+            ),
             Graph("Clock of the multiprocessors", "none", {"GPU {{index}} MHz": "gpu_clock_sm_MHz"}, span=8),
             Graph(
                 "PCIe",
                 "MiBs",
-                {"GPU {{index}} to": "gpu_pcie_rx_throughput_MiBps", "GPU {{index}} from": "gpu_pcie_tx_throughput_MiBps"},
+                {
+                    "GPU {{index}} to": "gpu_pcie_rx_throughput_MiBps",
+                    "GPU {{index}} from": "gpu_pcie_tx_throughput_MiBps",
+                },
                 about="What an offloaded model waits for.",
                 span=8,
             ),
@@ -252,7 +308,14 @@ HOST: list[Row] = [
     (
         "Host",
         [
-            Graph("Memory", "bytes", {"available": "node_memory_MemAvailable_bytes", "limit: all there is": "node_memory_MemTotal_bytes"}),
+            Graph(
+                "Memory",
+                "bytes",
+                {
+                    "available": "node_memory_MemAvailable_bytes",
+                    "limit: all there is": "node_memory_MemTotal_bytes",
+                },
+            ),
             Graph(
                 "Swap",
                 "bytes",
@@ -262,11 +325,20 @@ HOST: list[Row] = [
                 },
                 about="Pages of 4 KiB. What lies there costs nothing; what comes back makes somebody wait.",
             ),
-            Graph("Processor", "percentunit", {"busy": '1 - avg(rate(node_cpu_seconds_total{mode="idle"}[5m]))'}, most=1),
+            Graph(
+                "Processor",
+                "percentunit",
+                {"busy": '1 - avg(rate(node_cpu_seconds_total{mode="idle"}[5m]))'},
+                most=1,
+            ),
             Graph(
                 "Free on disk",
                 "percentunit",
-                {"{{mountpoint}}": 'node_filesystem_avail_bytes{fstype!~"tmpfs|ramfs"} / node_filesystem_size_bytes'},
+                {
+                    "{{mountpoint}}": (
+                        'node_filesystem_avail_bytes{fstype!~"tmpfs|ramfs"} / node_filesystem_size_bytes'
+                    )
+                },
                 most=1,
             ),
         ],
@@ -279,10 +351,24 @@ def query(legend: str, expression: str) -> prometheus.Dataquery:
 
 
 def graph(spec: Graph) -> timeseries.Panel:
-    panel = timeseries.Panel().title(spec.title).unit(spec.unit).min(0).span(spec.span).height(8).datasource(SOURCE)
-    panel = panel.line_width(1.5).fill_opacity(30 if spec.stack else 8).show_points(shapes.VisibilityMode.NEVER)
+    panel = (
+        timeseries.Panel()
+        .title(spec.title)
+        .unit(spec.unit)
+        .min(0)
+        .span(spec.span)
+        .height(8)
+        .datasource(SOURCE)
+    )
+    panel = (
+        panel.line_width(1.5).fill_opacity(30 if spec.stack else 8).show_points(shapes.VisibilityMode.NEVER)
+    )
     panel = panel.tooltip(common.VizTooltipOptions().mode(shapes.TooltipDisplayMode.MULTI))
-    panel = panel.legend(common.VizLegendOptions().display_mode(shapes.LegendDisplayMode.LIST).placement(shapes.LegendPlacement.BOTTOM))
+    panel = panel.legend(
+        common.VizLegendOptions()
+        .display_mode(shapes.LegendDisplayMode.LIST)
+        .placement(shapes.LegendPlacement.BOTTOM)
+    )
     if spec.about:
         panel = panel.description(spec.about)
     if spec.stack:
@@ -307,16 +393,25 @@ def graph(spec: Graph) -> timeseries.Panel:
 
 def figure(spec: Figure) -> stat.Panel:
     panel = stat.Panel().title(spec.title).unit(spec.unit).span(spec.span).height(4).datasource(SOURCE)
-    panel = panel.with_target(query(spec.title, spec.expression).ref_id("A")).graph_mode(shapes.BigValueGraphMode.NONE)
-    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False)).no_value("-")
+    panel = panel.with_target(query(spec.title, spec.expression).ref_id("A")).graph_mode(
+        shapes.BigValueGraphMode.NONE
+    )
+    panel = panel.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]).values(False)).no_value(
+        "-"
+    )
     if spec.about:
         panel = panel.description(spec.about)
     if spec.steps:
         first, second = spec.steps
         steps = [models.Threshold(None, GREEN), models.Threshold(first, AMBER), models.Threshold(second, RED)]
-        panel = panel.thresholds(dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(steps))
+        panel = panel.thresholds(
+            dashboard.ThresholdsConfig().mode(models.ThresholdsMode.ABSOLUTE).steps(steps)
+        )
     if spec.words:
-        options = {value: models.ValueMappingResult(text=word, color=colour) for value, (word, colour) in spec.words.items()}
+        options = {
+            value: models.ValueMappingResult(text=word, color=colour)
+            for value, (word, colour) in spec.words.items()
+        }
         panel = panel.mappings([models.ValueMap(options=options)])
     return panel
 
@@ -332,7 +427,9 @@ def board(uid: str, title: str, about: str, rows: list[Row]) -> dashboard.Dashbo
         .timezone("browser")
     )
     made = made.tooltip(models.DashboardCursorSync.CROSSHAIR)
-    made = made.with_variable(dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+    made = made.with_variable(
+        dashboard.DatasourceVariable("datasource").label("Prometheus").type("prometheus")
+    )
     if any("$deployment" in str(panel) for _, panels in rows for panel in panels):
         made = made.with_variable(
             dashboard.QueryVariable("deployment")
@@ -350,7 +447,9 @@ def board(uid: str, title: str, about: str, rows: list[Row]) -> dashboard.Dashbo
 
 
 BOARDS = {
-    "vllm": board("lowmem-vllm", "vLLM against its plan", "What the engine does, beside what its plan says.", SERVICE),
+    "vllm": board(
+        "lowmem-vllm", "vLLM against its plan", "What the engine does, beside what its plan says.", SERVICE
+    ),
     "host": board("lowmem-host", "vLLM host", "The host's units, cards, memory and disks.", HOST),
 }
 

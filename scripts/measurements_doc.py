@@ -1,4 +1,5 @@
-"""Writes what README.md and the pages of docs/measurements say of the receipts, and draws docs/measurements/*/plan-and-measured.png.
+"""Writes what README.md and the pages of docs/measurements say of the receipts, and draws
+docs/measurements/*/plan-and-measured.png.
 
     python scripts/measurements_doc.py
 
@@ -11,10 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowmem.planner import make_plan
-from lowmem.reference import Received, load_receipts
-from lowmem.report import bars
+from reference_runs import Received, load_receipts
+
+from lowmem.plan.planner import make_plan
 from lowmem.schema import Scalar
+from lowmem.status.page import bars
 from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
@@ -23,7 +25,14 @@ from benchmarks.fleet_two_replicas import compared  # noqa: E402 - run from a ch
 
 MEASUREMENTS = TOP / "docs" / "measurements"
 # Oldest first: where two hold a run of the same name, README.md has the newer one.
-SESSIONS = ("2026-11-23-2xh200", "2026-11-23-1xh100", "2026-11-24-1xh100", "2026-11-25-2xh100", "2026-11-26-4xh200", "2026-11-26-4xh100")
+SESSIONS = (
+    "2026-11-23-2xh200",
+    "2026-11-23-1xh100",
+    "2026-11-24-1xh100",
+    "2026-11-25-2xh100",
+    "2026-11-26-4xh200",
+    "2026-11-26-4xh100",
+)
 ON_THE_FRONT_PAGE = "2026-11-23-2xh200"  # its tables are in docs/measurements/README.md
 BEGIN, END = "<!-- written by scripts/measurements_doc.py -->", "<!-- end -->"
 # pages with two real replicas beside the simulation, and where their loads are
@@ -33,7 +42,9 @@ FLEET_BEGIN, FLEET_END = "<!-- fleet, written by scripts/measurements_doc.py -->
 
 @dataclass(frozen=True)
 class Row:
-    """A line of README.md: what it is, and what is planned for an A100-40G beside it (nothing where no profile has these settings)."""
+    """A line of README.md: what it is, and what is planned for an A100-40G beside it (nothing where no
+    profile has these settings).
+    """
 
     what: str
     profile: str | None = None
@@ -43,13 +54,19 @@ class Row:
 
 ROWS = {
     "low_mem": Row("`low_mem`, two cards", "low_mem"),
-    "low_mem-int8": Row("`low_mem` with 8-bit keys and values", "low_mem", {"kv_cache_dtype": "int8_per_token_head"}),
-    "low_mem-int4": Row("`low_mem` with 4-bit keys and values", "low_mem", {"kv_cache_dtype": "int4_per_token_head"}),
+    "low_mem-int8": Row(
+        "`low_mem` with 8-bit keys and values", "low_mem", {"kv_cache_dtype": "int8_per_token_head"}
+    ),
+    "low_mem-int4": Row(
+        "`low_mem` with 4-bit keys and values", "low_mem", {"kv_cache_dtype": "int4_per_token_head"}
+    ),
     "plain": Row("the same model and cards with the engine's defaults", "benchmarks/gpu/plain.yml"),
     "low_latency": Row("`low_latency`, one card (H100)", "low_latency"),
     "long_context": Row("`long_context`, two cards, requests of 4,096 tokens (H100)", "long_context"),
     "extreme": Row("`extreme`, one card, 2 bits, 6 clients", "extreme"),
-    "extreme-8-batched-256": Row("`extreme` with 8 clients and steps of 256 tokens", "extreme", {"max_num_batched_tokens": 256}, 8),
+    "extreme-8-batched-256": Row(
+        "`extreme` with 8 clients and steps of 256 tokens", "extreme", {"max_num_batched_tokens": 256}, 8
+    ),
     "offload": Row("`offload`, one card, prefetch, 46 of 80 layers (H100)", "offload"),
     "offload_uva": Row("the same by UVA, 45 layers"),
 }
@@ -58,14 +75,21 @@ ROWS = {
 def headline(runs: dict[str, Received]) -> str:
     """The table of README.md."""
     lines = [
-        "| run | limit, MiB a card | peak under load | planned | TPOT p50, p99 | tokens/s | on an A100-40G, planned |",
+        (
+            "| run | limit, MiB a card | peak under load | planned | TPOT p50, p99 | tokens/s | on an"
+            " A100-40G, planned |"
+        ),
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in ROWS.items():
         run = runs[name]
         load, limit = run.receipt.loads[0], run.receipt.plan.limits.memory_bytes / MIB
         over = f" (**{run.peak_mib - limit:,.0f} over**)" if run.peak_mib > limit else ""
-        a100 = make_plan(row.profile, overrides=row.knobs, clients=row.clients, search=False).latency_ms if row.profile else None
+        a100 = (
+            make_plan(row.profile, overrides=row.knobs, clients=row.clients, search=False).latency_ms
+            if row.profile
+            else None
+        )
         cells = [
             row.what,
             f"{limit:,.0f}",
@@ -82,20 +106,30 @@ def headline(runs: dict[str, Received]) -> str:
 def details(runs: dict[str, Received]) -> str:
     """The tables of docs/measurements/README.md: today's plan against each receipt, and every load."""
     lines = [
-        "| run | idle, MiB a card | planned | error | peak under load | planned | error | highest before ready "
-        "| mean TPOT, ms | planned | error |",
+        (
+            "| run | idle, MiB a card | planned | error | peak under load | planned | error | highest before"
+            " ready | mean TPOT, ms | planned | error |"
+        ),
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, run in runs.items():
-        idle, peak, tpot = run.plan.per_gpu["total"] / MIB, run.plan.peak_bytes / MIB, run.plan.latency_ms.decode_expected
+        idle, peak, tpot = (
+            run.plan.per_gpu["total"] / MIB,
+            run.plan.peak_bytes / MIB,
+            run.plan.latency_ms.decode_expected,
+        )
         start = next(t.measured_bytes or 0 for t in run.receipt.terms if t.name == "start") / MIB
         lines.append(
-            f"| `{name}` | {run.idle_mib:,.0f} | {idle:,.0f} | {idle / run.idle_mib - 1:+.1%} | {run.peak_mib:,.0f} | {peak:,.0f} "
-            f"| {peak / run.peak_mib - 1:+.1%} | {start:,.0f} | {run.tpot_ms:,.1f} | {tpot:,.1f} | {tpot / run.tpot_ms - 1:+.1%} |"
+            f"| `{name}` | {run.idle_mib:,.0f} | {idle:,.0f} | {idle / run.idle_mib - 1:+.1%} |"
+            f" {run.peak_mib:,.0f} | {peak:,.0f} | {peak / run.peak_mib - 1:+.1%} | {start:,.0f} |"
+            f" {run.tpot_ms:,.1f} | {tpot:,.1f} | {tpot / run.tpot_ms - 1:+.1%} |"
         )
     lines += [
         "",
-        "| run | clients | in, out | tokens/s | TPOT p50 | p99 | one decode step (ITL p50) | TTFT p50 | p99 | HBM floor of a step |",
+        (
+            "| run | clients | in, out | tokens/s | TPOT p50 | p99 | one decode step (ITL p50) | TTFT p50 |"
+            " p99 | HBM floor of a step |"
+        ),
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, run in runs.items():
@@ -103,9 +137,10 @@ def details(runs: dict[str, Received]) -> str:
         floor = max(terms["hbm_weights"] + terms["hbm_kv"], terms["link_offload"])
         for load in run.receipt.loads:
             lines.append(
-                f"| `{name}` | {load.load.clients} | {load.load.input_tokens}, {load.load.output_tokens} | {load.output_tokens_per_s:,.1f} "
-                f"| {load.tpot_ms.p50:,.1f} | {load.tpot_ms.p99:,.1f} | {load.itl_ms.p50:,.1f} | {load.ttft_ms.p50:,.0f} "
-                f"| {load.ttft_ms.p99:,.0f} | {floor:,.1f} |"
+                f"| `{name}` | {load.load.clients} | {load.load.input_tokens}, {load.load.output_tokens} |"
+                f" {load.output_tokens_per_s:,.1f} | {load.tpot_ms.p50:,.1f} | {load.tpot_ms.p99:,.1f} |"
+                f" {load.itl_ms.p50:,.1f} | {load.ttft_ms.p50:,.0f} | {load.ttft_ms.p99:,.0f} |"
+                f" {floor:,.1f} |"
             )
     return "\n".join(lines)
 
@@ -115,8 +150,12 @@ def replicas(folder: Path) -> str:
     lines = ["| load | | measured | simulated | ratio |", "|---|---|--:|--:|--:|"]
     for load, figure, real, simulated in compared(folder):
         digits = 0 if figure.startswith("ttft") else 1
-        words = figure.replace("_", " ").replace("tpot", "TPOT").replace("ttft", "TTFT").replace(" ms", ", ms")
-        lines.append(f"| {load} | {words} | {real:,.{digits}f} | {simulated:,.{digits}f} | {simulated / real:.2f} |")
+        words = (
+            figure.replace("_", " ").replace("tpot", "TPOT").replace("ttft", "TTFT").replace(" ms", ", ms")
+        )
+        lines.append(
+            f"| {load} | {words} | {real:,.{digits}f} | {simulated:,.{digits}f} | {simulated / real:.2f} |"
+        )
     return "\n".join(lines)
 
 
@@ -133,9 +172,13 @@ def sessions() -> dict[str, dict[str, Received]]:
 
 def pages() -> dict[Path, str]:
     found = sessions()
-    blocks = {TOP / "README.md": headline({name: run for runs in found.values() for name, run in runs.items()})}
+    blocks = {
+        TOP / "README.md": headline({name: run for runs in found.values() for name, run in runs.items()})
+    }
     for name, runs in found.items():
-        blocks[(MEASUREMENTS if name == ON_THE_FRONT_PAGE else MEASUREMENTS / name) / "README.md"] = details(runs)
+        blocks[(MEASUREMENTS if name == ON_THE_FRONT_PAGE else MEASUREMENTS / name) / "README.md"] = details(
+            runs
+        )
     texts = {path: written(path.read_text(encoding="utf-8"), block) for path, block in blocks.items()}
     for name, folder in FLEETS.items():
         path = MEASUREMENTS / name / "README.md"
@@ -158,9 +201,17 @@ def draw(runs: list[Received], file: Path) -> None:
         fresh = run.receipt.model_copy(
             update={
                 "terms": tuple(
-                    t.model_copy(update={"planned_bytes": run.plan.per_gpu.get(t.name, sum(run.plan.load_growth.values()))})
-                    if t.name in run.plan.per_gpu or t.name == "load_growth"
-                    else t
+                    (
+                        t.model_copy(
+                            update={
+                                "planned_bytes": run.plan.per_gpu.get(
+                                    t.name, sum(run.plan.load_growth.values())
+                                )
+                            }
+                        )
+                        if t.name in run.plan.per_gpu or t.name == "load_growth"
+                        else t
+                    )
                     for t in run.receipt.terms
                 )
             }
@@ -170,15 +221,26 @@ def draw(runs: list[Received], file: Path) -> None:
             left = 0.0
             for term, size, _ in bar["parts"]:
                 colour = colours.setdefault(term, palette[len(colours) % len(palette)])
-                axes.barh(row + offset, size / 1024, 0.36, left=left, color=colour, edgecolor="white", linewidth=0.4)
+                axes.barh(
+                    row + offset, size / 1024, 0.36, left=left, color=colour, edgecolor="white", linewidth=0.4
+                )
                 left += size / 1024
-            axes.text(max(left, limit) + 0.2, row + offset, f"{bar['name']} {left * 1024:,.0f}", va="center", fontsize=8)
+            axes.text(
+                max(left, limit) + 0.2,
+                row + offset,
+                f"{bar['name']} {left * 1024:,.0f}",
+                va="center",
+                fontsize=8,
+            )
         axes.plot([limit, limit], [row - 0.42, row + 0.42], color="black", linewidth=1.5)
     axes.set_yticks(range(len(runs)), [run.name for run in runs])
     axes.invert_yaxis()
     axes.set_xlim(0, 46)
     axes.set_xlabel("GiB of a card (figures: MiB); the black line is the profile's limit")
-    axes.set_title(f"Memory of a card under load: planned by today's constants, and measured on {runs[0].plan.device.upper()}")
+    axes.set_title(
+        "Memory of a card under load: planned by today's constants, and measured on"
+        f" {runs[0].plan.device.upper()}"
+    )
     squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
     figure.legend(squares, list(colours), loc="outside lower center", fontsize=8, ncols=9)
     figure.savefig(file, dpi=110, metadata={"Software": None})

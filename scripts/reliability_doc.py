@@ -1,10 +1,12 @@
-"""Writes docs/reliability.md from tests/faults/catalogue.yml and the records that the fault tests left in .lowmem/faults.
+"""Writes docs/reliability.md from tests/faults/catalogue.yml and the records that the fault tests left in
+.lowmem/faults.
 
     LOWMEM_SLOW=1 .lowmem/venv/bin/pytest -m fault && make molecule SCENARIO="service cluster two_hosts"
     .lowmem/venv/bin/python scripts/reliability_doc.py
 
-A fault that was not injected again keeps its row, with the day and the load of that run. One that has neither a record nor a row, or whose
-injection or expectation is another one since, has no row and is named above the table: the page holds only what was seen.
+A fault that was not injected again keeps its row, with the day and the load of that run. One that has neither
+a record nor a row, or whose injection or expectation is another one since, has no row and is named above the
+table: the page holds only what was seen.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import yaml
 
 from lowmem.files import write_text
-from lowmem.measure import host_facts
+from lowmem.measure.facts import host_facts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CATALOGUE = REPOSITORY / "tests/faults/catalogue.yml"
@@ -60,10 +62,16 @@ def cells(text: str) -> list[str]:
 
 
 def kept(page: str) -> dict[str, list[str]]:
-    return {found[1]: cells(line) for line in page.splitlines() if (found := re.match(r"\| \*\*([\w-]+)\*\*: ", line))}
+    return {
+        found[1]: cells(line)
+        for line in page.splitlines()
+        if (found := re.match(r"\| \*\*([\w-]+)\*\*: ", line))
+    }
 
 
-def row(name: str, fault: dict[str, Any], record: dict[str, Any] | None, old: list[str] | None) -> list[str] | None:
+def row(
+    name: str, fault: dict[str, Any], record: dict[str, Any] | None, old: list[str] | None
+) -> list[str] | None:
     """None where nothing was seen of the fault as the catalogue now has it."""
     runbook = f"[{Path(fault['runbook']).stem}](runbooks/{fault['runbook']})"
     words = [f"**{name}**: {fault['fault']}", fault["injected"], fault["expected"]]
@@ -85,7 +93,10 @@ def main() -> None:
     head = HEAD.format(unseen=", ".join(unseen) or "none", vllm=plan["vllm_version"], **host_facts())
     write_text(PAGE, head + "\n".join(f"| {' | '.join(found)} |" for found in rows.values() if found))
     again = [name for name in rows if name not in records and name not in unseen]
-    sys.stdout.write(f"from records: {len(rows.keys() & records.keys())} rows\nas they stood: {', '.join(again) or 'none'}\n")
+    sys.stdout.write(
+        f"from records: {len(rows.keys() & records.keys())} rows\nas they stood:"
+        f" {', '.join(again) or 'none'}\n"
+    )
     sys.stdout.write(f"without a row: {', '.join(unseen) or 'none'}\n")
 
 

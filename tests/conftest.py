@@ -1,4 +1,6 @@
-"""What the tests share: the record of faults, the demo's deployment, the repository's own ansible-playbook, run as an operator runs it."""
+"""What the tests share: the record of faults, the demo's deployment, the repository's own ansible-playbook,
+run as an operator runs it.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 @dataclass(frozen=True)
 class Run:
-    """One run of ansible-playbook. `text`: stdout and stderr together, as a terminal shows them, folded to single spaces in `flat`."""
+    """One run of ansible-playbook. `text`: stdout and stderr together, as a terminal shows them, folded to
+    single spaces in `flat`.
+    """
 
     rc: int
     text: str
@@ -41,7 +45,9 @@ class Run:
 Playbook = Callable[..., Run]
 
 
-def run_playbook(*arguments: str, variables: dict[str, Any] | None = None, environment: dict[str, str] | None = None) -> Run:
+def run_playbook(
+    *arguments: str, variables: dict[str, Any] | None = None, environment: dict[str, str] | None = None
+) -> Run:
     command = [str(BIN / "ansible-playbook"), *arguments]
     if variables:
         command += ["--extra-vars", json.dumps(variables)]
@@ -64,7 +70,9 @@ def playbook() -> Playbook:
 
 @pytest.fixture
 def clean_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A lowmem_root that does not exist, nor after the test; short, as a root must be, where tmp_path takes the test's name."""
+    """A lowmem_root that does not exist, nor after the test; short, as a root must be, where tmp_path takes
+    the test's name.
+    """
     root = tmp_path_factory.mktemp("root") / "host"
     yield root
     assert not root.exists(), "the host was changed"
@@ -93,7 +101,9 @@ class Deployed:
     @property
     def key(self) -> str:
         return next(
-            line.split("=", 1)[1] for line in (self.root / "etc/vllm.env").read_text().splitlines() if line.startswith("VLLM_API_KEY=")
+            line.split("=", 1)[1]
+            for line in (self.root / "etc/vllm.env").read_text().splitlines()
+            if line.startswith("VLLM_API_KEY=")
         )
 
 
@@ -108,7 +118,9 @@ def deployed(demo_root: Path) -> Deployed:
 
 
 class Fault:
-    """What one fault of the catalogue did, written down when its test has passed; docs/reliability.md is made of these records."""
+    """What one fault of the catalogue did, written down when its test has passed; docs/reliability.md is made
+    of these records.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,9 +1,11 @@
-"""How long an all-reduce of a decode or prefill step takes on these cards: vLLM's custom kernel against NCCL, eager and in a CUDA graph.
+"""How long an all-reduce of a decode or prefill step takes on these cards: vLLM's custom kernel against NCCL,
+eager and in a CUDA graph.
 
     python benchmarks/gpu/allreduce.py --out allreduce.json
 
-Run it with the engine's environment on a host with two GPUs. It takes a few MiB of each card. Times are the mean of 50 calls on rank 0.
-`good` in the result says whether the custom kernel is usable here: every size under 1 ms.
+Run it with the engine's environment on a host with two GPUs. It takes a few MiB of each card. Times are the
+mean of 50 calls on rank 0. `good` in the result says whether the custom kernel is usable here: every size
+under 1 ms.
 """
 
 from __future__ import annotations
@@ -90,11 +92,16 @@ def main() -> None:
     began = time.monotonic()
     ranks = [
         subprocess.Popen(
-            [sys.executable, __file__, "--rank", str(rank)], env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "--rank", str(rank)],
+            env={**environment, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for rank in (0, 1)
     ]
-    result: dict[str, Any] = {"environment": {k: v for k, v in environment.items() if k.startswith(("NCCL", "TORCH_SYMM", "VLLM"))}}
+    result: dict[str, Any] = {
+        "environment": {k: v for k, v in environment.items() if k.startswith(("NCCL", "TORCH_SYMM", "VLLM"))}
+    }
     try:
         said = ranks[0].communicate(timeout=args.timeout_s)[0]
         result |= json.loads(said.splitlines()[-1]) if said.strip() else {"error": "rank 0 said nothing"}
@@ -105,7 +112,9 @@ def main() -> None:
             process.kill()
             process.wait()
     rows = result.get("rows", [])
-    result["good"] = bool(rows) and all(row.get("custom_graph_ms", 99) < USABLE_MS and row.get("custom_ms", 99) < USABLE_MS for row in rows)
+    result["good"] = bool(rows) and all(
+        row.get("custom_graph_ms", 99) < USABLE_MS and row.get("custom_ms", 99) < USABLE_MS for row in rows
+    )
     result["took_s"] = round(time.monotonic() - began, 1)
     args.out.write_text(json.dumps(result, indent=1))
     print(json.dumps(result))

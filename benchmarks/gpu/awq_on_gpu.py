@@ -2,12 +2,12 @@
 
     python benchmarks/gpu/awq_on_gpu.py MODELS OUT.json --backend llmcompressor=SITE/site-packages [--backend autoawq=…]
 
-MODELS holds SmolLM2-135M-Instruct/ and its manifest, as `make demo` leaves them. SITE is the folder with that backend's packages
-(locks/<backend>-cuda.txt, less torch), below one named site-packages: `dill`, by which `datasets` names a function, takes what lies
-elsewhere by value, and fails on pyarrow ("Can't pickle <class 'MonthDayNano'>"). Every backend quantizes with the role's defaults; then
-the source and the results are served by `vllm serve` side by side, and each server scores the held-back text: the perplexity is that of
-the served model, kernels included.
-Nothing here is a timing of the engine.
+MODELS holds SmolLM2-135M-Instruct/ and its manifest, as `make demo` leaves them. SITE is the folder with that
+backend's packages (locks/<backend>-cuda.txt, less torch), below one named site-packages: `dill`, by which
+`datasets` names a function, takes what lies elsewhere by value, and fails on pyarrow ("Can't pickle <class
+'MonthDayNano'>"). Every backend quantizes with the role's defaults; then the source and the results are
+served by `vllm serve` side by side, and each server scores the held-back text: the perplexity is that of the
+served model, kernels included. Nothing here is a timing of the engine.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ KERNEL = re.compile(r"Using \S*(?:Kernel|Linear|arlin)\S*.*|Selected \S+.* for \
 
 def spec(models: Path, lib: Path, backend: str) -> dict[str, Any]:
     """As roles/awq_quantize/vars/main.yml with the role's defaults."""
-    texts = {name: (ROLE / "files" / "texts" / f"{name}.txt").read_bytes() for name in ("calibration", "perplexity")}
+    texts = {
+        name: (ROLE / "files" / "texts" / f"{name}.txt").read_bytes()
+        for name in ("calibration", "perplexity")
+    }
     return {
         "models": str(models), "source_name": SOURCE, "name": f"{SOURCE}-{backend}",
         "recipe": {
@@ -52,7 +55,11 @@ def spec(models: Path, lib: Path, backend: str) -> dict[str, Any]:
 
 def make_lib(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (*(ROLE / "files").glob("*.py"), TOP / "lowmem" / "manifest.py", *(ROLE / "files" / "texts").glob("*.txt")):
+    for file in (
+        *(ROLE / "files").glob("*.py"),
+        TOP / "lowmem" / "manifest.py",
+        *(ROLE / "files" / "texts").glob("*.txt"),
+    ):
         shutil.copy(file, folder)
     return folder
 
@@ -61,20 +68,42 @@ def quantize(models: Path, lib: Path, sites: dict[str, str]) -> dict[str, dict[s
     """All backends at once; what each said, its time and its manifest."""
     running = {}
     for backend, site in sites.items():
-        environment = {**os.environ, "PYTHONPATH": ":".join([site, os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(lib / "quantize_model.py"), "quantize", json.dumps(spec(models, lib, backend))]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": ":".join([site, os.environ.get("PYTHONPATH", "")]),
+            "HF_HUB_OFFLINE": "1",
+        }
+        command = [
+            sys.executable,
+            str(lib / "quantize_model.py"),
+            "quantize",
+            json.dumps(spec(models, lib, backend)),
+        ]
         work = lib / backend
         work.mkdir(exist_ok=True)
         process = subprocess.Popen(
-            command, env=environment, cwd=work, stdout=(work / "out").open("w"), stderr=(work / "err").open("w"), text=True
+            command,
+            env=environment,
+            cwd=work,
+            stdout=(work / "out").open("w"),
+            stderr=(work / "err").open("w"),
+            text=True,
         )
         running[backend] = (process, time.monotonic())
     done: dict[str, dict[str, Any]] = {}
     while len(done) < len(running):
         for backend, (process, began) in running.items():
             if backend not in done and process.poll() is not None:
-                lines = [line for line in (lib / backend / "out").read_text().splitlines() if "quantizing layer" not in line]
-                done[backend] = {"status": process.returncode, "seconds": round(time.monotonic() - began, 1), "said": lines}
+                lines = [
+                    line
+                    for line in (lib / backend / "out").read_text().splitlines()
+                    if "quantizing layer" not in line
+                ]
+                done[backend] = {
+                    "status": process.returncode,
+                    "seconds": round(time.monotonic() - began, 1),
+                    "said": lines,
+                }
                 if process.returncode:
                     done[backend]["errors"] = (lib / backend / "err").read_text().splitlines()[-60:]
                 print(backend, done[backend], flush=True)
@@ -82,12 +111,18 @@ def quantize(models: Path, lib: Path, sites: dict[str, str]) -> dict[str, dict[s
     for backend, result in done.items():
         manifest = models / f"{SOURCE}-{backend}.manifest.json"
         if manifest.exists():
-            result |= {k: v for k, v in json.loads(manifest.read_text()).items() if k in ("perplexity", "quantization")}
+            result |= {
+                k: v
+                for k, v in json.loads(manifest.read_text()).items()
+                if k in ("perplexity", "quantization")
+            }
     return done
 
 
 def ask(url: str, body: dict[str, Any] | None = None, timeout_s: float = 120) -> Any:
-    request = urllib.request.Request(url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        url, json.dumps(body).encode() if body else None, {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=timeout_s) as answer:
         return json.loads(answer.read() or b"null")
 
@@ -96,14 +131,19 @@ def served_perplexity(url: str, rows: list[list[int]]) -> float:
     """exp of the mean negative log likelihood that the server gives each token after the first of its row."""
     loss, count = 0.0, 0
     for row in rows:
-        answer = ask(f"{url}/v1/completions", {"model": "m", "prompt": row, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0})
+        answer = ask(
+            f"{url}/v1/completions",
+            {"model": "m", "prompt": row, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0},
+        )
         scores = answer["choices"][0]["prompt_logprobs"]
         loss -= sum(scores[i][str(token)]["logprob"] for i, token in enumerate(row) if i)
         count += len(row) - 1
     return math.exp(loss / count)
 
 
-def serve_and_score(models: Path, names: list[str], logs: Path, extra: list[str]) -> dict[str, dict[str, Any]]:
+def serve_and_score(
+    models: Path, names: list[str], logs: Path, extra: list[str]
+) -> dict[str, dict[str, Any]]:
     """Each model on a server of its own, all at once; perplexity, and the log's lines on kernels."""
     from transformers import AutoTokenizer
 
@@ -112,11 +152,32 @@ def serve_and_score(models: Path, names: list[str], logs: Path, extra: list[str]
     rows = [ids[i : i + WINDOW] for i in range(0, len(ids) // WINDOW * WINDOW, WINDOW)]
     servers = {}
     for port, name in enumerate(names, 8200):
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(models / name), "--served-model-name", "m"]
+        command = [
+            sys.executable,
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(models / name),
+            "--served-model-name",
+            "m",
+        ]
         # a pool in bytes: engines that start side by side would count each other's memory as their own
-        command += ["--port", str(port), "--max-model-len", "1024", "--dtype", "float16", "--kv-cache-memory-bytes", str(2**28), *extra]
+        command += [
+            "--port",
+            str(port),
+            "--max-model-len",
+            "1024",
+            "--dtype",
+            "float16",
+            "--kv-cache-memory-bytes",
+            str(2**28),
+            *extra,
+        ]
         log = (logs / f"awq-{name}.log").open("w")
-        servers[name] = (port, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+        servers[name] = (
+            port,
+            subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True),
+        )
     found: dict[str, dict[str, Any]] = {}
     try:
         for name, (port, process) in servers.items():
@@ -131,7 +192,10 @@ def serve_and_score(models: Path, names: list[str], logs: Path, extra: list[str]
                         break
                     time.sleep(1)
             if name not in found:
-                found[name] = {"served_perplexity": round(served_perplexity(url, rows), 4), "tokens": len(rows) * (WINDOW - 1)}
+                found[name] = {
+                    "served_perplexity": round(served_perplexity(url, rows), 4),
+                    "tokens": len(rows) * (WINDOW - 1),
+                }
             log_text = (logs / f"awq-{name}.log").read_text()
             found[name]["kernels"] = sorted({m.group(0)[-160:] for m in KERNEL.finditer(log_text)})[:6]
             print(name, found[name], flush=True)
@@ -145,14 +209,19 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--backend", action="append", default=[], metavar="NAME=SITE")
-    parser.add_argument("--arg", action="append", default=[], help="one more argument for every `vllm serve`, repeatable")
+    parser.add_argument(
+        "--arg", action="append", default=[], help="one more argument for every `vllm serve`, repeatable"
+    )
     options = parser.parse_args()
     end_on_sigterm()
     sites = dict(word.split("=", 1) for word in options.backend)
     for backend, path in sites.items():
         for site in path.split(":"):
             if "site-packages" not in Path(site).parts:
-                sys.exit(f"awq_on_gpu: --backend {backend}={site}: dill wants a folder named site-packages in its path; move it there")
+                sys.exit(
+                    f"awq_on_gpu: --backend {backend}={site}: dill wants a folder named site-packages in its"
+                    " path; move it there"
+                )
     result: dict[str, Any] = {"source": SOURCE, "window_tokens": WINDOW}
     result["quantized"] = quantize(options.models, make_lib(Path("/tmp/awq-lib")), sites)
     made = [f"{SOURCE}-{backend}" for backend, r in result["quantized"].items() if r["status"] == 0]

@@ -3,8 +3,9 @@
 
 python3 benchmarks/gpu/ballast.py --leave-mib 40960 [--gpus 0,1]
 
-Prints `ready` when the memory is held. The holder's own CUDA context counts as held. Allocations are plain cudaMalloc, no
-managed memory. Memory that others use already counts as held too, so start it before the service.
+Prints `ready` when the memory is held. The holder's own CUDA context counts as held. Allocations are plain
+cudaMalloc, no managed memory. Memory that others use already counts as held too, so start it before the
+service.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ MIB = 2**20
 
 def used_mib(index: int) -> tuple[int, int]:
     """Used and total, as nvidia-smi prints them."""
-    info = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index), version=pynvml.nvmlMemory_v2)
+    info = pynvml.nvmlDeviceGetMemoryInfo(
+        pynvml.nvmlDeviceGetHandleByIndex(index), version=pynvml.nvmlMemory_v2
+    )
     return info.used // MIB, info.total // MIB
 
 
 def hold(index: int, leave_mib: int) -> list[torch.Tensor]:
     torch.ones(1, device=f"cuda:{index}")
     held: list[torch.Tensor] = []
-    # In pieces, each after a look: the driver rounds up, and the limit is what NVML shows, not what was asked for.
+    # In pieces, each after a look: the driver rounds up, and the limit is what NVML shows, not what was asked
+    # for.
     for piece_mib in (16384, 4096, 1024, 256, 64, 16, 2):
         while True:
             used, total = used_mib(index)
@@ -47,7 +51,9 @@ def hold(index: int, leave_mib: int) -> list[torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--leave-mib", type=int, required=True, help="free memory to leave on each GPU")
     parser.add_argument("--gpus", help="their numbers, comma-separated (default: all)")
     options = parser.parse_args()
@@ -59,7 +65,10 @@ def main() -> None:
             sys.exit(f"ballast: --gpus {options.gpus}: {len(visible)} are visible, from 0")
         total = used_mib(index)[1]
         if not 0 < options.leave_mib < total:
-            sys.exit(f"ballast: --leave-mib {options.leave_mib}: GPU {index} has {total} MiB, a number between is wanted")
+            sys.exit(
+                f"ballast: --leave-mib {options.leave_mib}: GPU {index} has {total} MiB, a number between is"
+                " wanted"
+            )
     done = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: done.set())
     signal.signal(signal.SIGINT, lambda *_: done.set())

@@ -1,17 +1,21 @@
-"""Many measurements in one go on a machine with GPUs: `prepare` writes plans and launchers, `run` measures them.
+"""Many measurements in one go on a machine with GPUs: `prepare` writes plans and launchers, `run` measures
+them.
 
-`prepare` needs this repository's environment and no GPU; `run` needs the engine's environment and the folder that `prepare` made:
+`prepare` needs this repository's environment and no GPU; `run` needs the engine's environment and the folder
+that `prepare` made:
 
     python benchmarks/gpu/matrix.py prepare benchmarks/gpu/runs.yml .carry/runs
     python benchmarks/gpu/matrix.py warm .carry/runs --out "$OUT" --only NAME,…
     python benchmarks/gpu/matrix.py run .carry/runs --out "$OUT" --deadline-s 560 [--only NAME,…]
 
-Runs whose cards differ (`gpus`) go side by side, each as soon as its cards are free, in the order of the file. A run that
-could not end before the deadline is not begun, and none after one whose engine lacked a module: the next would lack it too. The
-card of the plan is played on a larger one by a ballast (ballast.py) that holds all but `card_mib`; `args` and `env` are what this
-needs and no more: they stand in the receipt. A run with a `command` is another script of this folder, with `env` in its environment
-and "{out}" for the folder of results; what it says is in NAME.out there. `warm` measures nothing: it starts the named services side by
-side on the whole card until each has answered, so that what is compiled at first use is in the caches.
+Runs whose cards differ (`gpus`) go side by side, each as soon as its cards are free, in the order of the
+file. A run that could not end before the deadline is not begun, and none after one whose engine lacked a
+module: the next would lack it too. The card of the plan is played on a larger one by a ballast (ballast.py)
+that holds all but `card_mib`; `args` and `env` are what this needs and no more: they stand in the receipt. A
+run with a `command` is another script of this folder, with `env` in its environment and "{out}" for the
+folder of results; what it says is in NAME.out there. `warm` measures nothing: it starts the named services
+side by side on the whole card until each has answered, so that what is compiled at first use is in the
+caches.
 """
 
 from __future__ import annotations
@@ -46,7 +50,9 @@ def words(options: dict[str, Any]) -> list[str]:
 
 
 def prepare(spec: dict[str, Any], folder: Path) -> None:
-    """Writes FOLDER/NAME/{plan.json,low_mem.sh,engine.env,vllm.env} for every run, and FOLDER/runs.yml with the defaults filled in."""
+    """Writes FOLDER/NAME/{plan.json,low_mem.sh,engine.env,vllm.env} for every run, and FOLDER/runs.yml with
+    the defaults filled in.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     from lowmem.schema import Plan
@@ -59,7 +65,10 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         autoescape=False,
     )
     # Ansible's own filters, as far as the launcher uses them
-    templates.filters |= {"quote": lambda v: shlex.quote(str(v)), "regex_replace": lambda v, pattern, by: re.sub(pattern, by, v)}
+    templates.filters |= {
+        "quote": lambda v: shlex.quote(str(v)),
+        "regex_replace": lambda v, pattern, by: re.sub(pattern, by, v),
+    }
     runs = [{**spec.get("defaults", {}), **run} for run in spec["runs"]]
     for run in (r for r in runs if "command" not in r):
         options = {
@@ -67,7 +76,9 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
             "--model-path": run["model_path"], "--served-model-name": "m", "--port": 8000,
         }  # fmt: skip
         command = [sys.executable, "-m", "lowmem", "plan", "--json", *words(options)]
-        command += [word for knob, value in run.get("set", {}).items() for word in ("--set", f"{knob}={value}")]
+        command += [
+            word for knob, value in run.get("set", {}).items() for word in ("--set", f"{knob}={value}")
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=TOP)
         if not done.stdout.startswith("{"):
             raise SystemExit(f"{run['name']}: {done.stderr.strip()}")
@@ -83,14 +94,20 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         )
         (where / "low_mem.sh").write_text(launcher)
         (where / "low_mem.sh").chmod(0o755)
-        environment = {v.name: v.value for v in plan.environment if v.name not in run.get("drop_env", [])} | run.get("env", {})
-        # as the role writes them: what the launcher sources, and the file of keys that the server and `lowmem measure` read
+        environment = {
+            v.name: v.value for v in plan.environment if v.name not in run.get("drop_env", [])
+        } | run.get("env", {})
+        # as the role writes them: what the launcher sources, and the file of keys that the server and `lowmem
+        # measure` read
         lines = [f"{k}={shlex.quote(str(v))}\n" for k, v in environment.items()]
         (where / "engine.env").write_text("".join([*lines, 'LOWMEM_API_KEYS="$release/vllm.env"\n']))
         (where / "vllm.env").write_text(f"VLLM_API_KEY={KEY}\n")
         total = plan.per_gpu["total"] / 2**20
         limit = plan.limit_bytes / 2**20
-        print(f"{run['name']:26} {plan.verdict:10} {total:9,.0f} MiB of {limit:,.0f}; {plan.kv_tokens} KV tokens; {plan.reasons[:1]}")
+        print(
+            f"{run['name']:26} {plan.verdict:10} {total:9,.0f} MiB of {limit:,.0f}; {plan.kv_tokens} KV"
+            f" tokens; {plan.reasons[:1]}"
+        )
     (folder / "runs.yml").write_text(yaml.safe_dump({"runs": runs}, sort_keys=False))
 
 
@@ -100,7 +117,14 @@ def ballast(card_mib: int | None, gpus: Iterable[str]) -> Iterator[None]:
     if not card_mib:
         yield
         return
-    command = [sys.executable, str(HERE / "ballast.py"), "--leave-mib", str(card_mib), "--gpus", ",".join(sorted(gpus))]
+    command = [
+        sys.executable,
+        str(HERE / "ballast.py"),
+        "--leave-mib",
+        str(card_mib),
+        "--gpus",
+        ",".join(sorted(gpus)),
+    ]
     held = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert held.stdout is not None
     for line in held.stdout:
@@ -154,29 +178,44 @@ def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, 
     command = [sys.executable, "-m", "lowmem", "measure", *words(options), f"--arg=--port={port}"]
     command += [f"--arg={a}" for a in run.get("args", [])]
     began = time.monotonic()
-    process = subprocess.Popen(command, env=environment, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, env=environment, cwd=TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     done = threading.Event()
-    threading.Thread(target=watch_stalls, args=(process.pid, receipt.with_suffix(".log"), done), daemon=True).start()
+    threading.Thread(
+        target=watch_stalls, args=(process.pid, receipt.with_suffix(".log"), done), daemon=True
+    ).start()
     try:
         said, _ = process.communicate(timeout=max(30, until - began))
     except subprocess.TimeoutExpired:
         process.terminate()  # `lowmem measure` then stops its engine and still writes the receipt
         said, _ = process.communicate()
     done.set()
-    lines = [f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s", *said.splitlines()[-14:]]
+    lines = [
+        f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s",
+        *said.splitlines()[-14:],
+    ]
     print("\n".join(lines), flush=True)
 
 
 def run_command(run: dict[str, Any], out: Path, gpus: str, until: float) -> None:
     """Ended with all that it started when its time is over."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1", **run.get("env", {})}
-    command, began, file = shlex.split(run["command"].replace("{out}", str(out))), time.monotonic(), out / f"{run['name']}.out"
+    command, began, file = (
+        shlex.split(run["command"].replace("{out}", str(out))),
+        time.monotonic(),
+        out / f"{run['name']}.out",
+    )
     with file.open("w") as said:
-        process = subprocess.Popen(command, env=environment, cwd=TOP, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command, env=environment, cwd=TOP, stdout=said, stderr=subprocess.STDOUT, start_new_session=True
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, until - began))
         stop(process)
-    lines = [f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s"]
+    lines = [
+        f"=== {run['name']} on GPU {gpus}: exit {process.returncode} after {time.monotonic() - began:.0f} s"
+    ]
     print("\n".join([*lines, *file.read_text(errors="replace").splitlines()[-6:]]), flush=True)
 
 
@@ -184,7 +223,9 @@ def answered(port: int) -> bool:
     """Whether the service there gives a completion of a prompt of several steps."""
     body = {"model": "m", "prompt": list(range(300, 1000)), "max_tokens": 4, "ignore_eos": True}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), headers
+    )
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return bool(json.load(answer)["choices"])
@@ -196,14 +237,25 @@ def warm(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> N
     """Starts them all at once; each is ended when it has answered."""
     began, services = time.monotonic(), {}
     for port, run in enumerate(runs, 8100):
-        command = [str((folder / run["name"] / "low_mem.sh").resolve()), f"--port={port}", *run.get("args", [])]
+        command = [
+            str((folder / run["name"] / "low_mem.sh").resolve()),
+            f"--port={port}",
+            *run.get("args", []),
+        ]
         with (out / f"warm-{run['name']}.log").open("w") as log:
-            services[port] = run["name"], subprocess.Popen(command, cwd=TOP, stdout=log, stderr=log, start_new_session=True)
+            services[port] = (
+                run["name"],
+                subprocess.Popen(command, cwd=TOP, stdout=log, stderr=log, start_new_session=True),
+            )
     try:
         while services and time.monotonic() < until:
             for port, (name, process) in list(services.items()):
                 if process.poll() is not None or answered(port):
-                    print(f"warm {name}: exit {process.poll()} (None: answered) after {time.monotonic() - began:.0f} s", flush=True)
+                    print(
+                        f"warm {name}: exit {process.poll()} (None: answered) after"
+                        f" {time.monotonic() - began:.0f} s",
+                        flush=True,
+                    )
                     stop(process)
                     del services[port]
             time.sleep(1)
@@ -220,12 +272,16 @@ def ready(receipt: Path) -> bool:
 
 def within(receipt: Path) -> bool:
     """Whether that run's service came up and kept to its memory limit."""
-    return ready(receipt) and not any(f.startswith("memory:") for f in json.loads(receipt.read_text())["findings"])
+    return ready(receipt) and not any(
+        f.startswith("memory:") for f in json.loads(receipt.read_text())["findings"]
+    )
 
 
 def lacks_module(receipt: Path) -> bool:
     """Whether that run's engine died for a package that is not there."""
-    return receipt.exists() and any("ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text())["findings"])
+    return receipt.exists() and any(
+        "ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text())["findings"]
+    )
 
 
 def skipped(run: dict[str, Any], out: Path) -> bool:
@@ -243,7 +299,9 @@ def cards_of(run: dict[str, Any]) -> str:
 
 
 def run_all(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> None:
-    """Side by side where their cards allow it; one that waits for a card keeps those after it from taking that card."""
+    """Side by side where their cards allow it; one that waits for a card keeps those after it from taking
+    that card.
+    """
     waiting, running, lacking = list(runs), dict[str, threading.Thread](), list[str]()
 
     def go(run: dict[str, Any], gpus: str) -> None:
@@ -266,7 +324,11 @@ def run_all(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -
                 continue
             waiting.remove(run)
             if lacking:
-                print(f"=== {run['name']}: not begun, the engine of {lacking[0]} lacked a module, see its findings", flush=True)
+                print(
+                    f"=== {run['name']}: not begun, the engine of {lacking[0]} lacked a module, see its"
+                    " findings",
+                    flush=True,
+                )
             elif time.monotonic() + run.get("guess_s", GUESS_S) > until:
                 print(f"=== {run['name']}: not begun, the deadline is near", flush=True)
             elif not skipped(run, out):

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Writes model folders without weights, for `vllm serve --load-format dummy`: memory and speed are real, the text is noise.
+"""Writes model folders without weights, for `vllm serve --load-format dummy`: memory and speed are real, the
+text is noise.
 
 python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …]
 
-A folder has config.json and a tokenizer of as many whole words as the vocabulary, made on the spot, so that every prompt of n tokens
-decodes and encodes to n tokens again. Nothing is downloaded.
+A folder has config.json and a tokenizer of as many whole words as the vocabulary, made on the spot, so that
+every prompt of n tokens decodes and encodes to n tokens again. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
-    # what one of two ranks holds of the 70B (tensor parallelism): half the heads, half the MLP, half the vocabulary
+    # what one of two ranks holds of the 70B (tensor parallelism): half the heads, half the MLP, half the
+    # vocabulary
     "llama-2-70b-rank": {
         "hidden_size": 8192,
         "intermediate_size": 14336,
@@ -89,7 +91,8 @@ def config(shape: str, quantization: str) -> dict[str, Any]:
 
 def write_tokenizer(folder: Path, vocabulary: int) -> None:
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocabulary))]
-    # 0.32 refuses a text longer than its longest word times max_model_len, before it counts tokens (tokenizers/hf.py); spaces count too
+    # 0.32 refuses a text longer than its longest word times max_model_len, before it counts tokens
+    # (tokenizers/hf.py); spaces count too
     words[-1] = words[-1].ljust(16, "w")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -118,7 +121,9 @@ NAMES = [f"{shape}-{quantization}" for shape in SHAPES for quantization in QUANT
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--model", action="append", choices=NAMES, help="repeatable (default: all)")
     options = parser.parse_args()

@@ -1,9 +1,11 @@
-"""The same load on any server with an OpenAI completions route: memory by NVML, TTFT, TPOT and tokens per second by one client.
+"""The same load on any server with an OpenAI completions route: memory by NVML, TTFT, TPOT and tokens per
+second by one client.
 
     python benchmarks/gpu/peers.py OUT.json --name llama.cpp --clients 8,1 -- llama-server -m model.gguf --port 8090 …
 
-Starts the command, waits for a completion, warms up, drives closed-loop clients with prompts of random token ids, stops the command.
-`lowmem measure` is for our own service; this is for the comparison, so vLLM is measured with it as well.
+Starts the command, waits for a completion, warms up, drives closed-loop clients with prompts of random token
+ids, stops the command. `lowmem measure` is for our own service; this is for the comparison, so vLLM is
+measured with it as well.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from servers import end_on_sigterm, stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
-from lowmem.sampler import MIB, Gpus, Sampler  # noqa: E402 - run from a checkout that is not installed
+from lowmem.measure.sampler import MIB, Sampler  # noqa: E402
+from lowmem.probes import Gpus  # noqa: E402 - run from a checkout that is not installed
 
 
 def stream(port: int, model: str, prompt: list[int], tokens: int) -> list[float]:
-    """Seconds from the request's start at which a token came; raises RuntimeError when fewer came than were asked for."""
+    """Seconds from the request's start at which a token came; raises RuntimeError when fewer came than were
+    asked for.
+    """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     body = {
         "model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True,
@@ -63,7 +68,9 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
 
 
-def drive(port: int, model: str, clients: int, requests: int, inputs: int, outputs: int, seed: int) -> dict[str, Any]:
+def drive(
+    port: int, model: str, clients: int, requests: int, inputs: int, outputs: int, seed: int
+) -> dict[str, Any]:
     """Closed loop: each client sends its next request when the last is answered. Milliseconds."""
     rng = random.Random(seed)
     prompts = [[rng.randrange(300, 31000) for _ in range(inputs)] for _ in range(requests)]
@@ -98,16 +105,26 @@ def main() -> None:
     end_on_sigterm()
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", options.port)) == 0:
-            sys.exit(f"peers: --port {options.port}: a server is there already and would be measured; end it, or take another port")
+            sys.exit(
+                f"peers: --port {options.port}: a server is there already and would be measured; end it, or"
+                " take another port"
+            )
     gpus = Gpus(1)
     log = options.out.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"name": options.name, "command": options.command, "gpu": gpus.describe(), "loads": []}
+    result: dict[str, Any] = {
+        "name": options.name,
+        "command": options.command,
+        "gpu": gpus.describe(),
+        "loads": [],
+    }
     with Sampler({"gpu": gpus.used_bytes}, 0.1) as sampler:
         time.sleep(1)
         before = sampler.peak("gpu", "before")[0]
         sampler.phase, began = "start", time.monotonic()
-        process = subprocess.Popen(options.command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            options.command, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             while True:
                 try:
@@ -126,7 +143,15 @@ def main() -> None:
                 sampler.phase = f"load:{clients}"
                 drive(options.port, options.model, clients, clients, options.input_tokens, 8, 99)
                 requests = clients * options.requests_per_client
-                load = drive(options.port, options.model, clients, requests, options.input_tokens, options.output_tokens, number)
+                load = drive(
+                    options.port,
+                    options.model,
+                    clients,
+                    requests,
+                    options.input_tokens,
+                    options.output_tokens,
+                    number,
+                )
                 result["loads"].append(load)
                 print(options.name, json.dumps({k: v for k, v in load.items() if k != "itl_ms"}), flush=True)
         except RuntimeError as error:
@@ -135,7 +160,9 @@ def main() -> None:
             sampler.phase = "stopping"
             stop(process, wait_s=30)
             result["memory_mib"] = {
-                phase: (sampler.peak("gpu", phase)[0] - before) // MIB for phase in sampler.peaks if phase not in ("before", "stopping")
+                phase: (sampler.peak("gpu", phase)[0] - before) // MIB
+                for phase in sampler.peaks
+                if phase not in ("before", "stopping")
             }
             options.out.write_text(json.dumps(result, indent=1) + "\n")
             print(options.name, result.get("error", "done"), result["memory_mib"], flush=True)

@@ -8,7 +8,8 @@ Measures with NVML, on the host it runs on:
 
     python benchmarks/gpu/probe.py --out probe.json
 
-Each case runs in processes of its own, because neither a context nor NCCL's buffers are given back before the process ends.
+Each case runs in processes of its own, because neither a context nor NCCL's buffers are given back before the
+process ends.
 """
 
 from __future__ import annotations
@@ -33,7 +34,12 @@ NCCL_CASES: list[dict[str, str]] = [
     {"NCCL_MAX_NCHANNELS": "1", "NCCL_BUFFSIZE": "1048576"},
     {"NCCL_CUMEM_ENABLE": "0"},
     {"NCCL_CUMEM_ENABLE": "0", "NCCL_MAX_NCHANNELS": "2", "NCCL_BUFFSIZE": "1048576"},
-    {"CUDA_MODULE_LOADING": "LAZY", "NCCL_MAX_NCHANNELS": "2", "NCCL_BUFFSIZE": "1048576", "NCCL_RUNTIME_CONNECT": "0"},
+    {
+        "CUDA_MODULE_LOADING": "LAZY",
+        "NCCL_MAX_NCHANNELS": "2",
+        "NCCL_BUFFSIZE": "1048576",
+        "NCCL_RUNTIME_CONNECT": "0",
+    },
     {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "NCCL_MAX_NCHANNELS": "2", "NCCL_BUFFSIZE": "1048576"},
 ]
 
@@ -52,7 +58,11 @@ def single(index: int = 0) -> dict[str, Any]:
     base = used_mib(index)
     torch.cuda.init()
     torch.cuda.synchronize()
-    out: dict[str, Any] = {"torch": torch.__version__, "gpu": torch.cuda.get_device_name(0), "context_mib": used_mib(index) - base}
+    out: dict[str, Any] = {
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(0),
+        "context_mib": used_mib(index) - base,
+    }
     a = torch.ones(64, 64, device="cuda", dtype=torch.float16)
     out["first_tensor_mib"] = used_mib(index) - base
     _ = a @ a
@@ -115,7 +125,12 @@ def nccl_rank(rank: int, world: int, base: float) -> dict[str, float]:
     torch.cuda.synchronize()
     ms = (time.perf_counter() - start) / 50 * 1e3
     dist.destroy_process_group()
-    return {"context_mib": context, "nccl_mib": after_all_reduce, "all_gather_mib": gather, "all_reduce_8mib_ms": round(ms, 3)}
+    return {
+        "context_mib": context,
+        "nccl_mib": after_all_reduce,
+        "all_gather_mib": gather,
+        "all_reduce_8mib_ms": round(ms, 3),
+    }
 
 
 def main() -> None:
@@ -134,7 +149,10 @@ def main() -> None:
         return
     me = [sys.executable, str(Path(__file__).resolve())]
     one = subprocess.run([*me, "--single"], capture_output=True, text=True, timeout=120)
-    report: dict[str, Any] = {"single": json.loads(one.stdout.splitlines()[-1]) if one.returncode == 0 else one.stderr[-2000:], "nccl": []}
+    report: dict[str, Any] = {
+        "single": json.loads(one.stdout.splitlines()[-1]) if one.returncode == 0 else one.stderr[-2000:],
+        "nccl": [],
+    }
     print(json.dumps(report["single"]), flush=True)
     import pynvml
 

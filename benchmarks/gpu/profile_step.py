@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/profile_step.py LAUNCHER OUT.json [--arg=…]
 
-Starts the launcher with the profiler configured, keeps eight clients decoding, profiles two seconds of it and sums the GPU time by
-kernel. The profiler slows the host, not the kernels: sums of kernels are real, gaps between them are not.
+Starts the launcher with the profiler configured, keeps eight clients decoding, profiles two seconds of it and
+sums the GPU time by kernel. The profiler slows the host, not the kernels: sums of kernels are real, gaps
+between them are not.
 """
 
 from __future__ import annotations
@@ -34,13 +35,19 @@ def kernels(trace: Path) -> dict[str, Any]:
     """Microseconds and calls of every kernel in a Chrome trace, and the time from the first to the last."""
     read = gzip.open if trace.suffix == ".gz" else open
     with read(trace, "rt") as stream:
-        events = [e for e in json.load(stream)["traceEvents"] if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+        events = [
+            e
+            for e in json.load(stream)["traceEvents"]
+            if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
+        ]
     took, calls = Counter[str](), Counter[str]()
     for event in events:
         took[event["name"]] += event["dur"]
         calls[event["name"]] += 1
     span = max(e["ts"] + e["dur"] for e in events) - min(e["ts"] for e in events)
-    rows = [{"kernel": name[:200], "us": round(us, 1), "calls": calls[name]} for name, us in took.most_common(40)]
+    rows = [
+        {"kernel": name[:200], "us": round(us, 1), "calls": calls[name]} for name, us in took.most_common(40)
+    ]
     return {"span_us": span, "busy_us": sum(took.values()), "kernels": rows}
 
 
@@ -56,7 +63,13 @@ def main() -> None:
     options = parser.parse_args()
     configured = {"profiler": "torch", "torch_profiler_dir": str(options.traces), "ignore_frontend": True}
     configured |= {"torch_profiler_with_stack": False}
-    command = [str(options.launcher), f"--port={options.port}", "--profiler-config", json.dumps(configured), *options.arg]
+    command = [
+        str(options.launcher),
+        f"--port={options.port}",
+        "--profiler-config",
+        json.dumps(configured),
+        *options.arg,
+    ]
     with options.out.with_suffix(".log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -70,7 +83,10 @@ def main() -> None:
                     raise SystemExit(f"the service did not answer; exit {process.poll()}") from None
                 time.sleep(0.5)
         prompts = [[*[400] * 64, 500 + i] for i in range(options.clients)]
-        clients = [threading.Thread(target=peers.stream, args=(options.port, options.model, prompt, 1200)) for prompt in prompts]
+        clients = [
+            threading.Thread(target=peers.stream, args=(options.port, options.model, prompt, 1200))
+            for prompt in prompts
+        ]
         for client in clients:
             client.start()
         time.sleep(3)
@@ -83,7 +99,10 @@ def main() -> None:
         process.terminate()
         process.wait(60)
     traces = sorted(options.traces.rglob("*.json*"), key=lambda path: path.stat().st_size)
-    options.out.write_text(json.dumps({"clients": options.clients, "trace": traces[-1].name, **kernels(traces[-1])}, indent=1) + "\n")
+    options.out.write_text(
+        json.dumps({"clients": options.clients, "trace": traces[-1].name, **kernels(traces[-1])}, indent=1)
+        + "\n"
+    )
     print(options.out.read_text()[:3000])
 
 

@@ -1,14 +1,17 @@
-"""Packs wheels for a lent GPU machine that reaches no registry, less the machine code of cards that it does not have.
+"""Packs wheels for a lent GPU machine that reaches no registry, less the machine code of cards that it does
+not have.
 
     python benchmarks/gpu/rig.py pack WHEELS .carry [--name rig] [--compute-capability 9.0] [--empty '*_vllm_fa3_C*'] [--without GLOB]
     python benchmarks/gpu/rig.py unpack /tmp/rig /tmp/site --try torch --try torchvision --try vllm.model_executor.warmup.kernel_warmup
 
-`pack` writes .carry/NAME-00/part-00 …, none over 60 MB; `unpack` joins them there. Three quarters of torch and vLLM is machine code for
-other cards: its bytes become zeros, so that every library keeps its layout and loads, and zstd makes them nothing. Where a kernel has no
-machine code for the card, its PTX stays and the driver compiles it. WHEELS may also be a folder that is installed already.
+`pack` writes .carry/NAME-00/part-00 …, none over 60 MB; `unpack` joins them there. Three quarters of torch
+and vLLM is machine code for other cards: its bytes become zeros, so that every library keeps its layout and
+loads, and zstd makes them nothing. Where a kernel has no machine code for the card, its PTX stays and the
+driver compiles it. WHEELS may also be a folder that is installed already.
 
-The fat binary's layout (section .nv_fatbin) is not documented by NVIDIA; what is relied on here was read off these packages' own files: a
-container of magic 0xBA55ED50 with entries of (kind, header size, payload size, …, architecture at byte 28).
+The fat binary's layout (section .nv_fatbin) is not documented by NVIDIA; what is relied on here was read off
+these packages' own files: a container of magic 0xBA55ED50 with entries of (kind, header size, payload size,
+…, architecture at byte 28).
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ PART_BYTES = 60_000_000  # what one call may carry, with the repository beside i
 
 
 def entries(data: bytearray, at: int) -> list[tuple[int, int, int, int]]:
-    """(kind, architecture as 90, offset, size) of each payload of the container at `at`; none where the bytes are no container."""
+    """(kind, architecture as 90, offset, size) of each payload of the container at `at`; none where the bytes
+    are no container.
+    """
     _, version, header, size = struct.unpack_from("<IHHQ", data, at)
     if version != 1 or header != 16 or at + header + size > len(data):
         return []
@@ -69,7 +74,18 @@ def pack(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         site = Path(work) / "site"
         if wheels := sorted(options.source.glob("*.whl")):
-            command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(site)]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-index",
+                "--no-deps",
+                "--no-compile",
+                "--target",
+                str(site),
+            ]
             subprocess.run([*command, *map(str, wheels)], check=True)
         else:
             shutil.copytree(options.source, site, symlinks=True)
@@ -78,13 +94,21 @@ def pack(options: argparse.Namespace) -> None:
             if any(fnmatch.fnmatch(inside, pattern) for pattern in options.without):
                 shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
             elif file.is_file() and not file.is_symlink() and ".so" in file.name:
-                zeroed = strip(file, architecture, any(fnmatch.fnmatch(inside, pattern) for pattern in options.empty))
+                zeroed = strip(
+                    file, architecture, any(fnmatch.fnmatch(inside, pattern) for pattern in options.empty)
+                )
                 if zeroed > 10_000_000:
-                    print(f"{inside}: {zeroed / 1e6:,.0f} of {file.stat().st_size / 1e6:,.0f} MB are for other cards", flush=True)
+                    print(
+                        f"{inside}: {zeroed / 1e6:,.0f} of {file.stat().st_size / 1e6:,.0f} MB are for other"
+                        " cards",
+                        flush=True,
+                    )
         for old in carry.glob(f"{name}-[0-9][0-9]"):
             shutil.rmtree(old)
         archive = Path(work) / "archive"
-        subprocess.run(["tar", "-C", str(site), "-I", "zstd -15 -T0 --long=27", "-cf", str(archive), "."], check=True)
+        subprocess.run(
+            ["tar", "-C", str(site), "-I", "zstd -15 -T0 --long=27", "-cf", str(archive), "."], check=True
+        )
         with archive.open("rb") as stream:
             number = 0
             while piece := stream.read(PART_BYTES):
@@ -124,8 +148,16 @@ def unpack(options: argparse.Namespace) -> None:
     # minutes of a start end at a package that was left out: here it takes seconds to know
     code = "import importlib, sys; [importlib.import_module(name) for name in sys.argv[1:]]"
     path = os.pathsep.join(filter(None, [str(options.target), os.environ.get("PYTHONPATH")]))
-    if options.tried and subprocess.run([sys.executable, "-c", code, *options.tried], env={**os.environ, "PYTHONPATH": path}).returncode:
-        raise SystemExit(f"rig: {options.target} lacks what {' '.join(options.tried)} need: pack it again with that package")
+    if (
+        options.tried
+        and subprocess.run(
+            [sys.executable, "-c", code, *options.tried], env={**os.environ, "PYTHONPATH": path}
+        ).returncode
+    ):
+        raise SystemExit(
+            f"rig: {options.target} lacks what {' '.join(options.tried)} need: pack it again with that"
+            " package"
+        )
 
 
 def main() -> None:
@@ -136,14 +168,27 @@ def main() -> None:
     first.add_argument("folder", type=Path)
     first.add_argument("--name", default="rig", help="of the folders of parts")
     first.add_argument("--compute-capability", default="9.0")
-    first.add_argument("--empty", action="append", default=[], metavar="GLOB", help="libraries that must load and are not called")
+    first.add_argument(
+        "--empty",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="libraries that must load and are not called",
+    )
     first.add_argument("--without", action="append", default=[], metavar="GLOB", help="what is left out")
     first.add_argument("--work", type=Path, default=Path("/tmp"))
     first.set_defaults(do=pack)
     second = commands.add_parser("unpack")
     second.add_argument("source", type=Path)
     second.add_argument("target", type=Path)
-    second.add_argument("--try", dest="tried", action="append", default=[], metavar="MODULE", help="must be importable then; repeatable")
+    second.add_argument(
+        "--try",
+        dest="tried",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="must be importable then; repeatable",
+    )
     second.set_defaults(do=unpack)
     options = parser.parse_args()
     options.do(options)

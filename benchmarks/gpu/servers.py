@@ -16,7 +16,9 @@ def end_on_sigterm() -> None:
 
 
 def stop(*processes: subprocess.Popen[Any], wait_s: float = 20) -> None:
-    """Ends servers, each started in a session of its own, and what they leave behind: a worker that outlives its server holds the card."""
+    """Ends servers, each started in a session of its own, and what they leave behind: a worker that outlives
+    its server holds the card.
+    """
     for process in processes:
         process.terminate()
     for process in processes:

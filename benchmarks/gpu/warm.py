@@ -2,10 +2,9 @@
 
     python benchmarks/gpu/warm.py &
 
-vLLM's FlashAttention 2 holds machine code for Ampere only: on a Hopper card that plays an A100 the driver compiles it at first use,
-20 to 75 s for each of its modules, in the middle of the engine's start. Seen with py-spy (docs/measurements). Two processes do it beside
-the loading instead.
-An A100 needs none of this.
+vLLM's FlashAttention 2 holds machine code for Ampere only: on a Hopper card that plays an A100 the driver
+compiles it at first use, 20 to 75 s for each of its modules, in the middle of the engine's start. Seen with
+py-spy (docs/measurements). Two processes do it beside the loading instead. An A100 needs none of this.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ import time
 
 
 def attend(query_tokens: int) -> None:
-    """One paged call with Llama-2-70B's head shapes at TP=2; a single query token per request takes the decode module."""
+    """One paged call with Llama-2-70B's head shapes at TP=2; a single query token per request takes the
+    decode module.
+    """
     import torch
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
@@ -27,7 +28,9 @@ def attend(query_tokens: int) -> None:
         k=cache[0],
         v=cache[1],
         out=torch.empty(requests * query_tokens, 32, 128, dtype=torch.float16, device="cuda"),
-        cu_seqlens_q=torch.arange(0, (requests + 1) * query_tokens, query_tokens, dtype=torch.int32, device="cuda"),
+        cu_seqlens_q=torch.arange(
+            0, (requests + 1) * query_tokens, query_tokens, dtype=torch.int32, device="cuda"
+        ),
         max_seqlen_q=query_tokens,
         seqused_k=torch.full((requests,), 64, dtype=torch.int32, device="cuda"),
         max_seqlen_k=64,

@@ -20,14 +20,18 @@ def is_gateways(response: Any) -> bool:
 @schemathesis.check
 def past_the_list(ctx: Any, response: Any, case: Any) -> None:
     if (case.method.upper(), case.path) not in LISTED:
-        assert is_gateways(response), f"{case.method} {case.path} reached the engine, which says {response.status_code}"
+        assert is_gateways(response), (
+            f"{case.method} {case.path} reached the engine, which says {response.status_code}"
+        )
         assert response.status_code in (400, 404, 405, 413, 414), response.status_code
 
 
 @schemathesis.check
 def no_gateway_error(ctx: Any, response: Any, case: Any) -> None:
     if is_gateways(response):
-        assert response.status_code < 500, f"{case.method} {case.path}: {response.status_code} is the gateway's own"
+        assert response.status_code < 500, (
+            f"{case.method} {case.path}: {response.status_code} is the gateway's own"
+        )
 
 
 @schemathesis.hook
@@ -38,4 +42,8 @@ def before_call(ctx: Any, case: Any, kwargs: Any) -> None:
         for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             if not isinstance(body.get(name), str | list | dict):
                 body[name] = 2
-        body |= {name: value for name, value in {"n": 1, "best_of": 1, "min_tokens": 0}.items() if isinstance(body.get(name), int)}
+        body |= {
+            name: value
+            for name, value in {"n": 1, "best_of": 1, "min_tokens": 0}.items()
+            if isinstance(body.get(name), int)
+        }

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Builds a signed STUB of NVIDIA's package repository and of a machine with cards: `build_repo.py OUT CACHE KERNEL…`, a KERNEL being a
-release such as 6.1.0-99-amd64. What was built before from the same sources is copied from CACHE.
+"""Builds a signed STUB of NVIDIA's package repository and of a machine with cards: `build_repo.py OUT CACHE
+KERNEL…`, a KERNEL being a release such as 6.1.0-99-amd64. What was built before from the same sources is
+copied from CACHE.
 
-OUT/compute/cuda/repos/{debian12,debian13,ubuntu2204,ubuntu2404}/x86_64/ holds packages with NVIDIA's names and dependencies for that
-system and none of its content, signed by a key made here, and that key as lowmem-stub.pub; OUT/fingerprint is its fingerprint,
-OUT/wrong.pub another key. OUT.tar is laid over a host's root: that repository, the stub's programs and its units, switched on.
-Needs dpkg-deb, apt-ftparchive and gpg. About 5 s.
+OUT/compute/cuda/repos/{debian12,debian13,ubuntu2204,ubuntu2404}/x86_64/ holds packages with NVIDIA's names
+and dependencies for that system and none of its content, signed by a key made here, and that key as
+lowmem-stub.pub; OUT/fingerprint is its fingerprint, OUT/wrong.pub another key. OUT.tar is laid over a host's
+root: that repository, the stub's programs and its units, switched on. Needs dpkg-deb, apt-ftparchive and gpg.
+About 5 s.
 """
 
 from __future__ import annotations
@@ -32,25 +34,55 @@ def sh(*command: str | Path, **options: object) -> str:
 
 
 def kernel_module(fields: dict[str, str]) -> bytes:
-    """A relocatable ELF file that holds a .modinfo section and nothing else: enough for the real depmod and modinfo."""
+    """A relocatable ELF file that holds a .modinfo section and nothing else: enough for the real depmod and
+    modinfo.
+    """
     modinfo = b"".join(f"{k}={v}".encode() + b"\0" for k, v in fields.items())
     names = b"\0.modinfo\0.symtab\0.strtab\0.shstrtab\0"
-    blobs = [(1, 1, modinfo, 0, 0, 0), (10, 2, bytes(24), 3, 1, 24), (18, 3, b"\0", 0, 0, 0), (26, 3, names, 0, 0, 0)]
+    blobs = [
+        (1, 1, modinfo, 0, 0, 0),
+        (10, 2, bytes(24), 3, 1, 24),
+        (18, 3, b"\0", 0, 0, 0),
+        (26, 3, names, 0, 0, 0),
+    ]
     offset, body, headers = 64, b"", [bytes(64)]
     for name, kind, data, link, info, size in blobs:
         body += bytes(-(offset + len(body)) % 8)
-        headers.append(struct.pack("<IIQQQQIIQQ", name, kind, 2 if kind == 1 else 0, 0, offset + len(body), len(data), link, info, 8, size))
+        headers.append(
+            struct.pack(
+                "<IIQQQQIIQQ",
+                name,
+                kind,
+                2 if kind == 1 else 0,
+                0,
+                offset + len(body),
+                len(data),
+                link,
+                info,
+                8,
+                size,
+            )
+        )
         body += data
     body += bytes(-(offset + len(body)) % 8)
     ident = b"\x7fELF\x02\x01\x01" + bytes(9)
-    file_header = struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, offset + len(body), 0, 64, 0, 0, 64, len(headers), 4)
+    file_header = struct.pack(
+        "<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, offset + len(body), 0, 64, 0, 0, 64, len(headers), 4
+    )
     return ident + file_header + body + b"".join(headers)
 
 
 Files = dict[str, tuple[str | bytes, int]]
 
 
-def package(out: Path, name: str, version: str, files: Files | None = None, scripts: dict[str, str] | None = None, **fields: str) -> None:
+def package(
+    out: Path,
+    name: str,
+    version: str,
+    files: Files | None = None,
+    scripts: dict[str, str] | None = None,
+    **fields: str,
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         root.chmod(0o755)
@@ -61,7 +93,12 @@ def package(out: Path, name: str, version: str, files: Files | None = None, scri
             target.chmod(mode)
         control = root / "DEBIAN"
         control.mkdir()
-        lines = {"Package": name, "Version": version, "Architecture": "amd64", "Maintainer": "stub <stub@invalid>"}
+        lines = {
+            "Package": name,
+            "Version": version,
+            "Architecture": "amd64",
+            "Maintainer": "stub <stub@invalid>",
+        }
         lines["Description"] = "STUB for tests"
         lines.update({k.replace("_", "-").title(): v for k, v in fields.items()})
         (control / "control").write_text("".join(f"{k}: {v}\n" for k, v in lines.items()))
@@ -72,7 +109,10 @@ def package(out: Path, name: str, version: str, files: Files | None = None, scri
 
 
 def daemon(description: str, process: str) -> str:
-    return f"[Unit]\nDescription=STUB of {description}\n[Service]\nExecStart=/usr/bin/{process}\n[Install]\nWantedBy=multi-user.target\n"
+    return (
+        "[Unit]\nDescription=STUB of"
+        f" {description}\n[Service]\nExecStart=/usr/bin/{process}\n[Install]\nWantedBy=multi-user.target\n"
+    )
 
 
 # What dkms does when such a package is installed, less the compiling.
@@ -86,9 +126,16 @@ done
 
 
 def names(system: str, branch: str) -> dict[str, str]:
-    """What NVIDIA calls the parts: https://docs.nvidia.com/datacenter/tesla/driver-installation-guide, "Ubuntu 590 package renames"."""
+    """What NVIDIA calls the parts: https://docs.nvidia.com/datacenter/tesla/driver-installation-guide,
+    "Ubuntu 590 package renames".
+    """
     if system == "Debian":
-        return {"smi": "nvidia-driver-cuda", "libcuda": "libcuda1", "open": "nvidia-kernel-open-dkms", "proprietary": "nvidia-kernel-dkms"}
+        return {
+            "smi": "nvidia-driver-cuda",
+            "libcuda": "libcuda1",
+            "open": "nvidia-kernel-open-dkms",
+            "proprietary": "nvidia-kernel-dkms",
+        }
     suffix = f"-{branch}" if int(branch) < 590 else ""
     return {
         "smi": f"nvidia-utils{suffix}", "libcuda": f"libnvidia-compute{suffix}",
@@ -120,7 +167,9 @@ def driver(out: Path, system: str, version: str, cuda: str) -> None:
         replaces="stub-smi",
         provides="stub-smi",
     )
-    package(out, name["libcuda"], full, conflicts="stub-libcuda", replaces="stub-libcuda", provides="stub-libcuda")
+    package(
+        out, name["libcuda"], full, conflicts="stub-libcuda", replaces="stub-libcuda", provides="stub-libcuda"
+    )
     nodes = "#!/bin/sh\n# STUB: the node is an empty file\n[ \"$*\" = '-c=0 -u' ] && touch /dev/nvidia-uvm\n"
     package(out, "nvidia-modprobe", full, {"/usr/bin/nvidia-modprobe": (nodes, 0o755)})
     for kind, licence in (("open", "Dual MIT/GPL"), ("proprietary", "NVIDIA")):
@@ -144,7 +193,10 @@ def driver(out: Path, system: str, version: str, cuda: str) -> None:
         ("nvidia-fabricmanager", "nv-fabricmanager", "NVIDIA's fabric manager"),
     ):
         unit = f"/usr/lib/systemd/system/{service}.service"
-        files = {unit: (daemon(what, process), 0o644), f"/usr/bin/{process}": ("#!/bin/sh\nexec sleep infinity\n", 0o755)}
+        files = {
+            unit: (daemon(what, process), 0o644),
+            f"/usr/bin/{process}": ("#!/bin/sh\nexec sleep infinity\n", 0o755),
+        }
         # the fabric manager has the same version string on both systems
         package(out, service, f"{version}-1" if service == "nvidia-fabricmanager" else full, files)
     package(out, "nvidia-open", full, depends=f"{name['smi']} (= {full}), {name['open']} (= {full})")
@@ -164,7 +216,19 @@ def toolkit(out: Path) -> None:
 def keys(home: Path, name: str) -> tuple[str, str]:
     env = {**os.environ, "GNUPGHOME": str(home)}
     who = f"{name} <stub@invalid>"
-    sh("gpg", "--batch", "--quiet", "--passphrase", "", "--quick-generate-key", who, "rsa3072", "sign", "never", env=env)
+    sh(
+        "gpg",
+        "--batch",
+        "--quiet",
+        "--passphrase",
+        "",
+        "--quick-generate-key",
+        who,
+        "rsa3072",
+        "sign",
+        "never",
+        env=env,
+    )
     listing = sh("gpg", "--with-colons", "--list-keys", name, env=env)
     fingerprint = next(line.split(":")[9] for line in listing.splitlines() if line.startswith("fpr:"))
     return fingerprint, sh("gpg", "--armor", "--export", fingerprint, env=env)
@@ -176,9 +240,16 @@ def packages(out: Path, system: str, releases: list[str]) -> None:
         driver(out, system, version, cuda)
     toolkit(out)
     for release in releases:
-        package(out, f"linux-headers-{release}", "1", {f"/usr/src/linux-headers-{release}/Makefile": ("# STUB\n", 0o644)})
+        package(
+            out,
+            f"linux-headers-{release}",
+            "1",
+            {f"/usr/src/linux-headers-{release}/Makefile": ("# STUB\n", 0o644)},
+        )
     (out / "Packages").write_text(sh("apt-ftparchive", "packages", ".", cwd=out))
-    (out / "Release").write_text(sh("apt-ftparchive", "-o", "APT::FTPArchive::Release::Origin=lowmem-stub", "release", ".", cwd=out))
+    (out / "Release").write_text(
+        sh("apt-ftparchive", "-o", "APT::FTPArchive::Release::Origin=lowmem-stub", "release", ".", cwd=out)
+    )
 
 
 def build(out: Path, releases: list[str]) -> None:
@@ -189,7 +260,17 @@ def build(out: Path, releases: list[str]) -> None:
         for system, (suite, *others) in SUITES.items():
             first = repositories / suite / "x86_64"
             packages(first, system, releases)
-            sign = ("gpg", "--batch", "--yes", "--default-key", fingerprint, "--clearsign", "-o", first / "InRelease", first / "Release")
+            sign = (
+                "gpg",
+                "--batch",
+                "--yes",
+                "--default-key",
+                fingerprint,
+                "--clearsign",
+                "-o",
+                first / "InRelease",
+                first / "Release",
+            )
             sh(*sign, env=env)
             (first / "lowmem-stub.pub").write_text(public)
             for other in others:
@@ -200,7 +281,9 @@ def build(out: Path, releases: list[str]) -> None:
 
 
 def machine(out: Path, tar: Path) -> None:
-    """What is laid over a host's root. Its modprobe comes before the real one on PATH; its units are enabled as systemctl does."""
+    """What is laid over a host's root. Its modprobe comes before the real one on PATH; its units are enabled
+    as systemctl does.
+    """
 
     def mine(entry: tarfile.TarInfo) -> tarfile.TarInfo:
         entry.uid = entry.gid = 0
@@ -211,7 +294,9 @@ def machine(out: Path, tar: Path) -> None:
     links = {
         "usr/local/sbin/modprobe": "/opt/stub-gpu/stub-gpu",
         "etc/systemd/system/sysinit.target.wants/stub-gpu.service": "/etc/systemd/system/stub-gpu.service",
-        "etc/systemd/system/multi-user.target.wants/stub-repo.service": "/etc/systemd/system/stub-repo.service",
+        "etc/systemd/system/multi-user.target.wants/stub-repo.service": (
+            "/etc/systemd/system/stub-repo.service"
+        ),
     }
     with tarfile.open(tar, "w") as archive:
         archive.add(out, "opt/stub-repo", filter=mine)
@@ -226,7 +311,9 @@ def machine(out: Path, tar: Path) -> None:
 
 def main() -> None:
     out, cache, releases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    sources = hashlib.sha256("".join([*releases, *(p.read_text() for p in (Path(__file__), HERE / "files/nvidia-smi"))]).encode())
+    sources = hashlib.sha256(
+        "".join([*releases, *(p.read_text() for p in (Path(__file__), HERE / "files/nvidia-smi"))]).encode()
+    )
     built = cache / f"stub-repo-{sources.hexdigest()[:12]}"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / ".stub-repo.lock").open("w") as lock:

@@ -38,8 +38,12 @@ PROJECT_FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 
 def sources(source: Path) -> list[Path]:
-    """The files that a wheel of `source` can depend on: project files, and every package, data folder and module beside them."""
-    packages = {init.parent for init in source.glob("*/__init__.py")} | {init.parent for init in source.glob("src/*/__init__.py")}
+    """The files that a wheel of `source` can depend on: project files, and every package, data folder and
+    module beside them.
+    """
+    packages = {init.parent for init in source.glob("*/__init__.py")} | {
+        init.parent for init in source.glob("src/*/__init__.py")
+    }
     packages |= {source / name for name in ("profiles",) if (source / name).is_dir()}
     files = [source / name for name in PROJECT_FILES if (source / name).is_file()] + list(source.glob("*.py"))
     for package in packages:
@@ -50,12 +54,16 @@ def sources(source: Path) -> list[Path]:
 def digest(source: Path) -> str:
     total = hashlib.sha256()
     for path in sources(source):
-        total.update(f"{path.relative_to(source)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+        total.update(
+            f"{path.relative_to(source)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
+        )
     return total.hexdigest()[:12]
 
 
 def build(source: Path, destination: Path) -> tuple[Path, bool]:
-    """The wheel of `source` and whether it was built now. Raises RuntimeError with the builder's last line."""
+    """The wheel of `source` and whether it was built now. Raises RuntimeError with the
+    builder's last line.
+    """
     folder = destination / digest(source)
     for wheel in folder.glob("*.whl"):
         return wheel, False
@@ -74,7 +82,16 @@ def build(source: Path, destination: Path) -> tuple[Path, bool]:
 def make(source: Path, folder: Path) -> Path:
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(scratch)]
+        command = [
+            sys.executable,
+            "-m",
+            "hatchling",
+            "build",
+            "--target",
+            "wheel",
+            "--directory",
+            str(scratch),
+        ]
         done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["hatchling said nothing"])[-1])

@@ -1,7 +1,9 @@
-"""Compares a host with what the last whole run left there: the controller's part, which says what the run is made of.
+"""Compares a host with what the last whole run left there: the controller's part, which says what the run is
+made of.
 
-The run is made of this repository's code, of every variable of its roles, resolved for the host, and of the files on the controller that
-such a variable names by an absolute path. Digests of these go to the module of the same name, which adds the host's own.
+The run is made of this repository's code, of every variable of its roles, resolved for the host, and of the
+files on the controller that such a variable names by an absolute path. Digests of these go to the module of
+the same name, which adds the host's own.
 """
 
 from __future__ import annotations
@@ -31,9 +33,15 @@ def digest(data: bytes) -> str:
 
 def code() -> str:
     """A digest of the repository's own files, whatever their times are."""
-    paths = [REPOSITORY / "site.yml", REPOSITORY / "pyproject.toml", *(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*"))]
+    paths = [
+        REPOSITORY / "site.yml",
+        REPOSITORY / "pyproject.toml",
+        *(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*")),
+    ]
     files = sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
-    return digest(b"".join(f"{path.relative_to(REPOSITORY)}\0{digest(path.read_bytes())}\n".encode() for path in files))
+    return digest(
+        b"".join(f"{path.relative_to(REPOSITORY)}\0{digest(path.read_bytes())}\n".encode() for path in files)
+    )
 
 
 # Ansible reads this file once, in its main process; then it forks a process for each task of each host.
@@ -52,7 +60,9 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def named_files(value: Any) -> Iterator[str]:
-    """Digests of the files on the controller that the value names; a file of that name on the host alone is no file here."""
+    """Digests of the files on the controller that the value names; a file of that name on the host alone is
+    no file here.
+    """
     for text in strings(value):
         if text.startswith(("/", "~")) and "\n" not in text:
             try:
@@ -74,7 +84,9 @@ class ActionModule(ActionBase):
         if not answer.get("failed"):
             answer["intent"] = given["intent"]
             if given["state"] == "compared":
-                self._display.display(f"    {(task_vars or {}).get('inventory_hostname', '')} | {self._said(answer)}")
+                self._display.display(
+                    f"    {(task_vars or {}).get('inventory_hostname', '')} | {self._said(answer)}"
+                )
         return answer
 
     def _said(self, answer: dict[str, Any]) -> str:

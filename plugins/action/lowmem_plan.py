@@ -9,17 +9,18 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import filter_loader, test_loader
 
-# Ansible reads this file once, in its main process; then it forks a process for each task of each host. Each would load all filters
-# and tests for itself, which takes as long as an assert, unless they are there.
+# Ansible reads this file once, in its main process; then it forks a process for each task of each host. Each
+# would load all filters and tests for itself, which takes as long as an assert, unless they are there.
 filter_loader.get("bool")
 test_loader.get("match")
 
 # At the top for the same reason: the import takes longer than a plan.
 try:
     from lowmem.errors import BadInput
-    from lowmem.planner import BadPlace, make_plan
-    from lowmem.profiles import load_profile
-    from lowmem.render import plan_text
+    from lowmem.inputs.profiles import load_profile
+    from lowmem.plan.planner import make_plan
+    from lowmem.plan.render import plan_text
+    from lowmem.plan.request import BadPlace
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
 else:
@@ -66,15 +67,17 @@ class ActionModule(ActionBase):
             }
         )
         if missing:
-            raise AnsibleActionFail(f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook") from missing
+            raise AnsibleActionFail(
+                f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook"
+            ) from missing
         try:
             hosts = load_profile(wanted["profile"]).hosts
             nodes = wanted["members"].get("nodes", [])
             if hosts > 1 and len(nodes) != hosts:
                 raise AnsibleActionFail(
-                    f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has {len(nodes)} "
-                    f"({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts (lowmem_nodes is its hosts' addresses, "
-                    "in order), or choose a profile of one host."
+                    f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has"
+                    f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
+                    " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
                 )
             plan = make_plan(
                 wanted["profile"],
@@ -91,5 +94,7 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(str(error)) from error
         self._display.display(plan_text(plan))
         if plan.verdict == "impossible":
-            raise AnsibleActionFail(f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed.")
+            raise AnsibleActionFail(
+                f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed."
+            )
         return {"changed": False, "plan": json.loads(plan.model_dump_json())}

@@ -1,12 +1,13 @@
 """Run a long command on the host and show what it says while it runs.
 
-The command runs through Ansible's own async machinery, so neither a silent quarter of an hour nor a lost connection ends it. Its
-stdout is its progress, in lines meant for the operator, and is shown as it comes; its stderr is kept in a log on the host, whose
-last lines are shown when the command fails. Both files stay, as `<log>.progress` and `<log>.log`.
+The command runs through Ansible's own async machinery, so neither a silent quarter of an hour nor a lost
+connection ends it. Its stdout is its progress, in lines meant for the operator, and is shown as it comes; its
+stderr is kept in a log on the host, whose last lines are shown when the command fails. Both files stay, as
+`<log>.progress` and `<log>.log`.
 
-Arguments: argv (list), log (path on the host, without suffix; its folder exists), timeout_s (int, default 3600), chdir (path),
-stdin (text, never shown).
-Returns rc and stdout_lines. In check mode nothing is run and the task counts as changed.
+Arguments: argv (list), log (path on the host, without suffix; its folder exists), timeout_s (int, default
+3600), chdir (path), stdin (text, never shown). Returns rc and stdout_lines. In check mode nothing is run and
+the task counts as changed.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ class ActionModule(ActionBase):
             }
         )
         if self._task.check_mode:
-            return {"changed": True, "rc": 0, "stdout_lines": [], "skipped": False, "msg": "not run in check mode"}
+            return {
+                "changed": True,
+                "rc": 0,
+                "stdout_lines": [],
+                "skipped": False,
+                "msg": "not run in check mode",
+            }
 
         def module(name: str, arguments: dict[str, Any], limit_s: int = 0) -> dict[str, Any]:
             # async_val is what the async wrapper takes its own time limit from
@@ -57,11 +64,18 @@ class ActionModule(ActionBase):
             return result
 
         log, timeout_s = arguments["log"], arguments["timeout_s"]
-        command = {"argv": ["/bin/sh", "-c", WRAPPER, log, *arguments["argv"]], "chdir": arguments["chdir"], "stdin": arguments["stdin"]}
+        command = {
+            "argv": ["/bin/sh", "-c", WRAPPER, log, *arguments["argv"]],
+            "chdir": arguments["chdir"],
+            "stdin": arguments["stdin"],
+        }
         job = module("ansible.legacy.command", command, timeout_s)
         if "ansible_job_id" not in job:
             return job
-        asked = {"jid": job["ansible_job_id"], "_async_dir": self.get_shell_option("async_dir", default="~/.ansible_async")}
+        asked = {
+            "jid": job["ansible_job_id"],
+            "_async_dir": self.get_shell_option("async_dir", default="~/.ansible_async"),
+        }
         show = self._shower()
         lines: list[str] = []
         deadline = time.monotonic() + timeout_s + 30  # the wrapper on the host ends it first
@@ -88,7 +102,12 @@ class ActionModule(ActionBase):
         reason = tail[-1] if tail else status.get("msg", "it said nothing")
         if rc is None:
             reason = f"no end after {timeout_s} s, or the process was killed; {reason}"
-        return {**result, "failed": True, "stderr_lines": tail, "msg": f"{reason} (full log on the host: {log}.log)"}
+        return {
+            **result,
+            "failed": True,
+            "stderr_lines": tail,
+            "msg": f"{reason} (full log on the host: {log}.log)",
+        }
 
     def _shower(self) -> Callable[[str], None]:
         host = self._task_fields_host()
@@ -97,7 +116,9 @@ class ActionModule(ActionBase):
     def _task_fields_host(self) -> str:
         return str(self._templar.available_variables.get("inventory_hostname", ""))
 
-    def _new_lines(self, module: Callable[..., dict[str, Any]], path: str, known: int, show: Callable[[str], None]) -> list[str]:
+    def _new_lines(
+        self, module: Callable[..., dict[str, Any]], path: str, known: int, show: Callable[[str], None]
+    ) -> list[str]:
         """Complete lines of `path` after the first `known`, shown."""
         said = module("ansible.legacy.command", {"argv": ["tail", "-n", f"+{known + 1}", path]})
         new: list[str] = said.get("stdout_lines", [])

@@ -13,8 +13,9 @@ options:
 
 
 def xids(grade: str) -> list[int]:
-    # Not at the top: Ansible loads every filter anew for each task of each host, and this import takes longer than most tasks.
-    from lowmem.doctor import XID
+    # Not at the top: Ansible loads every filter anew for each task of each host, and this import takes longer
+    # than most tasks.
+    from lowmem.status.doctor import XID
 
     return [number for number, (graded, _, _) in XID.items() if graded == grade]
 

@@ -55,7 +55,10 @@ def read(folder: Path) -> dict:
     """File name to content and whether it is private."""
     if not folder.is_dir():
         return {}
-    return {entry.name: (entry.read_text(), entry.stat().st_mode & 0o077 == 0) for entry in sorted(folder.iterdir())}
+    return {
+        entry.name: (entry.read_text(), entry.stat().st_mode & 0o077 == 0)
+        for entry in sorted(folder.iterdir())
+    }
 
 
 def mode(name: str, private: bool) -> int:
@@ -101,7 +104,11 @@ def main() -> None:
     differing = sorted(name for name in {*before, *tree} if before.get(name) != tree.get(name))
     digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
     place = link.with_name(f"{link.name}.{digest}")
-    result = {"changed": bool(differing), "changed_files": differing, "folder": str(place if differing else link.resolve())}
+    result = {
+        "changed": bool(differing),
+        "changed_files": differing,
+        "folder": str(place if differing else link.resolve()),
+    }
     result["diff"] = [
         {
             "before": before.get(name, ("",))[0],
@@ -122,7 +129,10 @@ def main() -> None:
             if done[0]:
                 shutil.rmtree(scratch)
                 said = " ".join((done[2] or done[1]).replace(str(scratch), str(link)).split())
-                module.fail_json(msg=f"{link} was not changed, since {command[0]} refuses what was to land there: {said}", rc=done[0])
+                module.fail_json(
+                    msg=f"{link} was not changed, since {command[0]} refuses what was to land there: {said}",
+                    rc=done[0],
+                )
         shutil.rmtree(place, ignore_errors=True)
         scratch.rename(place)
         point(link, place.name)

@@ -85,7 +85,11 @@ recorded_utc: {description: When the record was written; empty where there is no
 SHOWN = 5
 ANSWER_TIMEOUT_S = 10
 COMMAND_TIMEOUT_S = 30
-MACHINE = ("/proc/sys/kernel/random/boot_id", "/proc/driver/nvidia/version", "/proc/driver/nvidia/gpus/*/information")
+MACHINE = (
+    "/proc/sys/kernel/random/boot_id",
+    "/proc/driver/nvidia/version",
+    "/proc/driver/nvidia/gpus/*/information",
+)
 PACKAGES = ("/var/lib/dpkg/status", "/var/lib/dpkg/extended_states")
 
 
@@ -144,7 +148,9 @@ def sysctls() -> dict[str, str]:
     """Live values of what /etc/sysctl.d sets."""
     found = {}
     for path in matches("/etc/sysctl.d/*.conf"):
-        for name in re.findall(r"^\s*-?([\w./-]+)\s*=", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE):
+        for name in re.findall(
+            r"^\s*-?([\w./-]+)\s*=", path.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+        ):
             live = Path("/proc/sys", name.replace(".", "/") if "/" not in name else name)
             try:
                 found[f"live {name}"] = live.read_text(encoding="utf-8").strip()
@@ -168,7 +174,9 @@ def run(command: list[str]) -> str:
 
 
 def units(patterns: list[str]) -> dict[str, str]:
-    """Of those that are enabled or run: enabled as what, and running or not. What a timer runs is up at times, and that does not count."""
+    """Of those that are enabled or run: enabled as what, and running or not. What a timer runs is up at
+    times, and that does not count.
+    """
     if not patterns or not shutil.which("systemctl"):
         return {}
     wanted = "--property=Id,Type,RemainAfterExit,ActiveState,UnitFileState,NeedDaemonReload"
@@ -178,15 +186,22 @@ def units(patterns: list[str]) -> dict[str, str]:
         if unit.get("Type") == "oneshot" and unit.get("RemainAfterExit") == "no":
             unit["ActiveState"] = "-"
         if unit.get("ActiveState") not in (None, "-", "inactive") or unit.get("UnitFileState") == "enabled":
-            found[f"unit {unit['Id']}"] = " ".join(unit.get(name, "") for name in ("ActiveState", "UnitFileState", "NeedDaemonReload"))
+            found[f"unit {unit['Id']}"] = " ".join(
+                unit.get(name, "") for name in ("ActiveState", "UnitFileState", "NeedDaemonReload")
+            )
     return found
 
 
 def tables(start: str) -> dict[str, str]:
     if not start or not shutil.which("nft"):
         return {}
-    named = re.findall(rf"^table (\w+) ({re.escape(start)}\S*)", run(["nft", "list", "tables"])[2:], re.MULTILINE)
-    return {f"rules {name}": digest(run(["nft", "--stateless", "list", "table", family, name]).encode()) for family, name in named}
+    named = re.findall(
+        rf"^table (\w+) ({re.escape(start)}\S*)", run(["nft", "list", "tables"])[2:], re.MULTILINE
+    )
+    return {
+        f"rules {name}": digest(run(["nft", "--stateless", "list", "table", family, name]).encode())
+        for family, name in named
+    }
 
 
 def status(url: str) -> str:
@@ -201,7 +216,12 @@ def status(url: str) -> str:
 
 def observed(given: dict) -> dict[str, str]:
     ignored = given["ignored"]
-    seen = [path for pattern in (*given["outlines"], *PACKAGES) for path in matches(pattern) if counts(path.name, ignored)]
+    seen = [
+        path
+        for pattern in (*given["outlines"], *PACKAGES)
+        for path in matches(pattern)
+        if counts(path.name, ignored)
+    ]
     state = {str(path): outline(path) for path in seen}
     state |= {str(path): whole(path) for pattern in given["contents"] for path in below(pattern, ignored)}
     state |= {str(path): digest(path.read_bytes()) for pattern in MACHINE for path in matches(pattern)}
@@ -241,7 +261,9 @@ def main() -> None:
     except OSError as error:
         module.fail_json(msg=str(error))
     then = kept.get("state", {})
-    differ = sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)) if then else []
+    differ = (
+        sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name)) if then else []
+    )
     said = {
         "unchanged": bool(then) and not differ,
         "differences": differ[:SHOWN],

@@ -1,5 +1,7 @@
 #!/usr/bin/python
-"""Several folders in one call, where a loop over ansible.builtin.file starts a Python on the host for each."""
+"""Several folders in one call, where a loop over ansible.builtin.file starts a Python on the
+host for each.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,18 @@ def main() -> None:
         "group": {"type": "str"},
     }
     module = AnsibleModule(
-        argument_spec={"folders": {"type": "list", "elements": "dict", "options": one, "required": True}}, supports_check_mode=True
+        argument_spec={"folders": {"type": "list", "elements": "dict", "options": one, "required": True}},
+        supports_check_mode=True,
     )
     try:
         changed = [folder["path"] for folder in module.params["folders"] if have(module, folder)]
     except OSError as error:
         module.fail_json(msg=str(error))
-    module.exit_json(changed=bool(changed), changed_folders=changed, diff={"before": "", "after": "".join(f"{path}\n" for path in changed)})
+    module.exit_json(
+        changed=bool(changed),
+        changed_folders=changed,
+        diff={"before": "", "after": "".join(f"{path}\n" for path in changed)},
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 #!/usr/bin/python
-"""Reads what a host says about its NVIDIA cards and driver. Changes nothing; needs only the host's own Python (3.10 or later)."""
+"""Reads what a host says about its NVIDIA cards and driver. Changes nothing; needs only the host's own Python
+(3.10 or later).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ report:
 """
 
 NVIDIA = "0x10de"
-DRIVER_PACKAGE = re.compile(r"^(nvidia-|libnvidia|libcuda1|cuda-drivers|firmware-nvidia|xserver-xorg-video-nvidia)")
+DRIVER_PACKAGE = re.compile(
+    r"^(nvidia-|libnvidia|libcuda1|cuda-drivers|firmware-nvidia|xserver-xorg-video-nvidia)"
+)
 
 
 def read(path: str) -> str | None:
@@ -47,10 +51,18 @@ def read(path: str) -> str | None:
 
 
 def output(*command: str, timeout_s: int = 60) -> tuple[int, str, str]:
-    """Exit status, standard output and error; 127 when there is no such program, 124 when it did not end in time."""
+    """Exit status, standard output and error; 127 when there is no such program, 124 when it did not end in
+    time.
+    """
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=timeout_s, check=False, env=dict(os.environ, LC_ALL="C")
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            env=dict(os.environ, LC_ALL="C"),
         )
     except FileNotFoundError:
         return 127, "", f"{command[0]}: not installed"
@@ -60,7 +72,9 @@ def output(*command: str, timeout_s: int = 60) -> tuple[int, str, str]:
 
 
 def pci() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """NVIDIA's display controllers (class 03) and its bridges that are no PCI bridge (class 0680): the NVSwitches."""
+    """NVIDIA's display controllers (class 03) and its bridges that are no PCI bridge (class 0680): the
+    NVSwitches.
+    """
     cards, switches = [], []
     for path in sorted(Path("/sys/bus/pci/devices").glob("*")):
         if read(f"{path}/vendor") != NVIDIA:
@@ -75,7 +89,9 @@ def pci() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 
 def secure_boot() -> bool | None:
-    """The fifth byte of the EFI variable, after four bytes of attributes. None: no EFI, so nothing to verify signatures."""
+    """The fifth byte of the EFI variable, after four bytes of attributes. None: no EFI, so nothing to verify
+    signatures.
+    """
     for path in Path("/sys/firmware/efi/efivars").glob("SecureBoot-*"):
         try:
             return path.read_bytes()[4:5] == b"\x01"
@@ -85,7 +101,9 @@ def secure_boot() -> bool | None:
 
 
 def kernels() -> dict[str, object]:
-    """Installed kernels are those with an image in /boot; the running one counts whether or not its image is there."""
+    """Installed kernels are those with an image in /boot; the running one counts whether or not its image is
+    there.
+    """
     running = platform.release()
     installed = sorted({running} | {p.name.removeprefix("vmlinuz-") for p in Path("/boot").glob("vmlinuz-*")})
     return {
@@ -93,12 +111,15 @@ def kernels() -> dict[str, object]:
         "installed": installed,
         "meta_headers": meta_headers(),
         "without_headers": [
-            k for k in installed if not any(Path(p).exists() for p in (f"/usr/src/linux-headers-{k}", f"/lib/modules/{k}/build"))
+            k
+            for k in installed
+            if not any(Path(p).exists() for p in (f"/usr/src/linux-headers-{k}", f"/lib/modules/{k}/build"))
         ],
     }
 
 
-# Debian's own packages give the file another name than the module in it has, and an alias that modinfo does not follow.
+# Debian's own packages give the file another name than the module in it has, and an alias that modinfo does
+# not follow.
 FILE_PREFIXES = ("nvidia", "nvidia-current", "nvidia-current-open")
 
 
@@ -126,22 +147,34 @@ def modprobe_says(pattern: str, folder: str) -> bool:
 
 
 def meta_headers() -> list[str]:
-    """Header packages that follow the kernel: linux-headers-amd64 where linux-image-amd64 is installed, and not there yet."""
-    _, out, _ = output("dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", "linux-image-*", "linux-headers-*")
+    """Header packages that follow the kernel: linux-headers-amd64 where linux-image-amd64 is installed, and
+    not there yet.
+    """
+    _, out, _ = output(
+        "dpkg-query", "-W", "-f", "${Package} ${db:Status-Status}\n", "linux-image-*", "linux-headers-*"
+    )
     names = {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
-    wanted = {n.replace("linux-image-", "linux-headers-", 1) for n in names if re.match(r"linux-image-[a-z]", n) and not n.endswith("-dbg")}
+    wanted = {
+        n.replace("linux-image-", "linux-headers-", 1)
+        for n in names
+        if re.match(r"linux-image-[a-z]", n) and not n.endswith("-dbg")
+    }
     return sorted(wanted - names)
 
 
 def packages() -> tuple[dict[str, str], list[str]]:
-    rc, out, _ = output("dpkg-query", "-W", "-f", "${Package} ${Version} ${db:Status-Want} ${db:Status-Status}\n")
+    rc, out, _ = output(
+        "dpkg-query", "-W", "-f", "${Package} ${Version} ${db:Status-Want} ${db:Status-Status}\n"
+    )
     rows = [line.split() for line in out.splitlines()] if rc == 0 else []
     rows = [r for r in rows if len(r) == 4 and r[3] == "installed" and DRIVER_PACKAGE.match(r[0])]
     return {r[0]: r[1] for r in rows}, sorted(r[0] for r in rows if r[2] == "hold")
 
 
 def amount(text: str | None) -> float | None:
-    """The number before the unit; None for "N/A", "[Unknown Error]", "GPU is lost" and whatever else is no number."""
+    """The number before the unit; None for "N/A", "[Unknown Error]", "GPU is lost" and whatever else is no
+    number.
+    """
     match = re.match(r"-?\d+(\.\d+)?", text or "")
     return float(match.group()) if match else None
 
@@ -153,7 +186,11 @@ def whole(text: str | None) -> int | None:
 
 def total(node: ElementTree.Element | None, word: str) -> int | None:
     """Sum of the counters below a node whose name holds a word; None when none of them is a number."""
-    values = [whole(child.text) for child in node.iter() if word in child.tag and "threshold" not in child.tag] if node is not None else []
+    values = (
+        [whole(child.text) for child in node.iter() if word in child.tag and "threshold" not in child.tag]
+        if node is not None
+        else []
+    )
     numbers = [v for v in values if v is not None]
     return sum(numbers) if numbers else None
 
@@ -166,7 +203,11 @@ def gpu(index: int, node: ElementTree.Element) -> dict[str, object]:
     link = "pci/pci_gpu_link_info"
     # 535 calls them throttle reasons, later drivers event reasons.
     reasons = [*node.iterfind("clocks_event_reasons/*"), *node.iterfind("clocks_throttle_reasons/*")]
-    active = [c.tag.split("_reason_", 1)[1] for c in reasons if (c.text or "").strip() == "Active" and "_reason_" in c.tag]
+    active = [
+        c.tag.split("_reason_", 1)[1]
+        for c in reasons
+        if (c.text or "").strip() == "Active" and "_reason_" in c.tag
+    ]
     return {
         "index": index,
         "address": node.get("id", ""),
@@ -191,7 +232,11 @@ def gpu(index: int, node: ElementTree.Element) -> dict[str, object]:
         "persistence": text("persistence_mode"),
         "slowed_by": active,
         "processes": [
-            {"pid": whole(p.findtext("pid")), "name": p.findtext("process_name", "").strip(), "used_mib": whole(p.findtext("used_memory"))}
+            {
+                "pid": whole(p.findtext("pid")),
+                "name": p.findtext("process_name", "").strip(),
+                "used_mib": whole(p.findtext("used_memory")),
+            }
             for p in node.iterfind("processes/process_info")
         ],
     }
@@ -199,7 +244,14 @@ def gpu(index: int, node: ElementTree.Element) -> dict[str, object]:
 
 def smi() -> dict[str, object]:
     path = shutil.which("nvidia-smi")
-    report: dict[str, object] = {"path": path, "rc": None, "error": None, "driver_version": None, "cuda_version": None, "gpus": []}
+    report: dict[str, object] = {
+        "path": path,
+        "rc": None,
+        "error": None,
+        "driver_version": None,
+        "cuda_version": None,
+        "gpus": [],
+    }
     if path is None:
         return report
     rc, out, err = output(path, "-q", "-x")
@@ -210,14 +262,20 @@ def smi() -> dict[str, object]:
         report["error"] = " ".join((out + " " + err).split())[:400] or f"exit status {rc}, no output"
         return report
     # driver_version is to give way to kmd_version, cuda_version to cuda_umd_version.
-    report["driver_version"] = (root.findtext("driver_version") or root.findtext("kmd_version") or "").strip() or None
-    report["cuda_version"] = (root.findtext("cuda_version") or root.findtext("cuda_umd_version") or "").strip() or None
+    report["driver_version"] = (
+        root.findtext("driver_version") or root.findtext("kmd_version") or ""
+    ).strip() or None
+    report["cuda_version"] = (
+        root.findtext("cuda_version") or root.findtext("cuda_umd_version") or ""
+    ).strip() or None
     report["gpus"] = [gpu(index, node) for index, node in enumerate(root.iterfind("gpu"))]
     return report
 
 
 def holders() -> list[dict[str, object]]:
-    """Processes that have a card open (/dev/nvidia0 …), NVIDIA's own daemons left out: they let go when the driver is replaced."""
+    """Processes that have a card open (/dev/nvidia0 …), NVIDIA's own daemons left out: they let go when the
+    driver is replaced.
+    """
     own = {"nvidia-persistenced", "nvidia-persiste", "nv-fabricmanager", "nv-fabricmanage", "nvidia-smi"}
     found: dict[int, dict[str, object]] = {}
     for link in descriptors():
@@ -255,9 +313,11 @@ def unit(pid: int) -> str | None:
 
 
 def xids() -> list[dict[str, object]]:
-    """Xid lines of this boot's kernel log, e.g. `NVRM: Xid (PCI:0000:3b:00): 79, pid=…, GPU has fallen off the bus.`
+    """Xid lines of this boot's kernel log, e.g. `NVRM: Xid (PCI:0000:3b:00): 79, pid=…, GPU has fallen off
+    the bus.`
 
-    `at`: seconds since the epoch; None where only the kernel's own buffer could be read, whose clock is another.
+    `at`: seconds since the epoch; None where only the kernel's own buffer could be read, whose clock is
+    another.
     """
     rc, out, _ = output("journalctl", "--dmesg", "--boot", "--no-pager", "--quiet", "--output=short-unix")
     if rc != 0 or not out.strip():
@@ -281,12 +341,19 @@ def xids() -> list[dict[str, object]]:
 def service(name: str) -> dict[str, object]:
     rc, out, _ = output("systemctl", "show", name, "--property=LoadState,ActiveState,UnitFileState")
     fields = dict(line.split("=", 1) for line in out.splitlines() if "=" in line) if rc == 0 else {}
-    wanted = {"present": ("LoadState", "loaded"), "active": ("ActiveState", "active"), "enabled": ("UnitFileState", "enabled")}
+    wanted = {
+        "present": ("LoadState", "loaded"),
+        "active": ("ActiveState", "active"),
+        "enabled": ("UnitFileState", "enabled"),
+    }
     return {name: fields.get(field) == value for name, (field, value) in wanted.items()}
 
 
 def compilers() -> dict[str, object]:
-    places = [Path("/usr/local/cuda/bin/nvcc"), *sorted(Path("/usr/local").glob("cuda-*/bin/nvcc"), reverse=True)]
+    places = [
+        Path("/usr/local/cuda/bin/nvcc"),
+        *sorted(Path("/usr/local").glob("cuda-*/bin/nvcc"), reverse=True),
+    ]
     nvcc = next((str(p) for p in places if p.exists()), shutil.which("nvcc"))
     version = None
     if nvcc:
@@ -306,7 +373,10 @@ def report() -> dict[str, object]:
         "secure_boot": secure_boot(),
         "kernel": kernel,
         "module": module("nvidia", running),
-        "uvm": {"loaded": Path("/sys/module/nvidia_uvm").is_dir(), "at_boot": modprobe_says(r"^\s*nvidia[-_]uvm\s*$", "modules-load.d")},
+        "uvm": {
+            "loaded": Path("/sys/module/nvidia_uvm").is_dir(),
+            "at_boot": modprobe_says(r"^\s*nvidia[-_]uvm\s*$", "modules-load.d"),
+        },
         "nouveau": {
             "loaded": Path("/sys/module/nouveau").is_dir(),
             "blacklisted": modprobe_says(r"^\s*blacklist\s+nouveau\b", "modprobe.d"),
@@ -317,7 +387,10 @@ def report() -> dict[str, object]:
         "smi": smi(),
         "holders": holders(),
         "xid": xids(),
-        "services": {"persistenced": service("nvidia-persistenced.service"), "fabric_manager": service("nvidia-fabricmanager.service")},
+        "services": {
+            "persistenced": service("nvidia-persistenced.service"),
+            "fabric_manager": service("nvidia-fabricmanager.service"),
+        },
         "compilers": compilers(),
     }
 

@@ -98,7 +98,10 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def memory(proc: Path = PROC, cgroup: Path = Path("/sys/fs/cgroup")) -> dict:
-    kib = {key: int(value.split()[0]) for key, value in (line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())}
+    kib = {
+        key: int(value.split()[0])
+        for key, value in (line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    }
     total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
     try:
         limit = int((cgroup / "memory.max").read_text())
@@ -122,8 +125,12 @@ def sysctls(names: tuple, proc: Path = PROC) -> dict:
 def numa(nodes: Path = Path("/sys/devices/system/node")) -> list:
     found = []
     for entry in sorted(nodes.glob("node[0-9]*"), key=lambda path: int(path.name[4:])):
-        fields = dict(line.split(":", 1) for line in (entry / "meminfo").read_text().splitlines() if ":" in line)
-        total = next((int(value.split()[0]) * 1024 for key, value in fields.items() if key.endswith("MemTotal")), 0)
+        fields = dict(
+            line.split(":", 1) for line in (entry / "meminfo").read_text().splitlines() if ":" in line
+        )
+        total = next(
+            (int(value.split()[0]) * 1024 for key, value in fields.items() if key.endswith("MemTotal")), 0
+        )
         if total:
             found.append({"node": int(entry.name[4:]), "total_bytes": total})
     return found
@@ -134,7 +141,11 @@ def disk(path: str) -> dict:
     while not place.exists():
         place = place.parent
     usage = os.statvfs(place)
-    return {"exists": Path(path).exists(), "free_bytes": usage.f_bavail * usage.f_frsize, "total_bytes": usage.f_blocks * usage.f_frsize}
+    return {
+        "exists": Path(path).exists(),
+        "free_bytes": usage.f_bavail * usage.f_frsize,
+        "total_bytes": usage.f_blocks * usage.f_frsize,
+    }
 
 
 def processes(proc: Path = PROC) -> list:
@@ -165,7 +176,13 @@ def own_processes(root: str | None, proc: Path = PROC) -> list:
                 resident_pages = int((entry / "statm").read_text().split()[1])
             except (OSError, IndexError):
                 continue
-            found.append({"pid": int(entry.name), "command": command_of(entry), "rss_bytes": resident_pages * PAGE_BYTES})
+            found.append(
+                {
+                    "pid": int(entry.name),
+                    "command": command_of(entry),
+                    "rss_bytes": resident_pages * PAGE_BYTES,
+                }
+            )
     return found
 
 
@@ -205,7 +222,9 @@ def listeners(ports: list, root: str | None, proc: Path = PROC) -> dict:
         links = open_files(entry)
         for port, sockets in inodes.items():
             if links & {f"socket:[{inode}]" for inode in sockets}:
-                found[str(port)].append({"pid": int(entry.name), "command": command_of(entry), "own": belongs(entry, root)})
+                found[str(port)].append(
+                    {"pid": int(entry.name), "command": command_of(entry), "own": belongs(entry, root)}
+                )
     for port, sockets in inodes.items():
         if sockets and not found[str(port)]:
             found[str(port)] = [{"pid": None, "command": "a process of another user", "own": False}]

@@ -1,5 +1,7 @@
 #!/usr/bin/python
-"""The releases of a deployment: what is served lies whole in one folder, and one link says which folder that is."""
+"""The releases of a deployment: what is served lies whole in one folder, and one link says which folder that
+is.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ class Store:
     def ids(self) -> list:
         if not self.folder.is_dir():
             return []
-        return sorted(entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        return sorted(
+            entry.name for entry in self.folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+        )
 
     def proven(self, name: str) -> float:
         try:
@@ -137,16 +141,26 @@ class Store:
             return 0
 
     def links(self, name: str) -> dict:
-        return {entry.name: str(entry.readlink()) for entry in sorted((self.folder / name).iterdir()) if entry.is_symlink()}
+        return {
+            entry.name: str(entry.readlink())
+            for entry in sorted((self.folder / name).iterdir())
+            if entry.is_symlink()
+        }
 
     def newest_first(self) -> list:
-        return sorted(self.ids(), key=lambda name: (self.proven(name), (self.folder / name).stat().st_mtime), reverse=True)
+        return sorted(
+            self.ids(),
+            key=lambda name: (self.proven(name), (self.folder / name).stat().st_mtime),
+            reverse=True,
+        )
 
     def fallback(self, other_than: str) -> str:
         return next((name for name in self.newest_first() if name != other_than and self.proven(name)), "")
 
     def running(self, proc: Path = PROC) -> list:
-        """Of the servers' processes that this user may look at; a server is told by `serve` among its arguments."""
+        """Of the servers' processes that this user may look at; a server is told by `serve` among its
+        arguments.
+        """
         prefix = f"LOWMEM_RELEASE={self.folder.resolve()}/".encode()
         found = set()
         for entry in proc.iterdir():
@@ -161,15 +175,25 @@ class Store:
         return sorted(found)
 
     def report(self, other_than: str) -> dict:
-        releases = [{"id": name, "proven": self.proven(name), "links": self.links(name)} for name in self.newest_first()]
-        return {"current": self.current, "running": self.running(), "fallback": self.fallback(other_than), "releases": releases}
+        releases = [
+            {"id": name, "proven": self.proven(name), "links": self.links(name)}
+            for name in self.newest_first()
+        ]
+        return {
+            "current": self.current,
+            "running": self.running(),
+            "fallback": self.fallback(other_than),
+            "releases": releases,
+        }
 
     def switch(self, name: str) -> None:
         point(self.link, f"releases/{name}")
 
 
 def point(link: Path, target: str) -> None:
-    """A link to `target`, whatever was there before; by a rename, so that there is always one or the other."""
+    """A link to `target`, whatever was there before; by a rename, so that there is always one
+    or the other.
+    """
     beside = link.with_name(f".{link.name}.{os.getpid()}")
     with contextlib.suppress(FileNotFoundError):
         beside.unlink()
@@ -210,7 +234,14 @@ def differences(store: Store, staged: Path, files: dict) -> list:
     for name, content in files.items():
         before = text_of(store.link / name)
         if before != content:
-            found.append({"before": before, "after": content, "before_header": str(store.link / name), "after_header": str(staged / name)})
+            found.append(
+                {
+                    "before": before,
+                    "after": content,
+                    "before_header": str(store.link / name),
+                    "after_header": str(staged / name),
+                }
+            )
     return found
 
 
@@ -226,7 +257,9 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         return result
     gone = [target for target in wanted["links"].values() if not Path(target).exists()]
     if gone:
-        module.fail_json(msg=f"{gone[0]} is not there any more: another play has removed it meanwhile; run this one again")
+        module.fail_json(
+            msg=f"{gone[0]} is not there any more: another play has removed it meanwhile; run this one again"
+        )
     beside = store.folder / f".{name}.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -236,7 +269,11 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         path.touch(mode=0o600)
         path.write_text(content)
         if file in wanted["private"]:
-            shutil.chown(path, wanted["owner"] or None, wanted["group"] or None) if wanted["owner"] or wanted["group"] else None
+            (
+                shutil.chown(path, wanted["owner"] or None, wanted["group"] or None)
+                if wanted["owner"] or wanted["group"]
+                else None
+            )
         else:
             path.chmod(0o755 if file.endswith(".sh") else 0o644)
     for file, target in wanted["links"].items():
@@ -272,20 +309,30 @@ def is_kept_copy(path: Path) -> bool:
     """A checkpoint that was kept under its manifest's digest, and so no folder of anybody else's."""
     found = re.search(r"-([0-9a-f]{12})$", path.name)
     manifest = path.with_name(f"{path.name}.manifest.json")
-    return bool(found and manifest.is_file() and hashlib.sha256(manifest.read_bytes()).hexdigest().startswith(found[1]))
+    return bool(
+        found
+        and manifest.is_file()
+        and hashlib.sha256(manifest.read_bytes()).hexdigest().startswith(found[1])
+    )
 
 
 def kept_releases(store: Store, keep: int) -> list:
     running = [name for name in store.running() if (store.folder / name).is_dir()]
     fallback = store.fallback(store.current)
-    kept = list(dict.fromkeys(name for name in (store.current, *running, fallback, *store.newest_first()) if name))
+    kept = list(
+        dict.fromkeys(name for name in (store.current, *running, fallback, *store.newest_first()) if name)
+    )
     return kept[: max(keep, len(set(running) | {store.current} | ({fallback} - {""})))]
 
 
 def unnamed(place: Path, named: set, environments: str) -> list:
     """The environments and kept checkpoints of a folder that are nobody's."""
-    found = [path for path in (place / "envs").glob(f"{environments}-*") if environments and path not in named]
-    return found + [path for path in (place / "models").glob("*-*") if path not in named and is_kept_copy(path)]
+    found = [
+        path for path in (place / "envs").glob(f"{environments}-*") if environments and path not in named
+    ]
+    return found + [
+        path for path in (place / "models").glob("*-*") if path not in named and is_kept_copy(path)
+    ]
 
 
 def prune(store: Store, keep: int, environments: str, check_mode: bool) -> list:
@@ -320,17 +367,33 @@ class Shared:
     def others(self) -> list:
         if not self.roots.is_dir():
             return []
-        return sorted(entry for entry in self.roots.glob("[!.]*") if entry.is_symlink() and entry != self.entry)
+        return sorted(
+            entry for entry in self.roots.glob("[!.]*") if entry.is_symlink() and entry != self.entry
+        )
 
     def prune(self, own_names: set, environments: str, check_mode: bool) -> tuple:
         """What was removed, and for whose sake nothing was."""
         stores = {entry: Store(str(entry.readlink())) for entry in self.others()}
-        unseen = [entry.name for entry, store in stores.items() if not entry.name.startswith(self.here) or not store.folder.is_dir()]
+        unseen = [
+            entry.name
+            for entry, store in stores.items()
+            if not entry.name.startswith(self.here) or not store.folder.is_dir()
+        ]
         if unseen:
             return [], unseen
-        # all that the others have: what they keep is theirs to judge, and what they have staged is not served yet
-        named = own_names | {Path(target) for store in stores.values() for name in store.ids() for target in store.links(name).values()}
-        old = [path for path in unnamed(self.place, named, environments) if time.time() - path.stat().st_ctime > YOUNG_S]
+        # all that the others have: what they keep is theirs to judge, and what they have staged is not served
+        # yet
+        named = own_names | {
+            Path(target)
+            for store in stores.values()
+            for name in store.ids()
+            for target in store.links(name).values()
+        }
+        old = [
+            path
+            for path in unnamed(self.place, named, environments)
+            if time.time() - path.stat().st_ctime > YOUNG_S
+        ]
         return remove(self.place, old, check_mode), []
 
 
@@ -357,7 +420,11 @@ def remove(place: Path, candidates: list, check_mode: bool) -> list:
 
 def prune_all(module: AnsibleModule, store: Store, shared: Shared | None) -> dict:
     """This root's own, then what lies in the shared store."""
-    keep, environments, check_mode = max(2, module.params["keep"]), module.params["environments"], module.check_mode
+    keep, environments, check_mode = (
+        max(2, module.params["keep"]),
+        module.params["environments"],
+        module.check_mode,
+    )
     removed = prune(store, keep, environments, check_mode)
     if shared is None or not store.current:
         return {"removed": removed, "unseen": []}
@@ -370,7 +437,9 @@ def leave(module: AnsibleModule, store: Store, shared: Shared) -> dict:
     if store.ids() and not module.check_mode:
         module.fail_json(msg=f"{store.folder} still has releases: a root leaves its store when it has none")
     known = shared.entry.is_symlink()
-    removed, unseen = shared.prune(set(), module.params["environments"], module.check_mode) if known else ([], [])
+    removed, unseen = (
+        shared.prune(set(), module.params["environments"], module.check_mode) if known else ([], [])
+    )
     if known and not module.check_mode:
         shared.entry.unlink()
         with contextlib.suppress(OSError):  # others are in it
@@ -382,7 +451,11 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "root": {"type": "path", "required": True},
-            "state": {"type": "str", "required": True, "choices": ["read", "staged", "current", "proven", "refuted", "left"]},
+            "state": {
+                "type": "str",
+                "required": True,
+                "choices": ["read", "staged", "current", "proven", "refuted", "left"],
+            },
             "store": {"type": "path"},
             "id": {"type": "str"},
             "name": {"type": "str"},
@@ -407,10 +480,23 @@ def main() -> None:
     )
     wanted = module.params
     store = Store(wanted["root"])
-    shared = Shared(wanted["store"], wanted["root"]) if wanted["store"] and wanted["store"] != wanted["root"] else None
+    shared = (
+        Shared(wanted["store"], wanted["root"])
+        if wanted["store"] and wanted["store"] != wanted["root"]
+        else None
+    )
     result: dict = {"changed": False}
-    if wanted["state"] in ("current", "proven", "refuted") and wanted["id"] not in store.ids() and not module.check_mode:
-        module.fail_json(msg=f"there is no release {wanted['id']} on this host; there are: {', '.join(store.newest_first()) or 'none'}")
+    if (
+        wanted["state"] in ("current", "proven", "refuted")
+        and wanted["id"] not in store.ids()
+        and not module.check_mode
+    ):
+        module.fail_json(
+            msg=(
+                f"there is no release {wanted['id']} on this host; there are:"
+                f" {', '.join(store.newest_first()) or 'none'}"
+            )
+        )
     try:
         if wanted["state"] == "staged":
             entered = shared is not None and shared.enter(module.check_mode)

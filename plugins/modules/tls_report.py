@@ -78,7 +78,10 @@ def readable(path: str) -> str:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={"certificate": {"type": "path", "required": True}, "key": {"type": "path", "required": True, "no_log": False}},
+        argument_spec={
+            "certificate": {"type": "path", "required": True},
+            "key": {"type": "path", "required": True, "no_log": False},
+        },
         supports_check_mode=True,
     )
     certificate, key = module.params["certificate"], module.params["key"]
@@ -91,7 +94,9 @@ def main() -> None:
         if readable(path):
             say(subject, readable(path))
     openssl = module.get_bin_path("openssl", required=True)
-    code, text, _ = module.run_command([openssl, "x509", "-in", certificate, "-noout", "-enddate", "-ext", "subjectAltName"])
+    code, text, _ = module.run_command(
+        [openssl, "x509", "-in", certificate, "-noout", "-enddate", "-ext", "subjectAltName"]
+    )
     if code:
         say("certificate", "is no certificate in PEM that OpenSSL reads")
     end = re.search(r"notAfter=(.+) GMT", text)

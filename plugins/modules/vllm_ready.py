@@ -75,7 +75,10 @@ PAUSE_S = 1.0
 REQUEST_TIMEOUT_S = 60
 # These do not go away by waiting: the server runs and says no.
 REFUSALS = {
-    401: "the server on that port does not take this deployment's API key; is it another service, or one that was not restarted?",
+    401: (
+        "the server on that port does not take this deployment's API key; is it another service, or one that"
+        " was not restarted?"
+    ),
     404: "the server on that port does not serve this model",
 }
 
@@ -93,13 +96,17 @@ def api_key(env_file: str) -> str:
 
 
 def completion(url: str, model: str, key: str) -> None:
-    """Returns after a completion of at least one token. Raises OSError where there is none yet, Refused where there will be none."""
+    """Returns after a completion of at least one token. Raises OSError where there is none yet, Refused where
+    there will be none.
+    """
     body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 4, "temperature": 0}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url}/v1/completions", data=body, headers=headers)  # noqa: S310 - the address is the plan's own
     try:
         # no proxy: the server is on this host
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=REQUEST_TIMEOUT_S) as answer:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(
+            request, timeout=REQUEST_TIMEOUT_S
+        ) as answer:
             tokens = json.load(answer)["usage"]["completion_tokens"]
     except urllib.error.HTTPError as error:
         if error.code in REFUSALS:

@@ -1,4 +1,6 @@
-"""The demo's deployment, with the real engine: it comes back, it stays as it is, it keeps its key to itself."""
+"""The demo's deployment, with the real engine: it comes back, it stays as it is, it keeps its
+key to itself.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,19 @@ pytestmark = pytest.mark.engine
 
 def complete(deployed: Any, **replaced: str) -> tuple[int, dict[str, Any]]:
     """Status and answer of a completion of eight tokens. OSError where nobody listens."""
-    headers = {"Authorization": f"Bearer {replaced.get('key', deployed.key)}", "Content-Type": "application/json"}
-    body = {"model": deployed.plan["deploy"]["served_model_name"], "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
-    request = urllib.request.Request(f"{deployed.url}/v1/completions", data=json.dumps(body).encode(), headers=headers)
+    headers = {
+        "Authorization": f"Bearer {replaced.get('key', deployed.key)}",
+        "Content-Type": "application/json",
+    }
+    body = {
+        "model": deployed.plan["deploy"]["served_model_name"],
+        "prompt": "The capital of France is",
+        "max_tokens": 8,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{deployed.url}/v1/completions", data=json.dumps(body).encode(), headers=headers
+    )
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, json.load(answer)
@@ -60,7 +72,12 @@ def test_a_second_run_changes_nothing(deployed: Any, playbook: Any) -> None:
 
 def test_a_run_leaves_out_a_host_that_is_as_the_last_one_left_it(deployed: Any, playbook: Any) -> None:
     def run() -> str:
-        done = playbook("site.yml", "--skip-tags", "verify", variables={**deployed.variables, "lowmem_skip_unchanged": True})
+        done = playbook(
+            "site.yml",
+            "--skip-tags",
+            "verify",
+            variables={**deployed.variables, "lowmem_skip_unchanged": True},
+        )
         assert done.rc == 0, done.text
         return str(done.text)
 
@@ -110,7 +127,13 @@ def test_a_changed_key_is_in_no_output(deployed: Any, playbook: Any) -> None:
     """Check mode, so that the other tests keep theirs."""
     secret = "sk-test-changed-0123456789"
     done = playbook(
-        "site.yml", "--check", "--diff", "-vvv", "--skip-tags", "verify", variables={**deployed.variables, "vllm_service_api_key": secret}
+        "site.yml",
+        "--check",
+        "--diff",
+        "-vvv",
+        "--skip-tags",
+        "verify",
+        variables={**deployed.variables, "vllm_service_api_key": secret},
     )
     assert done.rc == 0, done.text
     assert done.changed >= 1
@@ -130,7 +153,9 @@ def test_a_changed_argument_is_shown_before_it_is_made(deployed: Any, playbook: 
     assert "+    --max-num-seqs 4" in done.text
 
 
-def test_a_service_that_cannot_start_is_given_up_and_shown(deployed: Any, playbook: Any, tmp_path: Path) -> None:
+def test_a_service_that_cannot_start_is_given_up_and_shown(
+    deployed: Any, playbook: Any, tmp_path: Path
+) -> None:
     """A second deployment beside the first, whose vLLM is told to log at a level that does not exist."""
     root = tmp_path / "host"
     root.mkdir()
@@ -169,11 +194,34 @@ def test_an_ordinary_user_deploys_it(deployed: Any) -> None:
         copy(entry, root / "models" / entry.name)
     for path in [home, *home.rglob("*")]:
         os.chown(path, nobody.pw_uid, nobody.pw_gid, follow_symlinks=False)
-    as_nobody = ["setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups", "--bounding-set=-all", "env"]
-    as_nobody += [f"HOME={home}", f"ANSIBLE_HOME={home}/ansible", f"XDG_CACHE_HOME={home}/cache", "PYTHONDONTWRITEBYTECODE=1"]
+    as_nobody = [
+        "setpriv",
+        f"--reuid={nobody.pw_uid}",
+        f"--regid={nobody.pw_gid}",
+        "--clear-groups",
+        "--bounding-set=-all",
+        "env",
+    ]
+    as_nobody += [
+        f"HOME={home}",
+        f"ANSIBLE_HOME={home}/ansible",
+        f"XDG_CACHE_HOME={home}/cache",
+        "PYTHONDONTWRITEBYTECODE=1",
+    ]
     playbook = Path(sys.executable).parent / "ansible-playbook"
-    settings = ["-e", f"lowmem_root={root}", "-e", "lowmem_port=18997", "-e", f"ansible_remote_tmp={home}/tmp"]
-    control = [next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl")), "-c", root / "etc/supervisord.conf"]
+    settings = [
+        "-e",
+        f"lowmem_root={root}",
+        "-e",
+        "lowmem_port=18997",
+        "-e",
+        f"ansible_remote_tmp={home}/tmp",
+    ]
+    control = [
+        next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl")),
+        "-c",
+        root / "etc/supervisord.conf",
+    ]
     try:
         done = subprocess.run(
             [*as_nobody, playbook, "site.yml", "--skip-tags", "verify", *settings],

@@ -47,7 +47,10 @@ def module(tmp_path: Path, root: Path) -> Ask:
             **more,
         }
         done = subprocess.run(
-            [sys.executable, MODULE, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})], capture_output=True, text=True, check=False
+            [sys.executable, MODULE, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.stdout, done.stderr
         answer: dict[str, Any] = json.loads(done.stdout)
@@ -97,10 +100,15 @@ def test_recording_again_what_is_unchanged_leaves_the_record(module: Ask, tmp_pa
         (lambda root: root.chmod(0o711), [""]),
         (lambda root: os.truncate(root / "models/weights", 999), ["models/weights"]),
         (lambda root: os.utime(root / "models/weights", ns=(0, 0)), ["models/weights"]),
-        (lambda root: ((root / "current").unlink(), (root / "current").symlink_to("releases/two")), ["current"]),
+        (
+            lambda root: ((root / "current").unlink(), (root / "current").symlink_to("releases/two")),
+            ["current"],
+        ),
     ],
 )
-def test_what_differs_is_named(module: Ask, root: Path, change: Callable[[Path], Any], named: list[str]) -> None:
+def test_what_differs_is_named(
+    module: Ask, root: Path, change: Callable[[Path], Any], named: list[str]
+) -> None:
     module("recorded")
     change(root)
     assert differences(module) == [str(root / name) for name in named]
@@ -117,7 +125,9 @@ def test_what_is_written_anew_by_itself_does_not_count(module: Ask, root: Path) 
 
 def test_another_intent_differs(module: Ask) -> None:
     module("recorded")
-    assert differences(module, intent={"variable lowmem_port": "0c", "the repository": "0b"}) == ["variable lowmem_port"]
+    assert differences(module, intent={"variable lowmem_port": "0c", "the repository": "0b"}) == [
+        "variable lowmem_port"
+    ]
     assert differences(module, intent={"the repository": "0b"}) == ["variable lowmem_port"]
 
 
@@ -165,9 +175,16 @@ def test_a_server_that_does_not_answer_as_it_did_differs(module: Ask, server: HT
 
 
 def play(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("ansible-playbook"), REPOSITORY / "tests/ansible/files/as_deployed.yml", "-i", "localhost,"]
+    command = [
+        Path(sys.executable).with_name("ansible-playbook"),
+        REPOSITORY / "tests/ansible/files/as_deployed.yml",
+        "-i",
+        "localhost,",
+    ]
     command += ["-e", f"as_deployed_root={root}", *more]
-    done = subprocess.run([str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -176,10 +193,15 @@ def test_the_role_tells_hosts_and_says_why(root: Path, tmp_path: Path) -> None:
     file = tmp_path / "template.jinja"
     file.write_text("one")
     variables = ("-e", f"lowmem_chat_template={file}", "-e", "lowmem_port=8123")
-    assert "no whole run is on record: nothing is left out" in play(root, *variables, "--tags", "compare").stdout
+    assert (
+        "no whole run is on record: nothing is left out" in play(root, *variables, "--tags", "compare").stdout
+    )
     assert "changed=0" in play(root, *variables).stdout
     assert "left it: the rest of this run is left out" in play(root, *variables, "--tags", "compare").stdout
-    assert "left it: variable lowmem_port\n" in play(root, *variables, "-e", "lowmem_port=8124", "--tags", "compare").stdout
+    assert (
+        "left it: variable lowmem_port\n"
+        in play(root, *variables, "-e", "lowmem_port=8124", "--tags", "compare").stdout
+    )
     # a file on the controller counts by its content
     file.write_text("two")
     assert "left it: variable lowmem_chat_template\n" in play(root, *variables, "--tags", "compare").stdout

@@ -18,7 +18,10 @@ def folders(tmp_path: Path, *wanted: tuple[str, str], check: bool = False, **mor
     given = [{"path": str(tmp_path / path), "mode": mode, **more} for path, mode in wanted]
     arguments = {"folders": given, "_ansible_check_mode": check, "_ansible_remote_tmp": str(tmp_path / "tmp")}
     done = subprocess.run(
-        [sys.executable, MODULE, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})], capture_output=True, text=True, check=False
+        [sys.executable, MODULE, json.dumps({"ANSIBLE_MODULE_ARGS": arguments})],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
@@ -42,7 +45,9 @@ def test_again_it_changes_nothing_and_another_mode_is_set_right(tmp_path: Path) 
     folders(tmp_path, ("root", "0755"), ("root/run", "0700"))
     assert folders(tmp_path, ("root", "0755"), ("root/run", "0700"))["changed"] is False
     (tmp_path / "root/run").chmod(0o755)
-    assert folders(tmp_path, ("root", "0755"), ("root/run", "0700"))["changed_folders"] == [str(tmp_path / "root/run")]
+    assert folders(tmp_path, ("root", "0755"), ("root/run", "0700"))["changed_folders"] == [
+        str(tmp_path / "root/run")
+    ]
     assert modes(tmp_path, "root/run") == ["0o700"]
 
 

@@ -1,4 +1,6 @@
-"""The gateway's configuration: as literal files, and in a real nginx on loopback before a small server in vLLM's place."""
+"""The gateway's configuration: as literal files, and in a real nginx on loopback before a small server in
+vLLM's place.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from typing import Any
 
 import pytest
 
-from lowmem import gateway_health
+from lowmem.service import gateway_health
 
 FILES = Path(__file__).parent / "files"
 GOLDEN = Path(__file__).parent / "golden" / "gateway"
@@ -33,7 +35,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 needs_nginx = pytest.mark.skipif(NGINX is None, reason="nginx is not installed: apt-get install nginx-light")
 
-ALICE, BOB, SLOW, NEW = "sk-alice-0123456789abcdef", "sk-bob~0123456789+/abcdef==", "sk-slow.0123456789abcdef", "sk-new-0123456789abcdefgh"
+ALICE, BOB, SLOW, NEW = (
+    "sk-alice-0123456789abcdef",
+    "sk-bob~0123456789+/abcdef==",
+    "sk-slow.0123456789abcdef",
+    "sk-new-0123456789abcdefgh",
+)
 # a name that is a word of nginx's own too
 KEYS = {"alice": ALICE, "bob": BOB, "default": SLOW}
 LIMITS = {"default": {"requests_per_minute": 1, "burst": 2}, "bob": {"concurrent_requests": 1}}
@@ -48,7 +55,11 @@ NAMES = (
 
 def key_file(keys: dict[str, str]) -> dict[str, str]:
     text = "".join(f"VLLM_API_KEY_{name}={key}\n" for name, key in keys.items())
-    return {"content": base64.b64encode(f"# keys\nVLLM_API_KEY={next(iter(keys.values()))}\n{text}".encode()).decode()}
+    return {
+        "content": (
+            base64.b64encode(f"# keys\nVLLM_API_KEY={next(iter(keys.values()))}\n{text}".encode()).decode()
+        )
+    }
 
 
 def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
@@ -61,7 +72,15 @@ def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
     given.write_text(json.dumps({"lowmem_plan": plan, **variables}))
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     playbook = Path(sys.executable).with_name("ansible-playbook")
-    command = [playbook, "-i", inventory, "tests/ansible/files/gateway.yml", "--diff", "--extra-vars", f"@{given}"]
+    command = [
+        playbook,
+        "-i",
+        inventory,
+        "tests/ansible/files/gateway.yml",
+        "--diff",
+        "--extra-vars",
+        f"@{given}",
+    ]
     return subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | {"PATH": path, "ANSIBLE_NOCOLOR": "1"}, text=True, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -83,7 +102,9 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [*NAMES, "keys.conf"])
 def test_golden(rendered: Path, name: str) -> None:
-    """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_gateway.py, and read the diff."""
+    """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_gateway.py, and
+    read the diff.
+    """
     if os.environ.get("LOWMEM_GOLDEN") == "write":
         GOLDEN.mkdir(exist_ok=True)
         shutil.copyfile(rendered / name, GOLDEN / name)
@@ -103,7 +124,9 @@ def test_keys_are_in_one_file(rendered: Path) -> None:
 
 
 class Upstream(ThreadingHTTPServer):
-    """In vLLM's place: notes what reaches it, answers everything with 200, and streams one line at a time as the test lets it."""
+    """In vLLM's place: notes what reaches it, answers everything with 200, and streams one line at a time as
+    the test lets it.
+    """
 
     daemon_threads = True
 
@@ -201,7 +224,9 @@ class Gateway:
         return render(self.folder, names=TREE, **self.variables)
 
     def run(self, word: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([self.tree / "gateway.sh", word], capture_output=True, text=True, check=False, timeout=60)
+        return subprocess.run(
+            [self.tree / "gateway.sh", word], capture_output=True, text=True, check=False, timeout=60
+        )
 
     def log(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "log/main/access.log").read_text().splitlines()]
@@ -235,7 +260,9 @@ def serving(folder: Path, behind: str = "service") -> Iterator[Gateway]:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
     assert gateway.run("note").returncode == 0
-    nginx = subprocess.Popen([str(NGINX), "-c", gateway.tree / "nginx.conf", "-g", "daemon off;"], stderr=subprocess.DEVNULL)
+    nginx = subprocess.Popen(
+        [str(NGINX), "-c", gateway.tree / "nginx.conf", "-g", "daemon off;"], stderr=subprocess.DEVNULL
+    )
     try:
         wait_for(lambda: socket.create_connection(("127.0.0.1", gateway.port)).close() is None)
         yield gateway
@@ -282,7 +309,9 @@ def test_what_is_listed_is_passed_on_and_nothing_else(gateway: Gateway) -> None:
     # spelled otherwise, it arrives as it is listed
     assert gateway.ask("POST", "/v1//completions", ALICE, b"{}")[0] == 200
     assert gateway.ask("POST", "/x/../v1/%63ompletions", ALICE, b"{}")[0] == 200
-    known = [("GET", "/v1/models"), ("POST", "/v1/completions?a=b"), ("GET", "/v1/responses/resp_1-a")] + [("POST", "/v1/completions")] * 2
+    known = [("GET", "/v1/models"), ("POST", "/v1/completions?a=b"), ("GET", "/v1/responses/resp_1-a")] + [
+        ("POST", "/v1/completions")
+    ] * 2
     assert gateway.upstream.seen == known
     for path in (
         "/", "/health", "/metrics", "/tokenize", "/version", "/load", "/invocations", "/openapi.json", "/docs", "/pause", "/ping",
@@ -339,7 +368,9 @@ def test_a_known_key_is_asked_for(gateway: Gateway) -> None:
         None, "", "Bearer", "Bearer ", f"Bearer {ALICE}x", f"Bearer {ALICE[:-1]}", f"Bearer {ALICE.upper()}", f"Bearer  {ALICE}", ALICE,
         f"Basic {basic}", f"Bearer {ALICE} {BOB}", f"Bearer {SLOW.replace('.', 'x')}",
     ):  # fmt: skip
-        status, headers, body = gateway.ask("GET", "/v1/models", **({"Authorization": sent} if sent is not None else {}))
+        status, headers, body = gateway.ask(
+            "GET", "/v1/models", **({"Authorization": sent} if sent is not None else {})
+        )
         assert status == 401, sent
         assert headers["www-authenticate"] == "Bearer"
         assert json.loads(body)["error"]["type"] == "authentication_error"
@@ -347,7 +378,10 @@ def test_a_known_key_is_asked_for(gateway: Gateway) -> None:
     for sent in (f"Bearer {ALICE}", f"bearer {BOB}"):
         assert gateway.ask("GET", "/v1/models", Authorization=sent)[0] == 200
     # vLLM holds the key against its own list once more
-    assert [headers["authorization"] for headers in gateway.upstream.headers[-2:]] == [f"Bearer {ALICE}", f"bearer {BOB}"]
+    assert [headers["authorization"] for headers in gateway.upstream.headers[-2:]] == [
+        f"Bearer {ALICE}",
+        f"bearer {BOB}",
+    ]
 
 
 @needs_nginx
@@ -375,7 +409,10 @@ def test_a_reload_takes_new_keys_and_leaves_a_stream(gateway: Gateway) -> None:
     assert gateway.run("state").stdout == "stale\n"
     assert gateway.run("reload").returncode == 0
     assert gateway.run("state").stdout == "loaded\n"
-    assert (gateway.ask("GET", "/v1/models", NEW)[0], gateway.ask("GET", "/v1/models", ALICE)[0]) == (200, 401)
+    assert (gateway.ask("GET", "/v1/models", NEW)[0], gateway.ask("GET", "/v1/models", ALICE)[0]) == (
+        200,
+        401,
+    )
     # begun with a key that is gone
     for number in (1, 2):
         gateway.upstream.lines.release()
@@ -495,14 +532,23 @@ def test_the_status_page_is_for_those_with_a_key(gateway: Gateway) -> None:
     for name, key in (("alice", BOB), ("bob", ALICE), ("", ALICE), ("alice", ALICE.upper())):
         assert gateway.ask("GET", "/status/", **basic(name, key))[0] == 401
     status, headers, body = gateway.ask("GET", "/status/", **basic("bob", BOB))
-    assert (status, headers["content-type"], body) == (200, "text/html; charset=utf-8", b"<p>plan and measured</p>")
+    assert (status, headers["content-type"], body) == (
+        200,
+        "text/html; charset=utf-8",
+        b"<p>plan and measured</p>",
+    )
     assert "default-src 'none'" in headers["content-security-policy"]
     assert gateway.ask("GET", "/status/index.html", ALICE)[0] == 200
     assert gateway.ask("GET", "/status", **basic("bob", BOB))[1]["location"] == "/status/"
     for path in ("/status/../secret", "/status/..%2fsecret", "/status/nothing"):
         assert gateway.ask("GET", path, ALICE)[0] == 404, path
     assert gateway.ask("POST", "/status/", ALICE)[0] == 405
-    wait_for(lambda: [row["key"] for row in gateway.log() if row["path"] == "/status/" and row["status"] == 200] == ["bob"])
+    wait_for(
+        lambda: (
+            [row["key"] for row in gateway.log() if row["path"] == "/status/" and row["status"] == 200]
+            == ["bob"]
+        )
+    )
     shutil.rmtree(root)
     assert gateway.ask("GET", "/status/", ALICE)[0] == 404
 
@@ -527,7 +573,10 @@ def test_health_means_that_a_request_can_be_completed(gateway: Gateway) -> None:
         assert text.endswith("lowmem_gateway_firewall_loaded 1\n")
         engine.answers = False
         health.look(time.monotonic())
-        assert gateway.ask("GET", "/healthz")[::2] == (503, b'{"status": "unavailable", "reason": "starting"}\n')
+        assert gateway.ask("GET", "/healthz")[::2] == (
+            503,
+            b'{"status": "unavailable", "reason": "starting"}\n',
+        )
     finally:
         server.shutdown()
         server.server_close()

@@ -1,4 +1,6 @@
-"""API keys on the demo's deployment with the real engine: what is guarded, rotation under a stream, and that no key is anywhere else."""
+"""API keys on the demo's deployment with the real engine: what is guarded, rotation under a stream, and that
+no key is anywhere else.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ engine = pytest.mark.engine
 ALICE, BOB = f"sk-alice-{uuid.uuid4().hex}", f"sk-bob~{uuid.uuid4().hex}"
 
 
-def status(deployed: Any, key: str | None, path: str = "/v1/models", body: dict[str, Any] | None = None) -> int:
+def status(
+    deployed: Any, key: str | None, path: str = "/v1/models", body: dict[str, Any] | None = None
+) -> int:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{deployed.url}{path}", data=data, headers=headers)
@@ -40,14 +44,24 @@ def status(deployed: Any, key: str | None, path: str = "/v1/models", body: dict[
 
 @pytest.fixture
 def rotate(deployed: Any, tmp_path: Path) -> Iterator[Callable[..., str]]:
-    """rotate(keys, *arguments): what the play says with these keys, which a file gives; the key of before comes back after."""
+    """rotate(keys, *arguments): what the play says with these keys, which a file gives; the key of before
+    comes back after.
+    """
     before = deployed.key
 
     def play(keys: dict[str, str], *arguments: str) -> str:
         given = tmp_path / "keys.json"
         given.write_text(json.dumps({"vllm_service_api_keys": keys}))
-        command = [Path(sys.executable).parent / "ansible-playbook", "playbooks/rotate_keys.yml", "--extra-vars", f"@{given}", *arguments]
-        done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        command = [
+            Path(sys.executable).parent / "ansible-playbook",
+            "playbooks/rotate_keys.yml",
+            "--extra-vars",
+            f"@{given}",
+            *arguments,
+        ]
+        done = subprocess.run(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
         assert done.returncode == 0, done.stdout
         return done.stdout
 
@@ -60,7 +74,14 @@ def test_every_route_but_two_asks_for_a_key(deployed: Any) -> None:
     """The routes are what this server says in its log when it starts."""
     log = (deployed.root / "log/vllm.log").read_text(errors="replace")
     routes = set(re.findall(r"Route: (\S+), Methods", log[log.rindex("Route: /openapi.json") :]))
-    assert {"/v1/completions", "/tokenize", "/invocations", "/inference/v1/generate", "/health", "/metrics"} <= routes
+    assert {
+        "/v1/completions",
+        "/tokenize",
+        "/invocations",
+        "/inference/v1/generate",
+        "/health",
+        "/metrics",
+    } <= routes
     opened = {route for route in routes if status(deployed, None, route.replace("{response_id}", "x")) != 401}
     assert opened == {"/health", "/metrics"}
     assert status(deployed, "sk-wrong-0123456789abcdef", "/v1/models") == 401
@@ -94,7 +115,9 @@ class Streams(threading.Thread):
             connection.request("POST", "/v1/completions", json.dumps(body), headers)
             answer = connection.getresponse()
             lines = [line.decode().strip() for line in answer if line.strip()]
-            self.seen.append(Stream(began, time.time(), lines[-1] if answer.status == 200 else str(answer.status)))
+            self.seen.append(
+                Stream(began, time.time(), lines[-1] if answer.status == 200 else str(answer.status))
+            )
 
 
 @engine
@@ -119,7 +142,10 @@ def test_keys_come_and_go_under_streams(deployed: Any, rotate: Callable[..., str
         client.join()
         assert [stream.end for stream in client.seen if stream.end != "data: [DONE]"] == ["401"]
     over = [
-        stream for client in clients for stream in client.seen if stream.began < rotated < stream.ended and stream.end == "data: [DONE]"
+        stream
+        for client in clients
+        for stream in client.seen
+        if stream.began < rotated < stream.ended and stream.end == "data: [DONE]"
     ]
     assert over, "no stream ran over the rotation"
     assert processes() == server
@@ -155,7 +181,9 @@ def test_another_user_sees_no_key(deployed: Any) -> None:
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     script = "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ \"$1\" 2>/dev/null | tr '\\0' '\\n'"
     seen = subprocess.run(
-        [*as_nobody, "bash", "-c", script, "bash", deployed.root / "etc/vllm.env"], capture_output=True, check=False
+        [*as_nobody, "bash", "-c", script, "bash", deployed.root / "etc/vllm.env"],
+        capture_output=True,
+        check=False,
     ).stdout
     assert b"lowmem.api_keys.ApiKeys" in seen, "the server's arguments are there to be seen"
     assert deployed.key.encode() not in seen
@@ -168,7 +196,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "with a line break": ({"a": f"{ALICE}\nVLLM_API_KEY_x={BOB}"}, "the key of a must be 16 to 256 letters"),
     "with a line's end": ({"a": f"{ALICE}\n"}, "the key of a must be 16 to 256 letters"),
     "a number": ({"a": 12345678901234567}, ""),
-    "a name of two words": ({"a b": ALICE}, "has the name a b: it must be a letter and then at most 31 letters, digits or _."),
+    "a name of two words": (
+        {"a b": ALICE},
+        "has the name a b: it must be a letter and then at most 31 letters, digits or _.",
+    ),
     "no name": ({"": ALICE}, "it must be a letter and then"),
     "one key twice": ({"a": ALICE, "b": ALICE}, "two of a, b are the same key"),
     "names alike": ({"a": ALICE, "A": BOB}, "two names are the same but for capital letters"),
@@ -176,12 +207,21 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_keys_are_refused_in_one_line_without_the_key(case: str, clean_root: Path, tmp_path: Path) -> None:
+def test_bad_keys_are_refused_in_one_line_without_the_key(
+    case: str, clean_root: Path, tmp_path: Path
+) -> None:
     keys, said = BAD[case]
     given = tmp_path / "keys.json"
     given.write_text(json.dumps({"vllm_service_api_keys": keys, "lowmem_root": str(clean_root)}))
-    command = [Path(sys.executable).parent / "ansible-playbook", "playbooks/rotate_keys.yml", "--extra-vars", f"@{given}"]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    command = [
+        Path(sys.executable).parent / "ansible-playbook",
+        "playbooks/rotate_keys.yml",
+        "--extra-vars",
+        f"@{given}",
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     assert done.returncode == 2
     text = " ".join(done.stdout.split())
     if said:
@@ -194,7 +234,14 @@ def test_bad_keys_are_refused_in_one_line_without_the_key(case: str, clean_root:
 
 def test_a_name_twice_in_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "vars.yml").write_text(f"vllm_service_api_keys:\n  a: {ALICE}\n  a: {BOB}\n")
-    command = [Path(sys.executable).parent / "ansible-playbook", "playbooks/rotate_keys.yml", "--extra-vars", f"@{tmp_path / 'vars.yml'}"]
-    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    command = [
+        Path(sys.executable).parent / "ansible-playbook",
+        "playbooks/rotate_keys.yml",
+        "--extra-vars",
+        f"@{tmp_path / 'vars.yml'}",
+    ]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
     assert done.returncode != 0
     assert "duplicate" in done.stdout.lower()

@@ -36,7 +36,8 @@ controller_wheel = load("plugins/action/controller_wheel.py")
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
     (tmp_path / "meminfo").write_text(
-        "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\nSwapTotal: 50 kB\nSwapFree: 50 kB\nHugePages_Total: 0\n"
+        "MemTotal: 1000 kB\nMemFree: 1 kB\nMemAvailable: 400 kB\nSwapTotal: 50 kB\nSwapFree: 50"
+        " kB\nHugePages_Total: 0\n"
     )
     (tmp_path / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/swapfile file 2097148 0 -2\n")
     (tmp_path / "sys/vm").mkdir(parents=True)
@@ -45,13 +46,21 @@ def proc(tmp_path: Path) -> Path:
 
 
 def test_memory_without_a_limit(proc: Path) -> None:
-    assert host_report.memory(proc, proc) == {"total_bytes": 1_024_000, "available_bytes": 409_600, "swap_total_bytes": 51_200}
+    assert host_report.memory(proc, proc) == {
+        "total_bytes": 1_024_000,
+        "available_bytes": 409_600,
+        "swap_total_bytes": 51_200,
+    }
 
 
 def test_memory_within_a_control_group(proc: Path) -> None:
     (proc / "memory.max").write_text("500000\n")
     (proc / "memory.current").write_text("200000\n")
-    assert host_report.memory(proc, proc) == {"total_bytes": 500_000, "available_bytes": 300_000, "swap_total_bytes": 51_200}
+    assert host_report.memory(proc, proc) == {
+        "total_bytes": 500_000,
+        "available_bytes": 300_000,
+        "swap_total_bytes": 51_200,
+    }
 
 
 def test_memory_in_an_unlimited_control_group(proc: Path) -> None:
@@ -88,7 +97,9 @@ def test_missing_pieces() -> None:
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Gives the server's `script` of (status, body), one a request, the last of them for ever; keeps what it was sent."""
+    """Gives the server's `script` of (status, body), one a request, the last of them for ever; keeps what it
+    was sent.
+    """
 
     def do_POST(self) -> None:
         sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -117,7 +128,12 @@ GOOD = json.dumps({"choices": [{"text": " there"}], "usage": {"completion_tokens
 
 
 def wait(
-    server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: list, state: str = "RUNNING", timeout_s: int = 30
+    server: HTTPServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: list,
+    state: str = "RUNNING",
+    timeout_s: int = 30,
 ) -> dict:
     """What the module ends with, and what it says."""
     server.script = script  # type: ignore[attr-defined]
@@ -156,7 +172,9 @@ def wait(
     return ended
 
 
-def test_ready_is_a_completion_with_the_key(server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ready_is_a_completion_with_the_key(
+    server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ended = wait(server, tmp_path, monkeypatch, [(503, ""), (500, "engine is dead"), (200, GOOD)])
     assert ended["failed"] is False
     path, authorization, sent = server.seen[-1]  # type: ignore[attr-defined]
@@ -185,10 +203,14 @@ def test_what_waiting_cannot_mend_ends_at_once(
 
 
 @pytest.mark.parametrize("body", ["not JSON", "{}", json.dumps({"usage": {"completion_tokens": 0}})])
-def test_an_answer_without_tokens_is_none(server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+def test_an_answer_without_tokens_is_none(
+    server: HTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
     ended = wait(server, tmp_path, monkeypatch, [(200, body)], timeout_s=1)
     assert ended["failed"] is True
-    assert ended["msg"].startswith("vLLM does not answer a completion: waited 1 s, the last attempt ended with: http://127.0.0.1:")
+    assert ended["msg"].startswith(
+        "vLLM does not answer a completion: waited 1 s, the last attempt ended with: http://127.0.0.1:"
+    )
 
 
 @pytest.fixture

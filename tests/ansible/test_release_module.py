@@ -20,10 +20,17 @@ Release = Callable[..., dict[str, Any]]
 
 @pytest.fixture
 def release(tmp_path: Path) -> Release:
-    """release(state, **parameters): the module as Ansible runs it, as a program; its answer, `failed` included."""
+    """release(state, **parameters): the module as Ansible runs it, as a program; its answer, `failed`
+    included.
+    """
 
     def run(state: str, **parameters: Any) -> dict[str, Any]:
-        arguments = {"root": str(tmp_path), "state": state, "_ansible_remote_tmp": str(tmp_path / "tmp"), **parameters}
+        arguments = {
+            "root": str(tmp_path),
+            "state": state,
+            "_ansible_remote_tmp": str(tmp_path / "tmp"),
+            **parameters,
+        }
         program = REPOSITORY / "plugins/modules/release.py"
         given = json.dumps({"ANSIBLE_MODULE_ARGS": arguments})
         done = subprocess.run([sys.executable, program, given], capture_output=True, text=True, check=False)
@@ -52,7 +59,9 @@ def test_a_release_is_whole_and_its_private_file_is_private(release: Release, tm
     assert done["changed"] is True
     assert folder.parent == tmp_path / "releases"
     assert folder.name.startswith("vllm-0.32.0-demo_cpu-")
-    assert {path.name: oct(path.lstat().st_mode & 0o777) for path in folder.iterdir() if not path.is_symlink()} == {
+    assert {
+        path.name: oct(path.lstat().st_mode & 0o777) for path in folder.iterdir() if not path.is_symlink()
+    } == {
         "low_mem.sh": "0o755",
         "plan.json": "0o644",
         "engine.env": "0o600",
@@ -119,7 +128,9 @@ def test_what_runs_is_asked_of_the_process(release: Release, tmp_path: Path) -> 
     release("current", id=name)
     assert release("current", id=name)["changed"] is True, "nothing runs: there is something to start"
     environment = {**os.environ, "LOWMEM_RELEASE": f"{tmp_path}/releases/{name}"}
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "serve"], env=environment) as server:
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)", "serve"], env=environment
+    ) as server:
         deadline = time.monotonic() + 20
         while release("read")["running"] != [name]:
             assert time.monotonic() < deadline
@@ -154,7 +165,12 @@ def test_old_releases_go_with_what_only_they_name(release: Release, tmp_path: Pa
         environment = tmp_path / f"envs/vllm-cpu-{number}"
         environment.mkdir(parents=True)
         model = kept_checkpoint(tmp_path, f"manifest {number}")
-        done = release("staged", name="r", files={"low_mem.sh": str(number)}, links={"env": str(environment), "model": str(model)})
+        done = release(
+            "staged",
+            name="r",
+            files={"low_mem.sh": str(number)},
+            links={"env": str(environment), "model": str(model)},
+        )
         names.append(done["id"])
         release("current", id=done["id"])
         release("proven", id=done["id"], environments="vllm-cpu", keep=3)
@@ -165,14 +181,21 @@ def test_old_releases_go_with_what_only_they_name(release: Release, tmp_path: Pa
     release("refuted", id=names[4])
     release("proven", id=names[4], environments="vllm-cpu", keep=3)
     assert sorted(path.name for path in (tmp_path / "releases").iterdir()) == sorted(names[2:])
-    assert sorted(path.name for path in (tmp_path / "envs").iterdir()) == ["autoawq-cpu-1", "vllm-cpu-2", "vllm-cpu-3", "vllm-cpu-4"]
+    assert sorted(path.name for path in (tmp_path / "envs").iterdir()) == [
+        "autoawq-cpu-1",
+        "vllm-cpu-2",
+        "vllm-cpu-3",
+        "vllm-cpu-4",
+    ]
     digests = {hashlib.sha256(f"manifest {number}".encode()).hexdigest()[:12] for number in (2, 3, 4)}
     kept = {path.name for path in (tmp_path / "models").iterdir() if path.is_dir()}
     assert kept == {"m", "someones-0123456789ab", *(f"m-{digest}" for digest in digests)}
     assert len(list((tmp_path / "models").glob("*.manifest.json"))) == 3
 
 
-def test_the_current_and_the_one_to_go_back_to_stay_whatever_the_number(release: Release, tmp_path: Path) -> None:
+def test_the_current_and_the_one_to_go_back_to_stay_whatever_the_number(
+    release: Release, tmp_path: Path
+) -> None:
     old, tried, served = (stage(release, tmp_path, text)["id"] for text in ("1\n", "2\n", "3\n"))
     release("current", id=old)
     release("proven", id=old, environments="vllm-cpu")

@@ -1,4 +1,6 @@
-"""Each role says what it takes: its defaults, its argument specs, its README and the generated reference agree."""
+"""Each role says what it takes: its defaults, its argument specs, its README and the generated reference
+agree.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,27 @@ def defaults(role: str) -> dict[str, Any]:
 
 
 def specs(role: str) -> dict[str, Any]:
-    return yaml.safe_load((REPOSITORY / "roles" / role / "meta/argument_specs.yml").read_text())["argument_specs"]
+    return yaml.safe_load((REPOSITORY / "roles" / role / "meta/argument_specs.yml").read_text())[
+        "argument_specs"
+    ]
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_specs_and_defaults_name_the_same_variables_with_the_same_values(role: str) -> None:
-    in_specs = {name: option["default"] for name, option in specs(role)["main"]["options"].items() if "default" in option}
+    in_specs = {
+        name: option["default"]
+        for name, option in specs(role)["main"]["options"].items()
+        if "default" in option
+    }
     assert in_specs == defaults(role)
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_an_option_without_default_is_required_or_may_be_absent(role: str) -> None:
     for name, option in specs(role)["main"]["options"].items():
-        assert "default" in option or "required" in option, f"{name}: give it a default, or say whether it is required"
+        assert "default" in option or "required" in option, (
+            f"{name}: give it a default, or say whether it is required"
+        )
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -80,7 +90,9 @@ def test_a_readme_names_only_variables_that_exist(role: str) -> None:
 
 def test_the_variable_reference_is_current() -> None:
     script = REPOSITORY / "scripts/variables_doc.py"
-    wanted = subprocess.run([sys.executable, str(script), "--print"], capture_output=True, text=True, check=True).stdout
+    wanted = subprocess.run(
+        [sys.executable, str(script), "--print"], capture_output=True, text=True, check=True
+    ).stdout
     assert (REPOSITORY / "docs/variables.md").read_text() == wanted, "run `make docs`"
 
 

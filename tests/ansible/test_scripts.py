@@ -13,7 +13,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def run(*command: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PATH": path or os.environ["PATH"]}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def stand_in(folder: Path, name: str, body: str) -> None:
@@ -36,7 +38,10 @@ def test_each_missing_package_is_a_line(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == [
         "missing: libnuma1 (vLLM's CPU engine loads libnuma.so.1); install it with: apt-get install libnuma1",
         "missing: libgomp1 (PyTorch loads libgomp.so.1); install it with: apt-get install libgomp1",
-        "missing: util-linux (vLLM's CPU engine runs lscpu to place its threads); install it with: apt-get install util-linux",
+        (
+            "missing: util-linux (vLLM's CPU engine runs lscpu to place its threads); install it with:"
+            " apt-get install util-linux"
+        ),
     ]
 
 

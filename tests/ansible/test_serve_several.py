@@ -1,6 +1,7 @@
 """Several hosts in one play: each that has something to go back to does so, whatever becomes of the others.
 
-The real playbooks/serve.yml and the role's own block; a stub in place of what switches and goes back, which needs an engine.
+The real playbooks/serve.yml and the role's own block; a stub in place of what switches and goes back, which
+needs an engine.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from pathlib import Path
 import yaml
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HOSTS = {"first": "does not answer, has nothing to go back to", "older": "does not answer, goes back", "good": "answers"}
+HOSTS = {
+    "first": "does not answer, has nothing to go back to",
+    "older": "does not answer, goes back",
+    "good": "answers",
+}
 STUBS = {
-    "switch": [{"name": "Switch", "ansible.builtin.fail": {"msg": "no answer"}, "when": "'does not answer' in stub"}],
+    "switch": [
+        {"name": "Switch", "ansible.builtin.fail": {"msg": "no answer"}, "when": "'does not answer' in stub"}
+    ],
     "back": [
-        {"name": "Stop", "ansible.builtin.fail": {"msg": "nothing to go back to"}, "when": "'goes back' not in stub"},
+        {
+            "name": "Stop",
+            "ansible.builtin.fail": {"msg": "nothing to go back to"},
+            "when": "'goes back' not in stub",
+        },
         {"name": "Go back", "ansible.builtin.debug": {"msg": "{{ inventory_hostname }} serves again"}},
         {"name": "Say so", "ansible.builtin.fail": {"msg": "went back"}},
     ],
@@ -29,13 +40,18 @@ STUBS = {
 def test_a_host_goes_back_though_another_fails_for_good(tmp_path: Path) -> None:
     tasks = tmp_path / "roles/vllm_service/tasks"
     tasks.mkdir(parents=True)
-    [block] = [task for task in yaml.safe_load((REPOSITORY / "roles/vllm_service/tasks/main.yml").read_text()) if "rescue" in task]
+    [block] = [
+        task
+        for task in yaml.safe_load((REPOSITORY / "roles/vllm_service/tasks/main.yml").read_text())
+        if "rescue" in task
+    ]
     (tasks / "main.yml").write_text(json.dumps([block]))
     for name, stub in STUBS.items():
         (tasks / f"{name}.yml").write_text(json.dumps(stub))
     release = {"lowmem_become": False, "lowmem_environment": {}, "vllm_service_release": {"id": "r"}}
     hosts = {
-        name: {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "stub": stub} for name, stub in HOSTS.items()
+        name: {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "stub": stub}
+        for name, stub in HOSTS.items()
     }
     (tmp_path / "hosts.json").write_text(json.dumps({"vllm": {"hosts": hosts, "vars": release}}))
     done = subprocess.run(

@@ -1,4 +1,6 @@
-"""A store that several deployments share: what no release of any of them names goes, and nothing else ever does."""
+"""A store that several deployments share: what no release of any of them names goes, and nothing else ever
+does.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,12 @@ def release(tmp_path: Path, store: Path) -> Deploy:
     """release(instance, state, **parameters): the module for the deployment in <tmp_path>/<instance>."""
 
     def run(instance: str, state: str, early: bool = False, **parameters: Any) -> dict[str, Any]:
-        given = {"root": str(tmp_path / instance), "store": str(store), "state": state, "_ansible_remote_tmp": str(tmp_path / "tmp")}
+        given = {
+            "root": str(tmp_path / instance),
+            "store": str(store),
+            "state": state,
+            "_ansible_remote_tmp": str(tmp_path / "tmp"),
+        }
         program = [MODULE] if early else ["-c", LATER]
         done = subprocess.run(
             [sys.executable, *program, json.dumps({"ANSIBLE_MODULE_ARGS": {**given, **parameters}})],
@@ -85,19 +92,34 @@ def test_what_no_release_of_any_deployment_names_goes(release: Deploy, store: Pa
         said = deployed(release, "main", environment(store, f"vllm-cpu-{n}"), models[n])
     # keep=2: 3 is served, 2 is gone back to, 1 is pruned; 0 is the second's
     assert left_in(store / "envs") == {"vllm-cpu-0", "vllm-cpu-2", "vllm-cpu-3", "autoawq-cpu-1"}
-    assert left_in(store / "models") == {models[0].name, models[2].name, models[3].name, "m", "someones-0123456789ab"}
+    assert left_in(store / "models") == {
+        models[0].name,
+        models[2].name,
+        models[3].name,
+        "m",
+        "someones-0123456789ab",
+    }
     assert {Path(path).name for path in said["removed"]} >= {"vllm-cpu-1", models[1].name}
     assert len(list((store / "models").glob("*.manifest.json"))) == 3
     assert {entry.name for entry in (store / "roots").iterdir()} == {
-        f"{platform.node()}:{str(store.parent / name).strip('/').replace('/', '-')}" for name in ("main", "second")
+        f"{platform.node()}:{str(store.parent / name).strip('/').replace('/', '-')}"
+        for name in ("main", "second")
     }
 
 
-def test_a_release_of_another_that_is_staged_and_not_served_yet_keeps_what_it_names(release: Deploy, store: Path) -> None:
+def test_a_release_of_another_that_is_staged_and_not_served_yet_keeps_what_it_names(
+    release: Deploy, store: Path
+) -> None:
     env, model = environment(store, "vllm-cpu-1"), checkpoint(store, "one")
     deployed(release, "second", env, model)
     new = environment(store, "vllm-cpu-2")
-    release("second", "staged", name="r", files={"low_mem.sh": "next\n"}, links={"env": str(new), "model": str(model)})
+    release(
+        "second",
+        "staged",
+        name="r",
+        files={"low_mem.sh": "next\n"},
+        links={"env": str(new), "model": str(model)},
+    )
     deployed(release, "main", environment(store, "vllm-cpu-3"), model)
     assert left_in(store / "envs") == {"vllm-cpu-1", "vllm-cpu-2", "vllm-cpu-3"}
 
@@ -115,7 +137,9 @@ def test_nothing_goes_while_a_deployment_cannot_be_looked_at(release: Deploy, st
     old = environment(store, "vllm-cpu-0")
     (store / "roots").mkdir()
     entry = f"{platform.node()}:gone" if why == "its root is not there" else "other-host:opt-vllm-lowmem"
-    (store / "roots" / entry).symlink_to(store.parent / "gone" if why == "its root is not there" else store.parent / "main")
+    (store / "roots" / entry).symlink_to(
+        store.parent / "gone" if why == "its root is not there" else store.parent / "main"
+    )
     said = deployed(release, "main", environment(store, "vllm-cpu-1"), checkpoint(store, "one"))
     assert (said["unseen"], said["removed"]) == ([entry], [])
     assert old.is_dir()
@@ -138,11 +162,15 @@ def test_what_the_store_has_by_a_link_stays(release: Deploy, store: Path) -> Non
     assert left_in(store / "envs") == {"vllm-cpu-0", "vllm-cpu-1"}
 
 
-def test_a_deployment_that_is_reset_leaves_the_store_and_takes_its_own_along(release: Deploy, store: Path) -> None:
+def test_a_deployment_that_is_reset_leaves_the_store_and_takes_its_own_along(
+    release: Deploy, store: Path
+) -> None:
     model = checkpoint(store, "one")
     deployed(release, "second", environment(store, "vllm-cpu-1"), model)
     deployed(release, "main", environment(store, "vllm-cpu-2"), model)
-    assert release("main", "left", environments="vllm")["msg"].endswith("still has releases: a root leaves its store when it has none")
+    assert release("main", "left", environments="vllm")["msg"].endswith(
+        "still has releases: a root leaves its store when it has none"
+    )
     subprocess.run(["rm", "-r", str(store.parent / "main")], check=True)
     said = release("main", "left", environments="vllm")
     assert (said["changed"], said["removed"]) == (True, [str(store / "envs/vllm-cpu-2")])
@@ -150,11 +178,18 @@ def test_a_deployment_that_is_reset_leaves_the_store_and_takes_its_own_along(rel
     assert release("main", "left", environments="vllm")["changed"] is False
     subprocess.run(["rm", "-r", str(store.parent / "second")], check=True)
     release("second", "left", environments="vllm")
-    assert (left_in(store / "envs"), left_in(store / "models"), (store / "roots").exists()) == (set(), set(), False)
+    assert (left_in(store / "envs"), left_in(store / "models"), (store / "roots").exists()) == (
+        set(),
+        set(),
+        False,
+    )
 
 
 def test_a_release_whose_environment_was_removed_meanwhile_is_not_made(release: Deploy, store: Path) -> None:
     gone = store / "envs/vllm-cpu-1"
     said = release("main", "staged", name="r", files={"low_mem.sh": "x\n"}, links={"env": str(gone)})
-    assert said["msg"] == f"{gone} is not there any more: another play has removed it meanwhile; run this one again"
+    assert (
+        said["msg"]
+        == f"{gone} is not there any more: another play has removed it meanwhile; run this one again"
+    )
     assert not list((store.parent / "main/releases").glob("*"))

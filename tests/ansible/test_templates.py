@@ -1,4 +1,6 @@
-"""What the templates make of a plan: literal files, legal for the programs that read them, and exactly the plan's arguments."""
+"""What the templates make of a plan: literal files, legal for the programs that read them, and exactly the
+plan's arguments.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.api_keys import read_keys
+from lowmem.service.api_keys import read_keys
 
 FILES = Path(__file__).parent / "files"
 GOLDEN = Path(__file__).parent / "golden"
@@ -22,7 +24,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 def render(playbook: Any, destination: Path, plan: dict[str, Any]) -> Path:
     destination.mkdir(exist_ok=True)
-    variables = {"templates": str(REPOSITORY / "templates"), "destination": str(destination), "lowmem_plan": plan}
+    variables = {
+        "templates": str(REPOSITORY / "templates"),
+        "destination": str(destination),
+        "lowmem_plan": plan,
+    }
     done = playbook(str(FILES / "render.yml"), variables=variables)
     assert done.rc == 0, done.text
     return destination
@@ -42,7 +48,9 @@ def rendered(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.TempP
 def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     service = {**plan["service"], "memlock": "infinity"}
     return render(
-        playbook, tmp_path_factory.mktemp("rendered") / "cuda", {**plan, "device_kind": "cuda", "device_count": 2, "service": service}
+        playbook,
+        tmp_path_factory.mktemp("rendered") / "cuda",
+        {**plan, "device_kind": "cuda", "device_count": 2, "service": service},
     )
 
 
@@ -63,7 +71,9 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
     ],
 )
 def test_golden(rendered: Path, name: str) -> None:
-    """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_templates.py, and read the diff."""
+    """After a wanted change: LOWMEM_GOLDEN=write .lowmem/venv/bin/pytest tests/ansible/test_templates.py, and
+    read the diff.
+    """
     if os.environ.get("LOWMEM_GOLDEN") == "write":
         shutil.copyfile(rendered / name, GOLDEN / name)
     assert (rendered / name).read_text() == (GOLDEN / name).read_text()
@@ -75,15 +85,23 @@ def test_the_launchers_are_legal_bash(rendered: Path) -> None:
         subprocess.run(["shellcheck", "--severity=warning", rendered / name], check=True)
 
 
-def test_the_launcher_gives_exactly_the_plans_arguments(rendered: Path, plan: dict[str, Any], tmp_path: Path) -> None:
-    """Run with a program in vLLM's place that writes down what it was given: quotes, blanks and dollars come through as they are."""
+def test_the_launcher_gives_exactly_the_plans_arguments(
+    rendered: Path, plan: dict[str, Any], tmp_path: Path
+) -> None:
+    """Run with a program in vLLM's place that writes down what it was given: quotes, blanks and dollars come
+    through as they are.
+    """
     probe = tmp_path / "vllm"
     probe.write_text('#!/bin/bash\nprintf "%s\\0" "$@" >"$SEEN"\nenv -0 >"$SEEN.env"\n')
     probe.chmod(0o755)
     environment = {"PATH": os.environ["PATH"], "VLLM_BIN": str(probe), "SEEN": str(tmp_path / "seen")}
     launcher = tmp_path / "low_mem.sh"
     shutil.copy(rendered / "low_mem.sh", launcher)
-    settings = (rendered / "engine.env").read_text().replace("/srv/vllm-lowmem/etc/vllm.env", str(rendered / "vllm.env"))
+    settings = (
+        (rendered / "engine.env")
+        .read_text()
+        .replace("/srv/vllm-lowmem/etc/vllm.env", str(rendered / "vllm.env"))
+    )
     (tmp_path / "engine.env").write_text(settings)
     (tmp_path / "elsewhere").symlink_to(launcher)
     subprocess.run([tmp_path / "elsewhere", "--one-more", "a b"], env=environment, check=True)
@@ -102,15 +120,23 @@ def test_a_launcher_that_cannot_read_the_keys_starts_nothing(rendered: Path, tmp
     shutil.copy(rendered / "low_mem.sh", tmp_path)
     shutil.copy(rendered / "engine.env", tmp_path)
     done = subprocess.run(
-        [tmp_path / "low_mem.sh"], env={"PATH": os.environ["PATH"], "VLLM_BIN": "/bin/true"}, capture_output=True, text=True
+        [tmp_path / "low_mem.sh"],
+        env={"PATH": os.environ["PATH"], "VLLM_BIN": "/bin/true"},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 1
-    assert done.stderr == "/srv/vllm-lowmem/etc/vllm.env cannot be read: a server without API keys answers nobody\n"
+    assert (
+        done.stderr
+        == "/srv/vllm-lowmem/etc/vllm.env cannot be read: a server without API keys answers nobody\n"
+    )
 
 
 def test_the_key_file_is_read_alike_by_bash_and_by_the_server(rendered: Path) -> None:
     script = 'source "$1"; printf "%s " "$VLLM_API_KEY" "$VLLM_API_KEY_default" "$VLLM_API_KEY_alice"'
-    said = subprocess.run(["bash", "-c", script, "bash", rendered / "vllm.env"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        ["bash", "-c", script, "bash", rendered / "vllm.env"], capture_output=True, text=True, check=True
+    ).stdout
     first, alice = "sk-test-0123456789abcdef", "sk-alice~0123456789abcdef"
     assert said.split() == [first, first, alice]
     assert read_keys((rendered / "vllm.env").read_text()) == {"": first, "default": first, "alice": alice}
@@ -139,7 +165,8 @@ def test_supervisor_reads_its_configuration(rendered: Path) -> None:
 
 
 needs_systemd = pytest.mark.skipif(
-    shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed (Debian package systemd)"
+    shutil.which("systemd-analyze") is None,
+    reason="systemd-analyze is not installed (Debian package systemd)",
 )
 
 
@@ -156,7 +183,9 @@ def analyzed(folder: Path, name: str, destination: Path) -> Path:
 def test_systemd_reads_the_units(name: str, rendered: Path, rendered_cuda: Path, tmp_path: Path) -> None:
     for folder in (rendered, rendered_cuda):
         unit = analyzed(folder, name, tmp_path)
-        done = subprocess.run(["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+        )
         assert [line for line in done.stderr.splitlines() if unit.name in line] == []
 
 
@@ -165,19 +194,29 @@ def named(unit: str, which: str) -> set[str]:
     role = "status_page" if unit.startswith("vllm-status") else "vllm_service"
     readme = (REPOSITORY / "roles" / role / "README.md").read_text()
     rows = re.findall(
-        r"^\| `([^|]+)` \| ([^|]*) \| ([^|]+) \|$", readme.split(f"### Left out of {unit}\n")[1].split("\n### ")[0], re.MULTILINE
+        r"^\| `([^|]+)` \| ([^|]*) \| ([^|]+) \|$",
+        readme.split(f"### Left out of {unit}\n")[1].split("\n### ")[0],
+        re.MULTILINE,
     )
     return {directive for directive, where, why in rows if where.strip() in ("both", which) and why.strip()}
 
 
 @needs_systemd
-@pytest.mark.parametrize(("unit", "most"), [("vllm@.service", 2.0), ("vllm-watchdog@.service", 2.0), ("vllm-status@.service", 2.0)])
+@pytest.mark.parametrize(
+    ("unit", "most"), [("vllm@.service", 2.0), ("vllm-watchdog@.service", 2.0), ("vllm-status@.service", 2.0)]
+)
 @pytest.mark.parametrize("which", ["cpu", "gpu"])
-def test_the_sandbox_is_as_tight_as_said(unit: str, most: float, which: str, rendered: Path, rendered_cuda: Path, tmp_path: Path) -> None:
-    """Every finding of `systemd-analyze security` is named in the role's README with its reason, and nothing else is named."""
+def test_the_sandbox_is_as_tight_as_said(
+    unit: str, most: float, which: str, rendered: Path, rendered_cuda: Path, tmp_path: Path
+) -> None:
+    """Every finding of `systemd-analyze security` is named in the role's README with its reason, and nothing
+    else is named.
+    """
     file = analyzed(rendered if which == "cpu" else rendered_cuda, unit, tmp_path)
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager"]
-    findings = json.loads(subprocess.run([*command, "--json=short", file], capture_output=True, text=True, check=False).stdout)
+    findings = json.loads(
+        subprocess.run([*command, "--json=short", file], capture_output=True, text=True, check=False).stdout
+    )
     bad = {f["json_field"] for f in findings if f["exposure"]}
     assert bad == named(unit, which)
     text = subprocess.run([*command, file], capture_output=True, text=True, check=False).stdout
@@ -188,7 +227,9 @@ def test_the_sandbox_is_as_tight_as_said(unit: str, most: float, which: str, ren
 def test_a_gpu_unit_may_open_its_own_devices_and_no_others(rendered: Path, rendered_cuda: Path) -> None:
     cpu, cuda = ((folder / "vllm@.service").read_text().splitlines() for folder in (rendered, rendered_cuda))
     allowed = ["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"]
-    assert [line for line in cuda if line.startswith("DeviceAllow")] == [f"DeviceAllow={device} rw" for device in allowed]
+    assert [line for line in cuda if line.startswith("DeviceAllow")] == [
+        f"DeviceAllow={device} rw" for device in allowed
+    ]
     assert "DevicePolicy=closed" in cuda
     assert "LimitMEMLOCK=infinity" in cuda
     assert "PrivateDevices=yes" not in cuda
@@ -202,14 +243,18 @@ def test_a_gpu_unit_may_open_its_own_devices_and_no_others(rendered: Path, rende
 
 
 def test_a_service_that_cannot_start_reaches_its_limit(rendered: Path) -> None:
-    """Also where each start takes all of its time: three times 2 x 300 s, a stop of 72 s and a pause of 5 s are less than the interval."""
+    """Also where each start takes all of its time: three times 2 x 300 s, a stop of 72 s and a pause of 5 s
+    are less than the interval.
+    """
     lines = (rendered / "vllm@.service").read_text().splitlines()
     assert "StartLimitBurst=3" in lines
     assert "StartLimitIntervalSec=2708" in lines
 
 
 def test_templates_hold_no_number() -> None:
-    """Every figure is in the plan or a default; file modes and what a format itself asks for are all that is left."""
+    """Every figure is in the plan or a default; file modes and what a format itself asks for are all that is
+    left.
+    """
     allowed = {
         "low_mem.sh.j2": {"0", "1", "2"},
         "vllm.env.j2": set(),

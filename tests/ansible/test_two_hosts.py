@@ -1,4 +1,6 @@
-"""A profile of two hosts: what its preflight refuses, on two hosts that are both this machine, and what each host is given."""
+"""A profile of two hosts: what its preflight refuses, on two hosts that are both this machine, and what each
+host is given.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.planner import make_plan
+from lowmem.plan.planner import make_plan
 
 from .test_templates import render
 
@@ -25,28 +27,56 @@ BAD = {
         {"lowmem_nodes": NODES[:1]},
         "is one server on 2 hosts, and lowmem_nodes has 1 (10.0.0.1): give group vllm that many hosts",
     ),
-    "too many hosts": ({"lowmem_nodes": [*NODES, "10.0.0.3"]}, "lowmem_nodes has 3 (10.0.0.1, 10.0.0.2, 10.0.0.3)"),
+    "too many hosts": (
+        {"lowmem_nodes": [*NODES, "10.0.0.3"]},
+        "lowmem_nodes has 3 (10.0.0.1, 10.0.0.2, 10.0.0.3)",
+    ),
     "one address for both": (
         {"lowmem_nodes": ["10.0.0.1", "10.0.0.1"]},
         "lowmem_nodes has 10.0.0.1 more than once; give each host its own",
     ),
-    "a name for an address": ({"lowmem_nodes": ["10.0.0.1", "gpu-2"]}, "lowmem_nodes has 'gpu-2', which is no IP address"),
+    "a name for an address": (
+        {"lowmem_nodes": ["10.0.0.1", "gpu-2"]},
+        "lowmem_nodes has 'gpu-2', which is no IP address",
+    ),
     "an address of nobody else": (
         {"lowmem_nodes": ["10.0.0.1", "127.0.0.1"]},
         "lowmem_nodes has 127.0.0.1, by which no other host reaches it",
     ),
-    "one port for two things": ({"lowmem_port": 29501}, "lowmem_port=29501 is the server's and master_port too; choose another"),
-    "no systemd": ({}, f"vllm_service_manager is supervisor on one, {ONE_SERVER} over 2 hosts, whose parts start and end as units"),
+    "one port for two things": (
+        {"lowmem_port": 29501},
+        "lowmem_port=29501 is the server's and master_port too; choose another",
+    ),
+    "no systemd": (
+        {},
+        (
+            f"vllm_service_manager is supervisor on one, {ONE_SERVER} over 2 hosts, whose parts start and end"
+            " as units"
+        ),
+    ),
     "no such interface": (
         {},
-        "lowmem_interface is empty, and one has no such interface with 10.0.0.1 (lowmem_nodes) as its first address (it has",
+        (
+            "lowmem_interface is empty, and one has no such interface with 10.0.0.1 (lowmem_nodes) as its"
+            " first address (it has"
+        ),
     ),
-    "another host's address": ({"lowmem_interface": "lo"}, "lowmem_interface is lo, and two has no such interface with 10.0.0.2"),
+    "another host's address": (
+        {"lowmem_interface": "lo"},
+        "lowmem_interface is lo, and two has no such interface with 10.0.0.2",
+    ),
     "plans that differ": (
         {"lowmem_host": "{{ '10.0.0.1' if inventory_hostname == 'one' else '10.0.0.2' }}"},
-        f"the plans of one, two differ, {ONE_SERVER} on them: have the same lowmem_* for all of them (in group_vars)",
+        (
+            f"the plans of one, two differ, {ONE_SERVER} on them: have the same lowmem_* for all of them (in"
+            " group_vars)"
+        ),
     ),
-    "a router over it": ({"group": {"router": ["one"]}}, "in group router, and profile demo_two_hosts", "a router sends to replicas"),
+    "a router over it": (
+        {"group": {"router": ["one"]}},
+        "in group router, and profile demo_two_hosts",
+        "a router sends to replicas",
+    ),
     "a gateway before it": (
         {"group": {"gateway": ["one"]}},
         "one or another host is in group gateway",
@@ -61,7 +91,10 @@ BAD = {
 
 
 def inventory(folder: Path, groups: dict[str, list[str]]) -> str:
-    hosts = {"vllm": {"hosts": {"one": HOST, "two": HOST}}, **{name: {"hosts": dict.fromkeys(members)} for name, members in groups.items()}}
+    hosts = {
+        "vllm": {"hosts": {"one": HOST, "two": HOST}},
+        **{name: {"hosts": dict.fromkeys(members)} for name, members in groups.items()},
+    }
     (folder / "hosts.json").write_text(json.dumps({"all": {"children": hosts}}))
     return str(folder / "hosts.json")
 
@@ -93,7 +126,10 @@ def test_bad_input_is_one_clear_line(case: str, playbook: Any, clean_root: Path,
 
 def test_one_host_of_two_is_no_server(playbook: Any, clean_root: Path, tmp_path: Path) -> None:
     done = preflight(playbook, tmp_path, clean_root, "--limit", "two")
-    assert f"this play leaves out one, {ONE_SERVER} on one, two: run it for all of them, without --limit." in done.flat, done.text[-4000:]
+    assert (
+        f"this play leaves out one, {ONE_SERVER} on one, two: run it for all of them, without --limit."
+        in done.flat
+    ), done.text[-4000:]
 
 
 def test_another_profile_does_not_look_at_nodes(playbook: Any, clean_root: Path, tmp_path: Path) -> None:
@@ -106,7 +142,8 @@ def test_rules_that_would_cut_it_in_two(playbook: Any) -> None:
     done = playbook(str(FILES / "role.yml"), variables={**given, "peer_firewall_addresses": ["10.0.0.9"]})
     assert done.rc != 0
     assert (
-        "peer_firewall_addresses is 10.0.0.9, without 10.0.0.2, another host of this server: leave peer_firewall_addresses out" in done.flat
+        "peer_firewall_addresses is 10.0.0.9, without 10.0.0.2, another host of this server: leave"
+        " peer_firewall_addresses out" in done.flat
     )
     # a network may have it; what is refused then is this machine, which has no systemd
     done = playbook(str(FILES / "role.yml"), variables={**given, "peer_firewall_addresses": ["10.0.0.0/24"]})
@@ -114,7 +151,14 @@ def test_rules_that_would_cut_it_in_two(playbook: Any) -> None:
 
 
 def plan(rank: int) -> dict[str, Any]:
-    deploy = {"model_path": "/srv/m", "served_model_name": "m", "host": "10.0.0.1", "nodes": NODES, "interface": "eth1", "rank": rank}
+    deploy = {
+        "model_path": "/srv/m",
+        "served_model_name": "m",
+        "host": "10.0.0.1",
+        "nodes": NODES,
+        "interface": "eth1",
+        "rank": rank,
+    }
     return json.loads(make_plan(str(PROFILE), deploy=deploy).model_dump_json())
 
 
@@ -127,7 +171,10 @@ def test_each_host_is_given_its_own_arguments(rendered: list[Path]) -> None:
     for rank, folder in enumerate(rendered):
         node = plan(0)["nodes"][rank]
         lines = (folder / "low_mem.sh").read_text().split("arguments=(\n")[1].split("\n)\n")[0].splitlines()
-        assert " ".join(line.strip() for line in lines if not line.strip().startswith("#")).split() == node["argv"]
+        assert (
+            " ".join(line.strip() for line in lines if not line.strip().startswith("#")).split()
+            == node["argv"]
+        )
         settings = (folder / "engine.env").read_text().splitlines()
         for variable in node["environment"]:
             assert f"{variable['name']}={variable['value']}" in settings

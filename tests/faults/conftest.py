@@ -1,4 +1,6 @@
-"""The demo's deployment as the faults see it: its processes, a client, and a second watchdog with a limit short enough for a test."""
+"""The demo's deployment as the faults see it: its processes, a client, and a second watchdog with a limit
+short enough for a test.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ class Service:
         return (self.root / "current/env").resolve()
 
     def control(self, *words: str) -> str:
-        command = [str(self.environment / "bin/supervisorctl"), "-c", str(self.root / "etc/supervisord.conf"), *words]
+        command = [
+            str(self.environment / "bin/supervisorctl"),
+            "-c",
+            str(self.root / "etc/supervisord.conf"),
+            *words,
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
     def family(self) -> dict[str, psutil.Process]:
@@ -62,7 +69,16 @@ def service(deployed: Any) -> Service:
 
 def playbook_command(root: Path, name: str) -> list[str]:
     program = str(Path(sys.executable).parent / "ansible-playbook")
-    return [program, name, "-e", f"lowmem_root={root}", "-e", f"lowmem_port={PORT}", "-e", "vllm_service_settle_s=20"]
+    return [
+        program,
+        name,
+        "-e",
+        f"lowmem_root={root}",
+        "-e",
+        f"lowmem_port={PORT}",
+        "-e",
+        "vllm_service_settle_s=20",
+    ]
 
 
 def arguments(root: Path) -> list[str]:
@@ -71,13 +87,20 @@ def arguments(root: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of a second deployment beside the demo's, with a copy of its checkpoint; where root runs the tests its log lies on a small tmpfs."""
+    """Of a second deployment beside the demo's, with a copy of its checkpoint; where root runs the tests its
+    log lies on a small tmpfs.
+    """
     root = tmp_path_factory.mktemp("second") / "host"
     (root / "log").mkdir(parents=True)
     (root / "log").chmod(0o700)
     (root / "envs").symlink_to(deployed.root / "envs")
     shutil.copytree(deployed.root / "models", root / "models")
-    mounted = os.geteuid() == 0 and not subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", root / "log"]).returncode
+    mounted = (
+        os.geteuid() == 0
+        and not subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", root / "log"]
+        ).returncode
+    )
     yield root
     control = next((deployed.root / "envs").glob("vllm-*/bin/supervisorctl"))
     if (root / "etc/supervisord.conf").exists():
@@ -91,8 +114,12 @@ def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 @pytest.fixture(scope="session")
 def killed_play(root: Path) -> dict[str, str]:
-    """The first play on this root, killed with SIGKILL when its release was whole and not yet the current one."""
-    with subprocess.Popen(arguments(root), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True) as play:
+    """The first play on this root, killed with SIGKILL when its release was whole and not yet the current
+    one.
+    """
+    with subprocess.Popen(
+        arguments(root), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as play:
         for line in play.stdout or ():
             if line.startswith("TASK [vllm_service : Switch to the release]"):
                 os.killpg(play.pid, signal.SIGKILL)
@@ -101,12 +128,15 @@ def killed_play(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def second(root: Path, killed_play: dict[str, str], deployed: Any) -> Service:
-    """Deployed by the play that came after the killed one. Its server counts as started before it answers (settle_s), so that one fault
-    after another is no series of failed starts."""
+    """Deployed by the play that came after the killed one. Its server counts as started before it answers
+    (settle_s), so that one fault after another is no series of failed starts.
+    """
     done = subprocess.run(arguments(root), cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     [key] = re.findall(r"^VLLM_API_KEY=(.+)$", (root / "etc/vllm.env").read_text(), re.MULTILINE)
-    return Service(root, Client(f"http://127.0.0.1:{PORT}", key, deployed.plan["deploy"]["served_model_name"]))
+    return Service(
+        root, Client(f"http://127.0.0.1:{PORT}", key, deployed.plan["deploy"]["served_model_name"])
+    )
 
 
 def none_left(processes: dict[str, psutil.Process]) -> list[psutil.Process]:
@@ -117,13 +147,24 @@ def none_left(processes: dict[str, psutil.Process]) -> list[psutil.Process]:
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Callable[[Service, float], Any]:
-    """watched(service, silence_s): a context with a watchdog of its own beside the deployment's; gives the path of what it says."""
+    """watched(service, silence_s): a context with a watchdog of its own beside the deployment's; gives the
+    path of what it says.
+    """
 
     @contextmanager
     def start(service: Service, silence_s: float) -> Iterator[Path]:
         said = tmp_path / "watchdog.log"
         command = [service.environment / "bin/lowmem", "watch", "--plan", service.root / "etc/plan.json"]
-        command += ["--env-file", service.root / "etc/vllm.env", "--silence-s", str(silence_s), "--every-s", "1", "--report-s", "10"]
+        command += [
+            "--env-file",
+            service.root / "etc/vllm.env",
+            "--silence-s",
+            str(silence_s),
+            "--every-s",
+            "1",
+            "--report-s",
+            "10",
+        ]
         with said.open("w") as stream:
             process = subprocess.Popen([str(word) for word in command], stdout=stream, stderr=stream)
         try:

@@ -1,4 +1,6 @@
-"""A client that keeps a ledger: each request ended with a complete answer, or with an error that the client saw, or it was lost."""
+"""A client that keeps a ledger: each request ended with a complete answer, or with an error that the client
+saw, or it was lost.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LOST_AFTER_S = 400
 
 @dataclass(frozen=True)
 class Entry:
-    """How one request ended. `status`: HTTP's, 0 where there was none; `said`: the error as the client saw it."""
+    """How one request ended. `status`: HTTP's, 0 where there was none; `said`: the error as the client saw
+    it.
+    """
 
     end: End
     status: int = 0
@@ -38,13 +42,23 @@ class Client:
     model: str
 
     def connection(self, timeout_s: float) -> http.client.HTTPConnection:
-        """A gateway's certificate was made on its host, for a name that this machine does not resolve: it is not looked at."""
+        """A gateway's certificate was made on its host, for a name that this machine does not resolve: it is
+        not looked at.
+        """
         address = urlsplit(self.url)
         if address.scheme == "https":
-            return http.client.HTTPSConnection(address.netloc, timeout=timeout_s, context=ssl._create_unverified_context())
+            return http.client.HTTPSConnection(
+                address.netloc, timeout=timeout_s, context=ssl._create_unverified_context()
+            )
         return http.client.HTTPConnection(address.netloc, timeout=timeout_s)
 
-    def raw(self, body: bytes, path: str = "/v1/completions", key: str | None = None, timeout_s: float = LOST_AFTER_S) -> Entry:
+    def raw(
+        self,
+        body: bytes,
+        path: str = "/v1/completions",
+        key: str | None = None,
+        timeout_s: float = LOST_AFTER_S,
+    ) -> Entry:
         """One POST of these bytes; `key` empty: no authorization header."""
         headers = {"Content-Type": "application/json"}
         key = self.key if key is None else key
@@ -70,9 +84,17 @@ class Client:
         finally:
             connection.close()
 
-    def complete(self, tokens: int, prompt: str | list[int] = "Once upon a time", stream: bool = False, **more: Any) -> Entry:
+    def complete(
+        self, tokens: int, prompt: str | list[int] = "Once upon a time", stream: bool = False, **more: Any
+    ) -> Entry:
         """`tokens` tokens, no fewer: an answer with another number of them is lost."""
-        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0}
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+        }
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         entry = self.raw(json.dumps(body).encode(), **more)
@@ -92,7 +114,9 @@ class Client:
     def total(self, metric: str) -> int:
         """The sum of all series of one of the engine's metrics."""
         text = self.get("/metrics")[1]
-        return sum(int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(f"{metric}{{"))
+        return sum(
+            int(float(line.split()[-1])) for line in text.splitlines() if line.startswith(f"{metric}{{")
+        )
 
     def running(self) -> int:
         """Requests that the engine works on, as it says in its metrics."""
@@ -133,7 +157,9 @@ def stream_end(answer: http.client.HTTPResponse) -> Entry:
 
 
 class Ledger:
-    """Requests under way while a fault is injected; `entries` after the `with` block holds how each of them ended."""
+    """Requests under way while a fault is injected; `entries` after the `with` block holds how each of them
+    ended.
+    """
 
     def __init__(self) -> None:
         self.futures: list[Future[Entry]] = []
@@ -149,7 +175,9 @@ class Ledger:
         assert lost == []
 
     def away_s(self) -> float | None:
-        """Seconds from the first request that ended with an error to the next answer (`streaming` only); None where all were answered."""
+        """Seconds from the first request that ended with an error to the next answer (`streaming` only); None
+        where all were answered.
+        """
         failed = next((n for n, entry in enumerate(self.entries) if entry.end == "error"), None)
         if failed is None:
             return None
@@ -164,10 +192,14 @@ class Ledger:
 
 @contextmanager
 def under_load(client: Client, clients: int = 8, tokens: int = 400) -> Iterator[Ledger]:
-    """Half of the clients stream, half wait for the whole answer; inside the block all of them are running."""
+    """Half of the clients stream, half wait for the whole answer; inside the block all of
+    them are running.
+    """
     ledger = Ledger()
     with ThreadPoolExecutor(clients) as pool:
-        ledger.futures = [pool.submit(client.complete, tokens, f"Story {n}: ", n % 2 == 0) for n in range(clients)]
+        ledger.futures = [
+            pool.submit(client.complete, tokens, f"Story {n}: ", n % 2 == 0) for n in range(clients)
+        ]
         client.until_running(clients)
         yield ledger
         ledger.entries = [future.result() for future in ledger.futures]
@@ -175,7 +207,9 @@ def under_load(client: Client, clients: int = 8, tokens: int = 400) -> Iterator[
 
 @contextmanager
 def streaming(client: Client, tokens: int = 60) -> Iterator[Ledger]:
-    """One stream after another while the block runs, also while nobody answers, and until the first answer after it."""
+    """One stream after another while the block runs, also while nobody answers, and until the first answer
+    after it.
+    """
     ledger = Ledger()
     over = threading.Event()
 
@@ -200,12 +234,21 @@ def streaming(client: Client, tokens: int = 60) -> Iterator[Ledger]:
 
 
 class SlowReader(threading.Thread):
-    """Asks for a stream and reads it in small sips with pauses; `text` is what came, in `ended` how it went."""
+    """Asks for a stream and reads it in small sips with pauses; `text` is what came, in `ended`
+    how it went.
+    """
 
     def __init__(self, client: Client, tokens: int, sip_bytes: int, pause_s: float) -> None:
         super().__init__(daemon=True)
         body = json.dumps(
-            {"model": client.model, "prompt": "Slowly", "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True}
+            {
+                "model": client.model,
+                "prompt": "Slowly",
+                "max_tokens": tokens,
+                "ignore_eos": True,
+                "temperature": 0,
+                "stream": True,
+            }
         )
         address = urlsplit(client.url)
         self.socket = socket.socket()
@@ -215,8 +258,9 @@ class SlowReader(threading.Thread):
         self.socket.connect((address.hostname, address.port))
         self.socket.sendall(
             (
-                f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer {client.key}\r\n"
-                f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}"
+                f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nAuthorization: Bearer"
+                f" {client.key}\r\nContent-Type: application/json\r\nContent-Length:"
+                f" {len(body)}\r\nConnection: close\r\n\r\n{body}"
             ).encode()
         )
         self.sip_bytes, self.pause_s = sip_bytes, pause_s

@@ -1,4 +1,6 @@
-"""A systemd host with the real engine as its unit: what Molecule's scenario `service` deploys, seen from the controller."""
+"""A systemd host with the real engine as its unit: what Molecule's scenario `service` deploys, seen from the
+controller.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Node:
 
     def running(self) -> str:
         """The release that the server runs from."""
-        return self.sh(f"tr '\\0' '\\n' </proc/{self.show('MainPID')}/environ | sed -n s,^LOWMEM_RELEASE=.*/,,p").strip()
+        return self.sh(
+            f"tr '\\0' '\\n' </proc/{self.show('MainPID')}/environ | sed -n s,^LOWMEM_RELEASE=.*/,,p"
+        ).strip()
 
     def argument(self, flag: str) -> str:
         argv = self.sh(f"tr '\\0' '\\n' </proc/{self.show('MainPID')}/cmdline").splitlines()
@@ -59,9 +63,15 @@ class Node:
 
     def family(self) -> dict[str, int]:
         """Pids of server, engine and worker."""
-        pids = self.sh(f"cat /sys/fs/cgroup$(systemctl show {UNIT} --property=ControlGroup --value)/cgroup.procs").split()
+        pids = self.sh(
+            f"cat /sys/fs/cgroup$(systemctl show {UNIT} --property=ControlGroup --value)/cgroup.procs"
+        ).split()
         named = {self.sh(f"cat /proc/{pid}/comm", check=False).strip(): int(pid) for pid in pids}
-        return {"server": int(self.show("MainPID")), "engine": named["VLLM::EngineCor"], "worker": named["VLLM::Worker"]}
+        return {
+            "server": int(self.show("MainPID")),
+            "engine": named["VLLM::EngineCor"],
+            "worker": named["VLLM::Worker"],
+        }
 
     def alive(self, pids: dict[str, int]) -> list[str]:
         return [who for who, pid in pids.items() if run_there(self.record, f"kill -0 {pid}").returncode == 0]
@@ -69,7 +79,9 @@ class Node:
     def until(self, what: Callable[[], bool], timeout_s: float = 900) -> None:
         deadline = time.monotonic() + timeout_s
         while not what():
-            assert time.monotonic() < deadline, self.sh(f"systemctl status {UNIT} --no-pager; tail -n 40 {ROOT}/log/vllm.log", check=False)
+            assert time.monotonic() < deadline, self.sh(
+                f"systemctl status {UNIT} --no-pager; tail -n 40 {ROOT}/log/vllm.log", check=False
+            )
             time.sleep(0.5)
 
     def until_active(self) -> None:
@@ -83,7 +95,13 @@ class Node:
 
 
 def run_there(record: dict[str, Any], script: str) -> subprocess.CompletedProcess[str]:
-    options = ["BatchMode=yes", "ConnectTimeout=5", "StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null", "LogLevel=ERROR"]
+    options = [
+        "BatchMode=yes",
+        "ConnectTimeout=5",
+        "StrictHostKeyChecking=no",
+        "UserKnownHostsFile=/dev/null",
+        "LogLevel=ERROR",
+    ]
     words = ["ssh", "-i", record["identity_file"], *(word for option in options for word in ("-o", option))]
     words += [f"{record['user']}@{record['address']}", f"sudo bash -c {shlex.quote(script)}"]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=600)
@@ -96,5 +114,7 @@ def connect() -> Node:
 
 
 def said(ledger: Ledger) -> str:
-    kinds = sorted({f"{e.status} {e.said}" if e.status else e.said for e in ledger.entries if e.end == "error"})
+    kinds = sorted(
+        {f"{e.status} {e.said}" if e.status else e.said for e in ledger.entries if e.end == "error"}
+    )
     return "said: " + "; ".join(kind[:110] for kind in kinds)

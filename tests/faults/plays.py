@@ -17,12 +17,27 @@ SETTINGS = {"lowmem_verify_kill": False, "lowmem_verify_requests": 4}
 
 
 def start(name: str, *arguments: str, **variables: Any) -> subprocess.Popen[str]:
-    """As an operator runs it, with the repository's settings and Molecule's inventory; stdout has stderr as well."""
+    """As an operator runs it, with the repository's settings and Molecule's inventory; stdout has stderr as
+    well.
+    """
     program = Path(sys.executable).with_name("ansible-playbook")
     return subprocess.Popen(
-        [program, "-i", INVENTORY, f"playbooks/{name}.yml", "-e", json.dumps({**SETTINGS, **variables}), *arguments],
+        [
+            program,
+            "-i",
+            INVENTORY,
+            f"playbooks/{name}.yml",
+            "-e",
+            json.dumps({**SETTINGS, **variables}),
+            *arguments,
+        ],
         cwd=REPOSITORY,
-        env={**os.environ, "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"), "ANSIBLE_HOST_KEY_CHECKING": "false", "ANSIBLE_NOCOLOR": "1"},
+        env={
+            **os.environ,
+            "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"),
+            "ANSIBLE_HOST_KEY_CHECKING": "false",
+            "ANSIBLE_NOCOLOR": "1",
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

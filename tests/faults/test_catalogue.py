@@ -14,10 +14,14 @@ PAGE = (ROOT / "docs/reliability.md").read_text()
 
 
 def test_the_page_lists_exactly_the_catalogue() -> None:
-    rows = re.findall(r"^\| \*\*([\w-]+)\*\*: (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", PAGE, re.MULTILINE)
+    rows = re.findall(
+        r"^\| \*\*([\w-]+)\*\*: (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", PAGE, re.MULTILINE
+    )
     [unseen] = re.findall(r"^Written and not seen yet: (.+)\.$", PAGE, re.MULTILINE)
     seen = {name: f for name, f in CATALOGUE.items() if name not in unseen.split(", ")}
-    assert [row[:4] for row in rows] == [(name, f["fault"], f["injected"], f["expected"]) for name, f in seen.items()]
+    assert [row[:4] for row in rows] == [
+        (name, f["fault"], f["injected"], f["expected"]) for name, f in seen.items()
+    ]
     assert all(seen.strip() for *_, seen, _ in rows)
 
 
@@ -30,7 +34,9 @@ def test_each_fault_has_a_test_and_each_test_its_fault() -> None:
 
 
 def test_each_fault_has_its_runbook() -> None:
-    assert {f["runbook"] for f in CATALOGUE.values() if not (ROOT / "docs/runbooks" / f["runbook"]).is_file()} == set()
+    assert {
+        f["runbook"] for f in CATALOGUE.values() if not (ROOT / "docs/runbooks" / f["runbook"]).is_file()
+    } == set()
 
 
 @pytest.mark.parametrize("name", CATALOGUE)

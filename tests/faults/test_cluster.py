@@ -1,5 +1,7 @@
-"""Two replicas with the real engine behind the router and its gateway, under load from outside. They need the hosts of Molecule's
-scenario `cluster`, which runs this file (LOWMEM_CLUSTER_HOSTS), and Molecule's inventory of them. The last test leaves them upgraded."""
+"""Two replicas with the real engine behind the router and its gateway, under load from outside. They need the
+hosts of Molecule's scenario `cluster`, which runs this file (LOWMEM_CLUSTER_HOSTS), and Molecule's inventory
+of them. The last test leaves them upgraded.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,17 @@ from .node import Node
 from .plays import play
 
 HOSTS = os.environ.get("LOWMEM_CLUSTER_HOSTS", "")
-pytestmark = pytest.mark.skipif(not HOSTS, reason="runs on three systemd hosts: make molecule SCENARIO=cluster")
+pytestmark = pytest.mark.skipif(
+    not HOSTS, reason="runs on three systemd hosts: make molecule SCENARIO=cluster"
+)
 KEY, MODEL = "sk-fleet-0123456789abcdefABCDEF", "SmolLM2-135M-Instruct"
 
 
 @dataclass
 class Load:
-    """What closed-loop clients saw: (when it began, how it ended) of each request, in the order of their ends."""
+    """What closed-loop clients saw: (when it began, how it ended) of each request, in the order of their
+    ends.
+    """
 
     seen: list[tuple[float, Entry]] = field(default_factory=list)
 
@@ -41,8 +47,12 @@ class Load:
 
 
 @contextmanager
-def constant_load(client: Client, clients: int = 4, streams: bool = False, tokens: int = 20) -> Iterator[Load]:
-    """Each client asks again as soon as it is answered, while the block runs; with `streams` every second one streams."""
+def constant_load(
+    client: Client, clients: int = 4, streams: bool = False, tokens: int = 20
+) -> Iterator[Load]:
+    """Each client asks again as soon as it is answered, while the block runs; with `streams` every second one
+    streams.
+    """
     load, over = Load(), threading.Event()
 
     def ask(number: int) -> None:
@@ -72,7 +82,9 @@ class Cluster:
     router_host: Node
 
     def workers(self) -> dict[str, bool]:
-        """Whether the router holds each replica for healthy, by its address; it listens on its host's loopback."""
+        """Whether the router holds each replica for healthy, by its address; it listens on its host's
+        loopback.
+        """
         found = json.loads(self.router_host.sh("curl --silent http://127.0.0.1:8080/workers"))["workers"]
         return {worker["url"]: worker["is_healthy"] for worker in found}
 
@@ -91,7 +103,8 @@ def until_it_answers_more(node: Node, by: int = 1) -> None:
 def cluster() -> Cluster:
     records = {record["name"]: record for record in json.loads(HOSTS)}
     one, two = (
-        Node(records[name], Client(f"http://{records[name]['address']}:8000", KEY, MODEL)) for name in ("cluster-one", "cluster-two")
+        Node(records[name], Client(f"http://{records[name]['address']}:8000", KEY, MODEL))
+        for name in ("cluster-one", "cluster-two")
     )
     front = Client(f"https://{records['cluster-router']['address']}", KEY, MODEL)
     return Cluster(one, two, front, Node(records["cluster-router"], front))
@@ -99,11 +112,16 @@ def cluster() -> Cluster:
 
 def reaches(node: Node, address: str) -> bool:
     """Whether a connection from that host gets an answer within three seconds."""
-    return node.sh(f"curl --silent --output /dev/null --max-time 3 http://{address}/health; echo $?").strip() == "0"
+    return (
+        node.sh(f"curl --silent --output /dev/null --max-time 3 http://{address}/health; echo $?").strip()
+        == "0"
+    )
 
 
 def test_who_reaches_what(cluster: Cluster) -> None:
-    """The router reaches a replica, another replica does not; the router itself nobody, and the gateway lets the API's routes through."""
+    """The router reaches a replica, another replica does not; the router itself nobody, and the gateway lets
+    the API's routes through.
+    """
     one, router = cluster.one.record["address"], cluster.router_host.record["address"]
     assert reaches(cluster.router_host, f"{one}:8000")
     assert reaches(cluster.one, f"{one}:8000")
@@ -172,11 +190,16 @@ def test_a_replica_that_is_cut_off(cluster: Cluster, fault: Any) -> None:
 
 @contextmanager
 def slowed(node: Node) -> Iterator[None]:
-    """Engine and worker run half a second in five; the API server, which answers /health, always. These hosts enforce no CPUQuota=."""
+    """Engine and worker run half a second in five; the API server, which answers /health, always. These hosts
+    enforce no CPUQuota=.
+    """
     family = node.family()
     pids = f"{family['engine']} {family['worker']}"
     loop = f"while sleep 0.5; do kill -STOP {pids}; sleep 4.5; kill -CONT {pids}; done"
-    node.sh(f"systemd-run --quiet --unit=slow --property=ExecStopPost='/bin/kill -CONT {pids}' bash -c {shlex.quote(loop)}")
+    node.sh(
+        f"systemd-run --quiet --unit=slow --property=ExecStopPost='/bin/kill -CONT {pids}' bash -c"
+        f" {shlex.quote(loop)}"
+    )
     try:
         yield
     finally:
@@ -193,7 +216,10 @@ def test_a_replica_that_is_slow(cluster: Cluster, fault: Any) -> None:
     assert [entry for entry in entries if entry.end != "answer"] == []
     # each replica's watchdog asks for a token of its own now and then
     assert slow < fast
-    fault.saw(f"40 of 40 requests answered whole; {slow} ended on the slow replica meanwhile and {fast} on the other")
+    fault.saw(
+        f"40 of 40 requests answered whole; {slow} ended on the slow replica meanwhile and {fast} on the"
+        " other"
+    )
 
 
 def test_one_replica_less_and_one_more(cluster: Cluster) -> None:

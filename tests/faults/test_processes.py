@@ -1,4 +1,6 @@
-"""The server's processes killed, stopped and starved with requests under way: each request ends, the service comes back."""
+"""The server's processes killed, stopped and starved with requests under way: each request ends, the service
+comes back.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def test_a_killed_process(who: str, second: Service, fault: Any) -> None:
 
 
 @pytest.mark.fault("engine-stopped")
-def test_a_hung_engine_is_noticed(second: Service, watched: Callable[[Service, float], Any], fault: Any) -> None:
+def test_a_hung_engine_is_noticed(
+    second: Service, watched: Callable[[Service, float], Any], fault: Any
+) -> None:
     before = second.family()
     with watched(second, 10) as said:
         with under_load(second.client) as ledger:
@@ -57,7 +61,9 @@ def test_a_hung_engine_is_noticed(second: Service, watched: Callable[[Service, f
 
 @pytest.mark.fault("out-of-memory")
 def test_a_worker_without_memory(second: Service, fault: Any) -> None:
-    """RLIMIT_AS makes the allocation fail in the process itself; what the kernel's killer does is worker-killed."""
+    """RLIMIT_AS makes the allocation fail in the process itself; what the kernel's killer does is
+    worker-killed.
+    """
     client, worker = second.client, second.family()["worker"]
     before = second.family()
     limit = worker.memory_info().vms
@@ -78,5 +84,11 @@ def test_a_worker_without_memory(second: Service, fault: Any) -> None:
 
 
 def first_error(ledger: Ledger) -> str:
-    said = sorted({f"{entry.status} {entry.said}" if entry.status else entry.said for entry in ledger.entries if entry.end == "error"})
+    said = sorted(
+        {
+            f"{entry.status} {entry.said}" if entry.status else entry.said
+            for entry in ledger.entries
+            if entry.end == "error"
+        }
+    )
     return "; ".join(line[:110] for line in said)

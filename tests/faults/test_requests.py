@@ -65,8 +65,14 @@ def test_malformed_requests_are_refused(same_engine: Service, fault: Any) -> Non
 
 @pytest.mark.fault("huge-prompts")
 def test_huge_prompts_are_refused(same_engine: Service, fault: Any) -> None:
-    prompts: dict[str, Any] = {"3,000 tokens": [11] * 3000, "1 MB": "word " * 200_000, "20 MB": "word " * 4_000_000}
-    entries = {name: same_engine.client.raw(body(same_engine, prompt=prompt)) for name, prompt in prompts.items()}
+    prompts: dict[str, Any] = {
+        "3,000 tokens": [11] * 3000,
+        "1 MB": "word " * 200_000,
+        "20 MB": "word " * 4_000_000,
+    }
+    entries = {
+        name: same_engine.client.raw(body(same_engine, prompt=prompt)) for name, prompt in prompts.items()
+    }
     assert {name: entry.status for name, entry in entries.items() if not 400 <= entry.status < 500} == {}
     fault.saw(", ".join(f"{name}: {entry.status}" for name, entry in entries.items()))
 
@@ -74,7 +80,12 @@ def test_huge_prompts_are_refused(same_engine: Service, fault: Any) -> None:
 @pytest.mark.fault("invalid-storm")
 def test_a_thousand_invalid_requests_do_not_touch_a_valid_one(same_engine: Service, fault: Any) -> None:
     client = same_engine.client
-    kinds = [b"hello", body(same_engine, model="no-such-model"), body(same_engine, max_tokens=-1), body(same_engine, prompt=[11] * 3000)]
+    kinds = [
+        b"hello",
+        body(same_engine, model="no-such-model"),
+        body(same_engine, max_tokens=-1),
+        body(same_engine, prompt=[11] * 3000),
+    ]
     with ThreadPoolExecutor(17) as pool:
         stream = pool.submit(client.complete, 300, "A long story: ", True)
         client.until_running(1)
@@ -122,7 +133,8 @@ def test_slow_and_vanished_clients_hold_nobody_up(same_engine: Service, fault: A
     began = time.monotonic()
     client.until_running(0, timeout_s=30)
     fault.saw(
-        f"the slow client had its 100 tokens, another was answered meanwhile, the vanished one's place was free within {seconds(began)}"
+        "the slow client had its 100 tokens, another was answered meanwhile, the vanished one's place was"
+        f" free within {seconds(began)}"
     )
 
 
@@ -131,7 +143,9 @@ def seconds(began: float) -> str:
 
 
 @pytest.mark.fault("too-many-requests")
-def test_ten_times_the_concurrency_waits_its_turn(same_engine: Service, watched: Callable[[Service, float], Any], fault: Any) -> None:
+def test_ten_times_the_concurrency_waits_its_turn(
+    same_engine: Service, watched: Callable[[Service, float], Any], fault: Any
+) -> None:
     """A watchdog with a limit far below what the last of them waits leaves the busy engine alone."""
     with watched(same_engine, 10) as said:
         ledger = flood(same_engine)
@@ -146,7 +160,9 @@ def flood(service: Service) -> Ledger:
     prompts = [[rng.randrange(10, 1000) for _ in range(rng.choice([10, 50, 200]))] for _ in range(80)]
     ledger = Ledger()
     with ThreadPoolExecutor(80) as pool:
-        ledger.entries = list(pool.map(lambda n: service.client.complete(8, prompts[n], n % 2 == 0), range(80)))
+        ledger.entries = list(
+            pool.map(lambda n: service.client.complete(8, prompts[n], n % 2 == 0), range(80))
+        )
     return ledger
 
 
@@ -155,6 +171,8 @@ def tally(statuses: Any) -> str:
 
 
 def test_the_ledger_knows_a_short_answer_from_a_complete_one(service: Service) -> None:
-    """The end of the context comes before the wanted tokens: a request that is answered, and not as it was asked."""
+    """The end of the context comes before the wanted tokens: a request that is answered, and not as it was
+    asked.
+    """
     entry: Entry = service.client.raw(body(service, max_tokens=2))
     assert (entry.end, entry.tokens) == ("answer", 2)

@@ -1,4 +1,5 @@
-"""What meets a deployment before it serves: a play that is killed, a full disk, a damaged checkpoint, a port that is taken.
+"""What meets a deployment before it serves: a play that is killed, a full disk, a damaged checkpoint, a port
+that is taken.
 
 All on a second deployment beside the demo's, with a copy of its checkpoint; `log` lies on a tmpfs of 4 MiB.
 """
@@ -39,7 +40,9 @@ def test_a_killed_play_is_run_again(second: Service, killed_play: dict[str, str]
 def test_a_full_log_disk_stops_no_request(second: Service, fault: Any) -> None:
     before = second.family()
     ballast = second.root / "log/ballast"
-    full = subprocess.run(["dd", "if=/dev/zero", f"of={ballast}", "bs=512"], capture_output=True, text=True, check=False)
+    full = subprocess.run(
+        ["dd", "if=/dev/zero", f"of={ballast}", "bs=512"], capture_output=True, text=True, check=False
+    )
     assert "No space left on device" in full.stderr
     assert shutil.disk_usage(second.root / "log").free == 0
     with under_load(second.client, tokens=40) as ledger:
@@ -59,8 +62,9 @@ def test_a_full_log_disk_stops_no_request(second: Service, fault: Any) -> None:
 
 @pytest.fixture
 def damaged(second: Service) -> Iterator[Callable[[str, Callable[[bytes], bytes]], str]]:
-    """damaged(file, change): starts the server with a changed file of its checkpoint ("": its manifest) until it is given up; what the log
-    said. The file comes back after."""
+    """damaged(file, change): starts the server with a changed file of its checkpoint ("": its manifest) until
+    it is given up; what the log said. The file comes back after.
+    """
     kept: dict[Path, tuple[bytes, os.stat_result]] = {}
 
     def start(name: str, change: Callable[[bytes], bytes]) -> str:
@@ -107,7 +111,10 @@ def test_a_corrupted_shard_is_not_served(damaged: Callable[..., str], fault: Any
 
 @pytest.mark.fault("manifest-altered")
 def test_an_altered_manifest_is_not_served(damaged: Callable[..., str], fault: Any) -> None:
-    said = damaged(MANIFEST, lambda text: re.sub(rb'(?<="sha256": ")(.)', lambda m: b"0" if m[1] != b"0" else b"1", text, count=1))
+    said = damaged(
+        MANIFEST,
+        lambda text: re.sub(rb'(?<="sha256": ")(.)', lambda m: b"0" if m[1] != b"0" else b"1", text, count=1),
+    )
     [line] = refusals(said, r"\S+: altered, SHA-256 ")
     fault.saw(f"given up; the log says: {line}")
 
@@ -131,7 +138,11 @@ def test_a_taken_port_is_refused(playbook: Any, clean_root: Path, fault: Any) ->
         done = playbook("site.yml", variables={"lowmem_root": str(clean_root), "lowmem_port": port})
     assert done.rc == 2
     assert done.changed == 0
-    said = re.search(rf"lowmem_port is {port}, and .* \(pid {os.getpid()}\) listens there already: stop it, or choose another", done.flat)
+    said = re.search(
+        rf"lowmem_port is {port}, and .* \(pid {os.getpid()}\) listens there already: stop it, or choose"
+        r" another",
+        done.flat,
+    )
     assert said, done.text
     fault.saw("refused in preflight with the stranger's number; nothing changed")
 

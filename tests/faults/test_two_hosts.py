@@ -1,6 +1,7 @@
-"""One server over two hosts, with the real engine: who reaches what, either half killed or rebooted, a network that is cut, and the plays.
-They need the hosts of Molecule's scenario `two_hosts`, which runs this file (LOWMEM_TWO_HOSTS), and Molecule's inventory of them. One
-after another; the last one leaves no service."""
+"""One server over two hosts, with the real engine: who reaches what, either half killed or rebooted, a
+network that is cut, and the plays. They need the hosts of Molecule's scenario `two_hosts`, which runs this
+file (LOWMEM_TWO_HOSTS), and Molecule's inventory of them. One after another; the last one leaves no service.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ from .node import ROOT, UNIT, WATCHDOG, Node, run_there
 from .plays import play
 
 HOSTS = os.environ.get("LOWMEM_TWO_HOSTS", "")
-pytestmark = pytest.mark.skipif(not HOSTS, reason="runs on three systemd hosts: make molecule SCENARIO=two_hosts")
+pytestmark = pytest.mark.skipif(
+    not HOSTS, reason="runs on three systemd hosts: make molecule SCENARIO=two_hosts"
+)
 KEY, MODEL = "sk-both-0123456789abcdefABCDEF", "SmolLM2-135M-Instruct"
 NEW_KEY = "sk-next-0123456789abcdefABCDEF"
 PROMPTS = ["The capital of France is", "Once upon a time", "Water boils at"]
@@ -66,7 +69,9 @@ class Pair:
 def processes(node: Node) -> dict[str, int]:
     """By the names that vLLM gives them; the unit's own is `server`."""
     found = {"server": int(node.show("MainPID"))}
-    for pid in node.sh(f"cat /sys/fs/cgroup$(systemctl show {UNIT} --property=ControlGroup --value)/cgroup.procs").split():
+    for pid in node.sh(
+        f"cat /sys/fs/cgroup$(systemctl show {UNIT} --property=ControlGroup --value)/cgroup.procs"
+    ).split():
         name = node.sh(f"cat /proc/{pid}/comm", check=False).strip()
         if name.startswith(("VLLM::Engine", "VLLM::Worker")):
             found["engine" if name.startswith("VLLM::Engine") else "worker"] = int(pid)
@@ -93,19 +98,27 @@ def text(client: Client, prompt: str) -> str:
     connection = client.connection(400)
     body = {"model": client.model, "prompt": prompt, "max_tokens": 24, "temperature": 0}
     connection.request(
-        "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", "Authorization": f"Bearer {client.key}"}
+        "POST",
+        "/v1/completions",
+        json.dumps(body),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {client.key}"},
     )
     return str(json.loads(connection.getresponse().read())["choices"][0]["text"])
 
 
 def test_it_answers_as_one_host_does(pair: Pair) -> None:
     environment = (
-        "HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0 VLLM_CPU_INT4_W4A8=0 VLLM_HOST_IP=127.0.0.1"
+        "HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 TORCHDYNAMO_DISABLE=1 VLLM_USE_AOT_COMPILE=0"
+        " VLLM_CPU_INT4_W4A8=0 VLLM_HOST_IP=127.0.0.1"
     )
-    command = f"{ROOT}/current/env/bin/python alone.py $(readlink -f {ROOT}/current/model) '{json.dumps(PROMPTS)}'"
+    command = (
+        f"{ROOT}/current/env/bin/python alone.py $(readlink -f {ROOT}/current/model) '{json.dumps(PROMPTS)}'"
+    )
     script = f"cd /tmp; cat >alone.py <<'END'\n{ALONE}\nEND\n{environment} {command}"
     said = pair.one.sh(f"{script} 2>alone.log || {{ tail -n 30 alone.log >&2; false; }}")
-    alone = json.loads(next(line for line in said.splitlines() if line.startswith("TEXTS ")).removeprefix("TEXTS "))
+    alone = json.loads(
+        next(line for line in said.splitlines() if line.startswith("TEXTS ")).removeprefix("TEXTS ")
+    )
     assert all(len(answer) > 20 for answer in alone)
     assert [text(pair.client, prompt) for prompt in PROMPTS] == alone
 
@@ -123,7 +136,10 @@ def test_each_host_runs_its_half(pair: Pair) -> None:
 
 def reached(node: Node, address: str, ports: list[int]) -> list[int]:
     """Those of the ports to which a TCP connection from that host is made within three seconds."""
-    script = "".join(f"(timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>/dev/null && echo {port}) & " for port in ports)
+    script = "".join(
+        f"(timeout 3 bash -c 'exec 3<>/dev/tcp/{address}/{port}' 2>/dev/null && echo {port}) & "
+        for port in ports
+    )
     return sorted(int(line) for line in node.sh(f"{script} wait").split())
 
 
@@ -131,7 +147,9 @@ def listening(node: Node) -> list[int]:
     """Ports that the service's user listens on at more than loopback."""
     found = node.sh("ss --listening --tcp --numeric --no-header --processes")
     lines = [line.split() for line in found.splitlines() if re.search(r'"(vllm|VLLM)', line)]
-    return sorted({int(words[3].rsplit(":", 1)[1]) for words in lines if not words[3].startswith(("127.", "[::1]"))})
+    return sorted(
+        {int(words[3].rsplit(":", 1)[1]) for words in lines if not words[3].startswith(("127.", "[::1]"))}
+    )
 
 
 def test_members_reach_what_the_engines_listen_on_and_nobody_else_does(pair: Pair) -> None:
@@ -225,7 +243,9 @@ def rebooted(pair: Pair, node: Node, fault: Any) -> None:
 
 @pytest.mark.fault("two-hosts-cut")
 def test_the_network_between_them_is_cut(pair: Pair, fault: Any) -> None:
-    """Until the first host has seen it: what is left of the old connections must not keep the halves apart."""
+    """Until the first host has seen it: what is left of the old connections must not keep
+    the halves apart.
+    """
     before = pair.pids()
     link = ["ip", "link", "set", pair.two.network_namespace()]
     pid = pair.pids()[0]
@@ -240,7 +260,10 @@ def test_the_network_between_them_is_cut(pair: Pair, fault: Any) -> None:
     fault.recovery_s = pair.client.recovery_s(healed)
     pair.until_answering()
     assert [old == new for old, new in zip(before, pair.pids(), strict=True)] == [False, False]
-    fault.saw(f"the first host ended its engine {noticed_s:.0f} s after the cut; recovery counts from the end of the cut")
+    fault.saw(
+        f"the first host ended its engine {noticed_s:.0f} s after the cut; recovery counts from the end of"
+        " the cut"
+    )
 
 
 @pytest.mark.fault("two-hosts-upgrade")
@@ -262,16 +285,26 @@ def test_an_upgrade_whose_other_half_does_not_start(pair: Pair, fault: Any) -> N
     served = [node.running() for node in pair.nodes]
     bad = "{{ {'VLLM_LOGGING_LEVEL': 'NOSUCH'} if inventory_hostname == 'two-hosts-two' else {} }}"
     with streaming(pair.client) as ledger:
-        said = play("upgrade", lowmem_overrides={"max_num_seqs": 3}, vllm_service_start_limit=1, vllm_service_extra_environment=bad)
+        said = play(
+            "upgrade",
+            lowmem_overrides={"max_num_seqs": 3},
+            vllm_service_start_limit=1,
+            vllm_service_extra_environment=bad,
+        )
     assert said.endswith("rc=2"), said
     for release in served:
         assert re.search(
-            rf"does not serve: two-hosts-two has not joined two-hosts-one; .* Back by itself: {release} serves again\.", said
+            rf"does not serve: two-hosts-two has not joined two-hosts-one; .* Back by itself: {release}"
+            r" serves again\.",
+            said,
         ), said
     ledger.nothing_lost()
     pair.until_answering()
     assert [node.running() for node in pair.nodes] == served
-    fault.saw(f"both went back by themselves, and the play failed in one line for each; streams one after another meanwhile: {ledger}")
+    fault.saw(
+        "both went back by themselves, and the play failed in one line for each; streams one after another"
+        f" meanwhile: {ledger}"
+    )
     fault.recovery_s = ledger.away_s()
 
 

@@ -1,5 +1,7 @@
-"""The plays on a systemd host with the real engine: a network that is cut, upgrades, rollback, new keys, reset. One after another; the last
-one leaves no service. They need the host of Molecule's scenario `service` (LOWMEM_SERVICE_HOST), and Molecule's inventory of it."""
+"""The plays on a systemd host with the real engine: a network that is cut, upgrades, rollback, new keys,
+reset. One after another; the last one leaves no service. They need the host of Molecule's scenario `service`
+(LOWMEM_SERVICE_HOST), and Molecule's inventory of it.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ def test_a_network_that_is_cut_in_an_upgrade(node: Node, first: str, fault: Any)
     # the connection's own limit is a minute; for ever is what it took without
     assert took_s < 400
     assert ledger.ends == {"answer": len(ledger.entries)}
-    fault.saw(f"the play ended by itself {took_s:.0f} s after the cut, UNREACHABLE; streams one after another meanwhile: {ledger}")
+    fault.saw(
+        f"the play ended by itself {took_s:.0f} s after the cut, UNREACHABLE; streams one after another"
+        f" meanwhile: {ledger}"
+    )
 
     # the same play once more, with the network there
     with streaming(node.client) as ledger:
@@ -97,12 +102,16 @@ def test_a_bad_upgrade_returns_by_itself(node: Node, first: str, fault: Any) -> 
         said = play("upgrade", **SMALLER, **bad)
     assert said.endswith("rc=2"), said
     assert re.search(
-        rf"vllm-0\.32\.0-demo_cpu-\w+ does not serve: vLLM does not answer .* Back by itself: {served} serves again\.", said
+        rf"vllm-0\.32\.0-demo_cpu-\w+ does not serve: vLLM does not answer .* Back by itself: {served} serves"
+        r" again\.",
+        said,
     ), said
     ledger.nothing_lost()
     assert serves(node) == served
     assert (node.show("ActiveState"), node.show("ActiveState", WATCHDOG)) == ("active", "active")
-    fault.saw(f"the play went back by itself and failed in one line; streams one after another meanwhile: {ledger}")
+    fault.saw(
+        f"the play went back by itself and failed in one line; streams one after another meanwhile: {ledger}"
+    )
     fault.recovery_s = ledger.away_s()
 
 
@@ -149,7 +158,9 @@ def test_keys_come_and_go_under_streams(node: Node, first: str, tmp_path: Path) 
     assert (node.client.complete(2).status, alice.complete(2).end) == (401, "answer")
     assert (node.show("MainPID"), node.show("NRestarts")) == (pid, "0")
     assert node.sh(f"stat --format='%a %U' {ROOT}/etc/vllm.env").strip() == "600 vllm"
-    everywhere = f"cat {ROOT}/log/*.log /proc/[0-9]*/cmdline {ROOT}/current/receipt.json; journalctl --no-pager"
+    everywhere = (
+        f"cat {ROOT}/log/*.log /proc/[0-9]*/cmdline {ROOT}/current/receipt.json; journalctl --no-pager"
+    )
     # as a pattern that does not match itself: this command is a process and in the journal too
     patterns = " ".join(f"-e '{key[:-1]}[{key[-1]}]'" for key in (old, ALICE))
     assert node.sh(f"({everywhere}) 2>/dev/null | grep --count --text {patterns} || true").strip() == "0"
@@ -171,4 +182,7 @@ def test_reset(node: Node, first: str) -> None:
     assert ":8000 " not in node.sh("ss --no-header --listening --tcp --numeric")
     # what the other instance of this host needs is all there
     assert node.sh("id --user --name vllm; ls /opt/vllm-store/roots") == "vllm\nservice-one:opt-vllm-second\n"
-    node.sh("runuser --user vllm -- /opt/vllm-second/current/env/bin/lowmem start-check --plan /opt/vllm-second/current/plan.json")
+    node.sh(
+        "runuser --user vllm -- /opt/vllm-second/current/env/bin/lowmem start-check --plan"
+        " /opt/vllm-second/current/plan.json"
+    )

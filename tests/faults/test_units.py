@@ -1,5 +1,6 @@
-"""Faults under systemd, with the real engine in the unit's sandbox. They need the host of Molecule's scenario `service`, which runs
-this file (LOWMEM_SERVICE_HOST)."""
+"""Faults under systemd, with the real engine in the unit's sandbox. They need the host of Molecule's scenario
+`service`, which runs this file (LOWMEM_SERVICE_HOST).
+"""
 
 from __future__ import annotations
 
@@ -21,21 +22,33 @@ pytestmark = needs_host
 
 @pytest.fixture
 def dropin(node: Node) -> Iterator[Callable[[str, str], None]]:
-    """dropin(unit, text): settings of a unit for one test; the unit is restarted with them, and without them afterwards."""
+    """dropin(unit, text): settings of a unit for one test; the unit is restarted with them, and without them
+    afterwards.
+    """
     units: list[str] = []
 
     def put(unit: str, text: str) -> None:
         units.append(unit)
         folder = f"/run/systemd/system/{unit}.d"
-        node.sh(f"mkdir -p {folder}; printf %s {shlex.quote(text)} >{folder}/test.conf; systemctl daemon-reload; systemctl restart {unit}")
+        node.sh(
+            f"mkdir -p {folder}; printf %s {shlex.quote(text)} >{folder}/test.conf; systemctl daemon-reload;"
+            f" systemctl restart {unit}"
+        )
 
     yield put
     for unit in units:
-        node.sh(f"rm -r /run/systemd/system/{unit}.d; systemctl daemon-reload; systemctl restart --no-block {unit}")
+        node.sh(
+            f"rm -r /run/systemd/system/{unit}.d; systemctl daemon-reload; systemctl restart --no-block"
+            f" {unit}"
+        )
 
 
 @pytest.mark.parametrize(
-    "who", [pytest.param(who, marks=pytest.mark.fault(f"unit-{who}-killed")) for who in ("engine", "server", "worker")]
+    "who",
+    [
+        pytest.param(who, marks=pytest.mark.fault(f"unit-{who}-killed"))
+        for who in ("engine", "server", "worker")
+    ],
 )
 def test_a_killed_process(who: str, node: Node, fault: Any) -> None:
     before = node.family()
@@ -72,7 +85,9 @@ def test_a_hung_engine(node: Node, dropin: Callable[[str, str], None], fault: An
     assert ledger.ends == {"error": 8}
     fault.recovery_s = node.client.recovery_s(began)
     node.until_active()
-    assert "no sign of the engine for 20 s: ended " in node.sh(f"journalctl --unit={WATCHDOG} --lines=20 --output=cat --no-pager")
+    assert "no sign of the engine for 20 s: ended " in node.sh(
+        f"journalctl --unit={WATCHDOG} --lines=20 --output=cat --no-pager"
+    )
     assert node.alive(before) == []
     fault.saw(f"/health said 200; {ledger}")
     fault.saw(said(ledger))
@@ -80,8 +95,9 @@ def test_a_hung_engine(node: Node, dropin: Callable[[str, str], None], fault: An
 
 @pytest.mark.fault("unit-out-of-memory")
 def test_a_worker_without_memory(node: Node, fault: Any) -> None:
-    """RLIMIT_AS makes the allocation fail in the process itself; what the kernel's killer does is unit-worker-killed, and MemoryMax is
-    scenario `vm`'s."""
+    """RLIMIT_AS makes the allocation fail in the process itself; what the kernel's killer does is
+    unit-worker-killed, and MemoryMax is scenario `vm`'s.
+    """
     before = node.family()
     began = time.monotonic()
     size_bytes = int(node.sh(f"grep VmSize: /proc/{before['worker']}/status").split()[1]) * 1024
@@ -107,7 +123,9 @@ def created(client: Client) -> float:
     """The time that the server itself gives to an answer, in seconds since 1970."""
     body = json.dumps({"model": client.model, "prompt": "Once", "max_tokens": 1}).encode()
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {client.key}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{client.url}/v1/completions", body, headers), timeout=300) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{client.url}/v1/completions", body, headers), timeout=300
+    ) as answer:
         return float(json.load(answer)["created"])
 
 
@@ -145,7 +163,9 @@ def test_the_clock_jumps(node: Node, dropin: Callable[[str, str], None], fault: 
 
 @pytest.mark.fault("unit-reboot")
 def test_the_host_reboots(node: Node, fault: Any) -> None:
-    booted = node.sh("cat /proc/sys/kernel/random/boot_id; systemctl show --property=UserspaceTimestampMonotonic")
+    booted = node.sh(
+        "cat /proc/sys/kernel/random/boot_id; systemctl show --property=UserspaceTimestampMonotonic"
+    )
     with under_load(node.client, tokens=100) as ledger:
         began = time.monotonic()
         node.sh("systemctl --no-block reboot", check=False)
@@ -153,7 +173,10 @@ def test_the_host_reboots(node: Node, fault: Any) -> None:
     node.until(lambda: run_there(node.record, "true").returncode == 0)
     run_there(node.record, "systemctl stop vllm@second.service")
     fault.recovery_s = node.client.recovery_s(began)
-    assert node.sh("cat /proc/sys/kernel/random/boot_id; systemctl show --property=UserspaceTimestampMonotonic") != booted
+    assert (
+        node.sh("cat /proc/sys/kernel/random/boot_id; systemctl show --property=UserspaceTimestampMonotonic")
+        != booted
+    )
     node.until_active()
     fault.saw(str(ledger))
     if "error" in ledger.ends:
@@ -176,7 +199,10 @@ def test_a_stop_drains(node: Node, fault: Any) -> None:
     node.until(lambda: node.show("ActiveState") == "inactive")
     assert node.alive(before) == []
     assert (node.show("Result"), node.show("NRestarts")) == ("success", "0")
-    fault.saw(f"{ledger}, within {stopped_s:.0f} s; one that came after the stop: {late.status or ''} {late.said[:80]}".replace("  ", " "))
+    fault.saw(
+        f"{ledger}, within {stopped_s:.0f} s; one that came after the stop: {late.status or ''}"
+        f" {late.said[:80]}".replace("  ", " ")
+    )
 
 
 @pytest.mark.fault("unit-start-limit")
@@ -184,7 +210,10 @@ def test_a_service_that_cannot_start_ends_in_failed(systemd_host: Node, fault: A
     node = systemd_host
     shard = node.sh(f"readlink -f {ROOT}/current/model").strip() + "/model.safetensors"
     size = node.log_size()
-    node.sh(f"systemctl stop {UNIT}; cp {shard} /root/whole; truncate --size=-4096 {shard}; systemctl reset-failed {UNIT}")
+    node.sh(
+        f"systemctl stop {UNIT}; cp {shard} /root/whole; truncate --size=-4096 {shard}; systemctl"
+        f" reset-failed {UNIT}"
+    )
     try:
         node.sh(f"systemctl start {UNIT}", check=False)
         node.until(lambda: node.show("ActiveState") == "failed")
@@ -193,7 +222,9 @@ def test_a_service_that_cannot_start_ends_in_failed(systemd_host: Node, fault: A
         assert "model.safetensors: truncated" in refusals[0]
         time.sleep(15)
         assert node.show("ActiveState") == "failed"
-        fault.saw(f"failed after {len(refusals)} starts, and stayed so; the log says: {refusals[0].split('/')[-1]}")
+        fault.saw(
+            f"failed after {len(refusals)} starts, and stayed so; the log says: {refusals[0].split('/')[-1]}"
+        )
     finally:
         node.sh(f"cp /root/whole {shard}; systemctl reset-failed {UNIT}")
     began = time.monotonic()
@@ -213,8 +244,10 @@ def test_a_stranger_on_the_port(node: Node, fault: Any) -> None:
         node.sh(f"systemctl start --no-block {UNIT}")
         node.until(lambda: "is taken" in node.log_since(size))
         [line] = [line for line in node.log_since(size).splitlines() if line.startswith("start-check: ")]
-        assert line == (
-            "start-check: port 8000 of 0.0.0.0 is taken: `ss -ltnp sport = :8000` says by whom; stop it, or choose another lowmem_port"
+        assert (
+            line
+            == "start-check: port 8000 of 0.0.0.0 is taken: `ss -ltnp sport = :8000` says by whom; stop it,"
+            " or choose another lowmem_port"
         )
     finally:
         node.sh("systemctl stop stranger")

@@ -1,4 +1,5 @@
-"""Upgrades of the second deployment, with the real engine: a good one over a killed play, bad ones that return, rollback, reset.
+"""Upgrades of the second deployment, with the real engine: a good one over a killed play, bad ones that
+return, rollback, reset.
 
 LOWMEM_SLOW=1 runs them: about four minutes on two free cores.
 """
@@ -21,12 +22,15 @@ from typing import Any
 import psutil
 import pytest
 
-from lowmem import manifest
+from lowmem.checkpoint import manifest
 
 from .conftest import PORT, REPOSITORY, Service, playbook_command
 from .ledger import streaming
 
-pytestmark = [pytest.mark.engine, pytest.mark.skipif(os.environ.get("LOWMEM_SLOW") != "1", reason="LOWMEM_SLOW=1 runs it")]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(os.environ.get("LOWMEM_SLOW") != "1", reason="LOWMEM_SLOW=1 runs it"),
+]
 SETTINGS = {"lowmem_verify_kill": False, "lowmem_verify_requests": 4}
 
 
@@ -39,7 +43,12 @@ def command(service: Service, name: str, variables: dict[str, Any]) -> list[str]
 def play(service: Service, name: str, **variables: Any) -> str:
     """What a playbook says, with colour and line breaks taken out; its status is its last word."""
     done = subprocess.run(
-        command(service, name, variables), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command(service, name, variables),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     return f"{' '.join(done.stdout.split())} rc={done.returncode}"
 
@@ -70,7 +79,11 @@ def test_a_good_upgrade_over_a_play_killed_in_the_switch(second: Service, first:
     change = {"lowmem_overrides": {"max_num_seqs": 4}}
     before = second.family()
     with subprocess.Popen(
-        command(second, "playbooks/upgrade.yml", change), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command(second, "playbooks/upgrade.yml", change),
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as killed:
         for line in killed.stdout or ():
             # the link is switched, nothing is restarted yet
@@ -90,7 +103,9 @@ def test_a_good_upgrade_over_a_play_killed_in_the_switch(second: Service, first:
     assert (current(second), running(second)) == (new, new)
     assert argument(second, "--max-num-seqs") == "4"
     # the last one met the stop: it was waited for, or refused
-    drains = "--shutdown-timeout" in json.loads((second.root / f"releases/{first}/plan.json").read_text())["argv"]
+    drains = (
+        "--shutdown-timeout" in json.loads((second.root / f"releases/{first}/plan.json").read_text())["argv"]
+    )
     assert [entry for entry in ledger[: None if drains else -1] if entry.end == "lost"] == []
     assert json.loads((second.root / "current/receipt.json").read_text())["verdict"] == "passed"
     assert (second.root / "releases" / first / "low_mem.sh").is_file()
@@ -120,7 +135,11 @@ def test_an_upgrade_that_does_not_start_returns_by_itself(second: Service, first
         )
     ledger.nothing_lost()
     assert said.endswith("rc=2"), said
-    assert re.search(rf"vllm-0\.32\.0-demo_cpu-\w+ does not serve: vLLM does not answer .* Back by itself: {served} serves again\.", said)
+    assert re.search(
+        rf"vllm-0\.32\.0-demo_cpu-\w+ does not serve: vLLM does not answer .* Back by itself: {served} serves"
+        r" again\.",
+        said,
+    )
     assert (current(second), running(second)) == (served, served)
     assert second.client.complete(4).end == "answer"
     fault.saw(f"the play went back by itself and failed in one line; streams one after another: {ledger}")
@@ -140,12 +159,21 @@ def test_an_upgrade_that_answers_noise_returns_by_itself(second: Service, first:
     content[middle:] = random.Random(1).randbytes(len(content) - middle)
     shard.write_bytes(content)
     entries = manifest.entries(manifest.scan(noise))
-    noise.with_name("noise.manifest.json").write_text(json.dumps({"schema": 1, "name": "noise", "files": entries}))
+    noise.with_name("noise.manifest.json").write_text(
+        json.dumps({"schema": 1, "name": "noise", "files": entries})
+    )
     with streaming(second.client) as ledger:
-        said = play(second, "playbooks/upgrade.yml", lowmem_model_path=str(noise), lowmem_overrides={"max_num_seqs": 4})
+        said = play(
+            second,
+            "playbooks/upgrade.yml",
+            lowmem_model_path=str(noise),
+            lowmem_overrides={"max_num_seqs": 4},
+        )
     ledger.nothing_lost()
     assert said.endswith("rc=2"), said
-    assert re.search(rf"does not serve: .*the model knows english.* Back by itself: {served} serves again\.", said), said
+    assert re.search(
+        rf"does not serve: .*the model knows english.* Back by itself: {served} serves again\.", said
+    ), said
     assert (current(second), running(second)) == (served, served)
     fault.saw(f"its checks failed, and the play went back by itself; streams one after another: {ledger}")
     fault.recovery_s = ledger.away_s()
@@ -167,7 +195,10 @@ def test_rollback_serves_the_release_before_and_names_those_it_has(second: Servi
 
 
 def test_reset_removes_the_service_and_keeps_the_models(second: Service, first: str) -> None:
-    models = {path.name: hashlib.sha256(path.name.encode()).hexdigest() for path in (second.root / "models").iterdir()}
+    models = {
+        path.name: hashlib.sha256(path.name.encode()).hexdigest()
+        for path in (second.root / "models").iterdir()
+    }
     server = second.family()["server"]
     said = play(second, "playbooks/reset.yml")
     assert "give -e lowmem_reset=true if that is meant" in said
@@ -181,4 +212,6 @@ def test_reset_removes_the_service_and_keeps_the_models(second: Service, first: 
     assert not server.is_running()
     assert sorted(path.name for path in second.root.iterdir()) == ["models"]
     assert {path.name for path in (second.root / "models").iterdir()} == set(models)
-    assert PORT not in {connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == "LISTEN"}
+    assert PORT not in {
+        connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == "LISTEN"
+    }

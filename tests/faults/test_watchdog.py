@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lowmem.cli import app
+from lowmem.cli.main import app
 from lowmem.schema import Plan
-from lowmem.watchdog import VllmServer, Watch, silence_limit_s
+from lowmem.service.server import VllmServer
+from lowmem.service.watchdog import Watch, silence_limit_s
 
 PLAN = Path(__file__).parents[1] / "ansible/files/plan.json"
 
@@ -70,7 +71,13 @@ def test_a_busy_engine_that_stands_still_is_hung_at_the_limit(server: Played, se
 
 
 def test_an_idle_engine_is_asked_now_and_then(server: Played, serving: Watch) -> None:
-    assert [serving.look(t) for t in (10.0, 20.0, 25.0, 30.0, 50.0)] == ["silent", "silent", "serving", "silent", "serving"]
+    assert [serving.look(t) for t in (10.0, 20.0, 25.0, 30.0, 50.0)] == [
+        "silent",
+        "silent",
+        "serving",
+        "silent",
+        "serving",
+    ]
     assert server.asked == 3
 
 
@@ -114,7 +121,9 @@ def test_the_limit_is_what_a_sound_engine_was_seen_to_need() -> None:
 
 
 def test_a_plan_with_a_longer_limit_for_the_first_token_waits_as_long() -> None:
-    assert silence_limit_s(planned(limits={"memory_bytes": 1, "tpot_p99_ms": 1, "ttft_p99_ms": 600_000})) == 600
+    assert (
+        silence_limit_s(planned(limits={"memory_bytes": 1, "tpot_p99_ms": 1, "ttft_p99_ms": 600_000})) == 600
+    )
 
 
 def planned(**changes: Any) -> Plan:
@@ -195,7 +204,11 @@ def test_nobody_listening_is_a_start(tmp_path: Path) -> None:
     [
         (None, [], "lowmem: --plan {path}: No such file or directory"),
         ("{}", [], "lowmem: --plan {path}: profile: Field required (write it with `lowmem plan --json`)"),
-        ("as on a host, undeployed", [], "lowmem: --plan {path} names no port and model: give the plan.json of a deployment"),
+        (
+            "as on a host, undeployed",
+            [],
+            "lowmem: --plan {path} names no port and model: give the plan.json of a deployment",
+        ),
         ("as on a host", ["--silence-s", "-1"], "lowmem: --silence-s -1 must be 0 (from the plan) or more"),
     ],
 )

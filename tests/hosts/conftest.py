@@ -80,7 +80,12 @@ MEMORY = {
     "sysctl": {"vm.swappiness": 10, "vm.max_map_count": 262144, "vm.overcommit_memory": 0},
     "disk": {"/opt/vllm-lowmem": {"exists": True, "free_bytes": 500 * GIB, "total_bytes": 900 * GIB}},
 }
-PLAN = {"device_kind": "cuda", "device_count": 2, "host_ram_bytes": 40 * GIB, "per_gpu": {"total": 20_000 * 2**20}}
+PLAN = {
+    "device_kind": "cuda",
+    "device_count": 2,
+    "host_ram_bytes": 40 * GIB,
+    "per_gpu": {"total": 20_000 * 2**20},
+}
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""Every variable of the roles that prepare a host, and of the gateway: a bad value ends in one line that names it, before the host is
-touched.
+"""Every variable of the roles that prepare a host, and of the gateway: a bad value ends in one line that
+names it, before the host is touched.
 
-A new variable without an entry here fails the test. One ansible-playbook run for all cases: each is a host of its inventory."""
+A new variable without an entry here fails the test. One ansible-playbook run for all cases: each is a host of
+its inventory.
+"""
 
 import json
 import os
@@ -32,7 +34,9 @@ def tls(name):
 
 
 def make_certificates():
-    """What a site may wrongly give: a good pair, a key of another pair, one that is locked, one that has expired, and no PEM at all."""
+    """What a site may wrongly give: a good pair, a key of another pair, one that is locked, one that has
+    expired, and no PEM at all.
+    """
 
     def openssl(*words):
         subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=TLS)
@@ -41,7 +45,9 @@ def make_certificates():
     curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-subj", "/CN=test")
     openssl("req", "-x509", *curve, "-nodes", "-days", "9", "-keyout", "key.pem", "-out", "good.pem")
     openssl("req", "-new", *curve, "-nodes", "-keyout", "expired.key", "-out", "request.pem")
-    openssl("x509", "-req", "-in", "request.pem", "-signkey", "expired.key", "-days", "-1", "-out", "expired.pem")
+    openssl(
+        "x509", "-req", "-in", "request.pem", "-signkey", "expired.key", "-days", "-1", "-out", "expired.pem"
+    )
     openssl("ec", "-in", "key.pem", "-aes128", "-passout", "pass:secret", "-out", "locked.key")
     (TLS / "broken.pem").write_text("-----BEGIN CERTIFICATE-----\nbm90aGluZw==\n-----END CERTIFICATE-----\n")
 
@@ -52,20 +58,38 @@ PATH = "must be an absolute path"
 BAD = {
     "gpu_driver_source": [
         ("runfile", "must be one of: nvidia, distribution, preinstalled"),
-        ("distribution", "the packages of debian12 are of branch 535: choose another branch or another source."),
+        (
+            "distribution",
+            "the packages of debian12 are of branch 535: choose another branch or another source.",
+        ),
     ],
     "gpu_driver_branch": [
         ("999", "known are 535, 550, 570, 580, 590, 595, 610: choose one of them."),
-        ("570", "whose CUDA is 12.8; the engine was built for 13.0 (gpu_driver_cuda_version): choose branch 580 or later."),
+        (
+            "570",
+            (
+                "whose CUDA is 12.8; the engine was built for 13.0 (gpu_driver_cuda_version): choose branch"
+                " 580 or later."
+            ),
+        ),
         ("", "choose one of them."),
         (
             "570",
-            "apt can be locked to 580, 590, 595, 610 in NVIDIA's repository: choose another branch or another source.",
+            (
+                "apt can be locked to 580, 590, 595, 610 in NVIDIA's repository: choose another branch or"
+                " another source."
+            ),
             {"gpu_driver_cuda_version": "12.8"},
         ),
     ],
     "gpu_driver_version": [
-        ("590.48.01", "it has to be a version of branch 580 (gpu_driver_branch), such as 580.95.05: correct one of the two"),
+        (
+            "590.48.01",
+            (
+                "it has to be a version of branch 580 (gpu_driver_branch), such as 580.95.05: correct one of"
+                " the two"
+            ),
+        ),
         ("580", "it has to be a version of branch 580"),
         ("580.95.05; reboot", "it has to be a version of branch 580"),
     ],
@@ -75,22 +99,38 @@ BAD = {
         ("14.0", "choose branch of a newer release of this project or later."),
     ],
     "gpu_driver_modules": [("nouveau", "must be one of: open, proprietary")],
-    "gpu_driver_cards": [(-1, "it has to be 0 (at least one card) to 16: correct it."), (17, "to 16: correct it."), ("two", INT)],
+    "gpu_driver_cards": [
+        (-1, "it has to be 0 (at least one card) to 16: correct it."),
+        (17, "to 16: correct it."),
+        ("two", INT),
+    ],
     "gpu_driver_mig": [("on", "must be one of: refuse, allow")],
     "gpu_driver_secure_boot": [("off", "must be one of: refuse, signed")],
     "gpu_driver_hold": [("perhaps", BOOL)],
     "gpu_driver_persistence": [("perhaps", BOOL)],
     "gpu_driver_reboot": [("tonight", BOOL)],
-    "gpu_driver_reboot_timeout_s": [(59, "it has to be 60 to 7200 seconds: correct it."), (7201, "60 to 7200"), ("15m", INT)],
-    "nvidia_repository_base_url": [("mirror.example/cuda", URL), ("https://mirror.example/a folder", URL), ("", URL)],
+    "gpu_driver_reboot_timeout_s": [
+        (59, "it has to be 60 to 7200 seconds: correct it."),
+        (7201, "60 to 7200"),
+        ("15m", INT),
+    ],
+    "nvidia_repository_base_url": [
+        ("mirror.example/cuda", URL),
+        ("https://mirror.example/a folder", URL),
+        ("", URL),
+    ],
     "nvidia_repository_key_url": [("mirror.example/key.pub", f"{URL}: correct it, or leave it empty")],
-    "nvidia_repository_key_file": [("/nowhere/key.asc", "which is no file on the controller: correct the path, or leave it empty.")],
+    "nvidia_repository_key_file": [
+        ("/nowhere/key.asc", "which is no file on the controller: correct the path, or leave it empty.")
+    ],
     "nvidia_repository_key_fingerprint": [
         ("3BF863CC", "it has to be the 40 hexadecimal digits of the primary key's fingerprint: read it with"),
         ("Z" * 40, "it has to be the 40 hexadecimal digits"),
     ],
     "cuda_toolkit_parts": [(["everything"], "must be one or more of: c_compiler, nvcc")],
-    "cuda_toolkit_version": [("13", "it has to be major.minor, such as 13.0: read it from torch.version.cuda.")],
+    "cuda_toolkit_version": [
+        ("13", "it has to be major.minor, such as 13.0: read it from torch.version.cuda.")
+    ],
     "host_memory_manage": [("perhaps", BOOL)],
     "host_memory_swap_path": [
         ("/swap file", "an absolute path of a file, with no blank, which fstab could not name): correct it."),
@@ -102,16 +142,28 @@ BAD = {
         ("64 GiB", INT),
         (90_000_000, "free: make room, or choose another path or size."),
     ],
-    "host_memory_swappiness": [(201, "(0 to 200): correct it."), (-1, "(0 to 200): correct it."), ("low", INT)],
+    "host_memory_swappiness": [
+        (201, "(0 to 200): correct it."),
+        (-1, "(0 to 200): correct it."),
+        ("low", INT),
+    ],
     "host_memory_overcommit": [(2, "must be one of: 0, 1")],
     "host_memory_max_map_count": [
         (65529, "(65530, the kernel's default, or more"),
         (2147483648, "at most 2147483647): correct it."),
         ("many", INT),
     ],
-    "host_memory_hugepages": [(-1, "(0 or more): correct it."), (10_000_000, "which sets 19531.25 GiB aside"), ("all", INT)],
+    "host_memory_hugepages": [
+        (-1, "(0 or more): correct it."),
+        (10_000_000, "which sets 19531.25 GiB aside"),
+        ("all", INT),
+    ],
     "host_memory_memlock": [("64G", "must be one of: infinity, default")],
-    "host_memory_user": [("Serve User", "a user's name of small letters"), ("", "a user's name"), ("x" * 33, "at most 32): correct it.")],
+    "host_memory_user": [
+        ("Serve User", "a user's name of small letters"),
+        ("", "a user's name"),
+        ("x" * 33, "at most 32): correct it."),
+    ],
     "host_memory_sysctl_file": [
         ("/etc/sysctl.conf", "/etc/sysctl.d/NAME.conf, since only those are applied at boot): correct it."),
         ("/etc/sysctl.d/60-lowmem", "/etc/sysctl.d/NAME.conf"),
@@ -124,7 +176,11 @@ BAD = {
     "gateway_user": [("Serve User", "a user's name of small letters"), ("", "a user's name")],
     "gateway_upstream": [("nginx", "must be one of: service, router")],
     "gateway_upstream_address": [
-        ("10.0.0.2:8080", "have it listen there, or take the host out of group gateway.", {"gateway_upstream": "router"}),
+        (
+            "10.0.0.2:8080",
+            "have it listen there, or take the host out of group gateway.",
+            {"gateway_upstream": "router"},
+        ),
         (
             "127.0.0.1:443",
             "and gateway_upstream_address 127.0.0.1:443: they must be three different ports.",
@@ -151,14 +207,30 @@ BAD = {
     "gateway_tls_certificate": [
         (tls("good.pem"), "and gateway_tls_key is empty: give both, or neither to have one made."),
         ("good.pem", PATH, {"gateway_tls_key": tls("key.pem")}),
-        (tls("nowhere.pem"), "it is no file on this host; put a certificate", {"gateway_tls_key": tls("key.pem")}),
-        (tls("broken.pem"), "it is no certificate in PEM that OpenSSL reads;", {"gateway_tls_key": tls("key.pem")}),
+        (
+            tls("nowhere.pem"),
+            "it is no file on this host; put a certificate",
+            {"gateway_tls_key": tls("key.pem")},
+        ),
+        (
+            tls("broken.pem"),
+            "it is no certificate in PEM that OpenSSL reads;",
+            {"gateway_tls_key": tls("key.pem")},
+        ),
         (tls("expired.pem"), "it has expired on 20", {"gateway_tls_key": tls("expired.key")}),
     ],
     "gateway_tls_key": [
         (tls("key.pem"), "give both, or neither"),
-        (tls("expired.key"), "it does not belong to the certificate;", {"gateway_tls_certificate": tls("good.pem")}),
-        (tls("locked.key"), "it is locked with a passphrase, which a server cannot type;", {"gateway_tls_certificate": tls("good.pem")}),
+        (
+            tls("expired.key"),
+            "it does not belong to the certificate;",
+            {"gateway_tls_certificate": tls("good.pem")},
+        ),
+        (
+            tls("locked.key"),
+            "it is locked with a passphrase, which a server cannot type;",
+            {"gateway_tls_certificate": tls("good.pem")},
+        ),
         (tls("broken.pem"), "it is no private key in PEM", {"gateway_tls_certificate": tls("good.pem")}),
         (tls("nowhere.key"), "it is no file on this host", {"gateway_tls_certificate": tls("good.pem")}),
     ],
@@ -183,7 +255,10 @@ BAD = {
     "gateway_burst": [(0, "it must be 1 to 1000000.")],
     "gateway_concurrent_requests": [(0, "it must be 1 to 100000.")],
     "gateway_key_limits": [
-        ({"alice": {"burst": 0}}, "one or more of requests_per_minute, burst, concurrent_requests, each 1 or more."),
+        (
+            {"alice": {"burst": 0}},
+            "one or more of requests_per_minute, burst, concurrent_requests, each 1 or more.",
+        ),
         ({"alice": {"rate": 5}}, "one or more of"),
         ({"alice": {}}, "one or more of"),
         ({"a b": {"burst": 1}}, "a key's name (a letter, then letters, digits or _)"),
@@ -195,7 +270,13 @@ BAD = {
     "gateway_log_max_mib": [(0, "it must be 1 to 100000.")],
     "gateway_log_files": [(0, "it must be 1 to 1000.")],
     "peer_firewall_addresses": [
-        (["router-1.example.org"], "peer_firewall_addresses (lowmem_peers) has router-1.example.org: it must be IP addresses or networks"),
+        (
+            ["router-1.example.org"],
+            (
+                "peer_firewall_addresses (lowmem_peers) has router-1.example.org: it must be IP addresses or"
+                " networks"
+            ),
+        ),
         (["10.0.0.300"], "(lowmem_peers) has 10.0.0.300"),
         (["10.0.0.0/33"], "(lowmem_peers) has 10.0.0.0/33"),
         (["fd00::/129"], "(lowmem_peers) has fd00::/129"),
@@ -207,7 +288,8 @@ BAD = {
 }
 CASES = [(variable, value, words, *more) for variable, bad in BAD.items() for value, words, *more in bad]
 
-# systems that the roles do not know; what each says, and what the same roles say on the four that they know, where this machine has no card
+# systems that the roles do not know; what each says, and what the same roles say on the four that they know,
+# where this machine has no card
 SYSTEMS = [
     (
         "gpu_driver",
@@ -231,7 +313,12 @@ SYSTEMS = [
             [name, version, "x86_64"],
             "the PCI bus shows 0 NVIDIA cards, gpu_driver_cards asks for 1: reseat or power the missing card",
         )
-        for name, version in (("Debian", "12.12"), ("Debian", "13.1"), ("Ubuntu", "22.04"), ("Ubuntu", "24.04"))
+        for name, version in (
+            ("Debian", "12.12"),
+            ("Debian", "13.1"),
+            ("Ubuntu", "22.04"),
+            ("Ubuntu", "24.04"),
+        )
     ),
     ("cuda_toolkit", ["Ubuntu", "22.04", "x86_64"], None),
     ("nvidia_repository", ["Ubuntu", "24.04", "x86_64"], None),
@@ -245,7 +332,9 @@ def role_of(variable):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-    """Host of the inventory -> what its first failed task said (None: none failed), and how many tasks changed something."""
+    """Host of the inventory -> what its first failed task said (None: none failed), and how many tasks
+    changed something.
+    """
     plan = {
         "host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity", "drain_s": 280, "timeout_stop_s": 310},
         "load": {"clients": 8}, "deploy": {"host": "127.0.0.1", "port": 8000},
@@ -253,7 +342,11 @@ def answers(tmp_path_factory):
     make_certificates()
     hosts = {}
     for number, (variable, value, _, *more) in enumerate(CASES):
-        hosts[f"case-{number}"] = {"case_role": role_of(variable), "case_system": ["Debian", "12.12", "x86_64"], variable: value}
+        hosts[f"case-{number}"] = {
+            "case_role": role_of(variable),
+            "case_system": ["Debian", "12.12", "x86_64"],
+            variable: value,
+        }
         hosts[f"case-{number}"] |= more[0] if more else {}
     hosts["open"] = {
         "case_role": "gateway",
@@ -270,9 +363,19 @@ def answers(tmp_path_factory):
     shared = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
     inventory.write_text(json.dumps({"cases": {"hosts": hosts, "vars": shared}}))
     done = subprocess.run(
-        [Path(sys.executable).with_name("ansible-playbook"), "-i", inventory, "tests/ansible/files/refusals.yml"],
+        [
+            Path(sys.executable).with_name("ansible-playbook"),
+            "-i",
+            inventory,
+            "tests/ansible/files/refusals.yml",
+        ],
         cwd=ROOT,
-        env=os.environ | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORKS": "4"},
+        env=os.environ
+        | {
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_FORKS": "4",
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -290,13 +393,18 @@ def answers(tmp_path_factory):
 
 @pytest.mark.parametrize("role", ROLES)
 def test_every_variable_has_an_entry_and_no_other(role):
-    options = yaml.safe_load((ROOT / "roles" / role / "meta/argument_specs.yml").read_text())["argument_specs"]["main"]["options"]
+    options = yaml.safe_load((ROOT / "roles" / role / "meta/argument_specs.yml").read_text())[
+        "argument_specs"
+    ]["main"]["options"]
     assert {variable for variable in BAD if role_of(variable) == role} == set(options)
 
 
-# by number, as a value may hold a port or a folder of this process: workers that run side by side must give a case the same name
+# by number, as a value may hold a port or a folder of this process: workers that run side by side must give a
+# case the same name
 @pytest.mark.parametrize(
-    ("number", "case"), [*enumerate(CASES)], ids=[f"{variable}-{number}" for number, (variable, *_) in enumerate(CASES)]
+    ("number", "case"),
+    [*enumerate(CASES)],
+    ids=[f"{variable}-{number}" for number, (variable, *_) in enumerate(CASES)],
 )
 def test_a_bad_value_is_one_line_that_names_it(answers, number, case):
     (variable, value, words, *_), (said, changed) = case, answers
@@ -309,7 +417,9 @@ def test_a_bad_value_is_one_line_that_names_it(answers, number, case):
     assert changed[f"case-{number}"] == 0
 
 
-@pytest.mark.parametrize(("number", "case"), [*enumerate(SYSTEMS)], ids=["-".join([role, *system]) for role, system, _ in SYSTEMS])
+@pytest.mark.parametrize(
+    ("number", "case"), [*enumerate(SYSTEMS)], ids=["-".join([role, *system]) for role, system, _ in SYSTEMS]
+)
 def test_systems(answers, number, case):
     (_, _, words), (said, changed) = case, answers
     line = said[f"system-{number}"]
@@ -319,7 +429,9 @@ def test_systems(answers, number, case):
 
 def test_a_gateway_before_a_server_that_listens_everywhere_is_refused(answers):
     said, changed = answers
-    assert said["open"] == (
-        "lowmem_host is 0.0.0.0, where other hosts reach vLLM past the gateway: set it to 127.0.0.1, or take the host out of group gateway."
+    assert (
+        said["open"]
+        == "lowmem_host is 0.0.0.0, where other hosts reach vLLM past the gateway: set it to 127.0.0.1, or"
+        " take the host out of group gateway."
     )
     assert changed["open"] == 0

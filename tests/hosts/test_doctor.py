@@ -1,4 +1,6 @@
-"""Each thing that can be wrong with a host gives one finding, with its grade and what to do; a healthy host gives none."""
+"""Each thing that can be wrong with a host gives one finding, with its grade and what to do; a healthy host
+gives none.
+"""
 
 import json
 import subprocess
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem.doctor import lines, overall, triage
+from lowmem.status.doctor import lines, overall, triage
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,24 +39,72 @@ def test_a_healthy_host_is_ok_on_every_line(healthy):
 @pytest.mark.parametrize(
     ("path", "value", "subject", "grade", "says"),
     [
-        ("gpu.cards", [{"address": "0000:17:00.0", "device": "0x20f1"}], "cards", "bad", "1 on the PCI bus, 2 needed"),
+        (
+            "gpu.cards",
+            [{"address": "0000:17:00.0", "device": "0x20f1"}],
+            "cards",
+            "bad",
+            "1 on the PCI bus, 2 needed",
+        ),
         ("gpu.nouveau.loaded", True, "nouveau", "bad", "loaded, so NVIDIA's driver cannot be"),
-        ("gpu.module.loaded_version", "580.95.05", "driver module", "bad", "loaded 580.95.05, installed 580.159.04"),
+        (
+            "gpu.module.loaded_version",
+            "580.95.05",
+            "driver module",
+            "bad",
+            "loaded 580.95.05, installed 580.159.04",
+        ),
         ("gpu.module.loaded", False, "driver module", "bad", "loaded 580.159.04, installed 580.159.04"),
-        ("gpu.smi.cuda_version", "12.8", "CUDA", "bad", "driver 580.159.04 runs CUDA up to 12.8, the engine needs 13"),
+        (
+            "gpu.smi.cuda_version",
+            "12.8",
+            "CUDA",
+            "bad",
+            "driver 580.159.04 runs CUDA up to 12.8, the engine needs 13",
+        ),
         ("gpu.uvm.loaded", False, "nvidia-uvm", "bad", "not loaded"),
         ("gpu.services.persistenced.active", False, "persistence daemon", "warn", "does not run"),
-        ("gpu.nvswitches", [{"address": "0000:c0:00.0", "device": "0x1af1"}], "fabric manager", "bad", "does not run"),
+        (
+            "gpu.nvswitches",
+            [{"address": "0000:c0:00.0", "device": "0x1af1"}],
+            "fabric manager",
+            "bad",
+            "does not run",
+        ),
         ("gpu.held", [], "packages held", "warn", "0 packages"),
-        ("gpu.kernel.without_headers", ["6.1.0-31-amd64"], "kernel headers", "warn", "none for 6.1.0-31-amd64"),
+        (
+            "gpu.kernel.without_headers",
+            ["6.1.0-31-amd64"],
+            "kernel headers",
+            "warn",
+            "none for 6.1.0-31-amd64",
+        ),
         ("gpu.smi.gpus.1.mig", "Enabled", "GPU 1 MIG", "bad", "the card is split"),
-        ("gpu.smi.gpus.1.ecc_uncorrected_volatile", 3, "GPU 1 ECC", "bad", "3 uncorrected errors since the driver was loaded, 0 ever"),
-        ("gpu.smi.gpus.1.ecc_uncorrected_aggregate", 2, "GPU 1 ECC", "warn", "0 uncorrected errors since the driver was loaded, 2 ever"),
+        (
+            "gpu.smi.gpus.1.ecc_uncorrected_volatile",
+            3,
+            "GPU 1 ECC",
+            "bad",
+            "3 uncorrected errors since the driver was loaded, 0 ever",
+        ),
+        (
+            "gpu.smi.gpus.1.ecc_uncorrected_aggregate",
+            2,
+            "GPU 1 ECC",
+            "warn",
+            "0 uncorrected errors since the driver was loaded, 2 ever",
+        ),
         ("gpu.smi.gpus.1.ecc", "Disabled", "GPU 1 ECC", "warn", "off: a flipped bit goes unseen"),
         ("gpu.smi.gpus.0.remap_pending", "Yes", "GPU 0 row remapping", "warn", "pending"),
         ("gpu.smi.gpus.0.remap_failure", "Yes", "GPU 0 row remapping", "bad", "failed: no spare row is left"),
         ("gpu.smi.gpus.0.link_width", 8, "GPU 0 link", "warn", "PCIe 4 x8, the card and slot can do 4 x16"),
-        ("gpu.smi.gpus.0.link_generation", 1, "GPU 0 link", "warn", "PCIe 1 x16, the card and slot can do 4 x16"),
+        (
+            "gpu.smi.gpus.0.link_generation",
+            1,
+            "GPU 0 link",
+            "warn",
+            "PCIe 1 x16, the card and slot can do 4 x16",
+        ),
         (
             "gpu.smi.gpus.0.slowed_by",
             ["gpu_idle", "hw_thermal_slowdown"],
@@ -62,10 +112,28 @@ def test_a_healthy_host_is_ok_on_every_line(healthy):
             "bad",
             "held down by hw_thermal_slowdown at 34 °C",
         ),
-        ("gpu.smi.gpus.0.memory_free_mib", None, "GPU 0 memory", "bad", "memory not reported; the plan needs 20,000 MiB"),
-        ("memory.memory.available_bytes", 2**30, "RAM", "bad", "256.00 GiB, 1.00 GiB available; the plan needs 40.00 GiB"),
+        (
+            "gpu.smi.gpus.0.memory_free_mib",
+            None,
+            "GPU 0 memory",
+            "bad",
+            "memory not reported; the plan needs 20,000 MiB",
+        ),
+        (
+            "memory.memory.available_bytes",
+            2**30,
+            "RAM",
+            "bad",
+            "256.00 GiB, 1.00 GiB available; the plan needs 40.00 GiB",
+        ),
         ("memory.memory.swap_total_bytes", 0, "swap", "ok", "0.00 GiB, vm.swappiness 10"),
-        ("memory.sysctl", {"vm.swappiness": 60, "vm.max_map_count": 65529}, "vm.max_map_count", "warn", "65529"),
+        (
+            "memory.sysctl",
+            {"vm.swappiness": 60, "vm.max_map_count": 65529},
+            "vm.max_map_count",
+            "warn",
+            "65529",
+        ),
     ],
 )
 def test_one_thing_wrong_is_one_line(healthy, path, value, subject, grade, says):
@@ -85,15 +153,26 @@ def test_a_link_may_be_slow_while_the_card_idles(healthy):
 def test_who_holds_the_memory_is_named(healthy):
     change(healthy, "gpu.smi.gpus.0.memory_free_mib", 1200)
     change(healthy, "gpu.smi.gpus.0.processes", [{"pid": 77, "name": "/usr/bin/python3", "used_mib": 39000}])
-    change(healthy, "gpu.holders", [{"pid": 77, "name": "python3", "unit": "notebook.service", "devices": ["/dev/nvidia0"]}])
+    change(
+        healthy,
+        "gpu.holders",
+        [{"pid": 77, "name": "python3", "unit": "notebook.service", "devices": ["/dev/nvidia0"]}],
+    )
     found = findings(healthy)["GPU 0 memory"]
     assert found.grade == "bad"
-    assert found.says == "1,200 of 40,960 MiB free, held by python3 (pid 77, notebook.service); the plan needs 20,000 MiB"
+    assert (
+        found.says
+        == "1,200 of 40,960 MiB free, held by python3 (pid 77, notebook.service); the plan needs 20,000 MiB"
+    )
 
 
 def test_the_service_itself_may_hold_its_memory(healthy):
     change(healthy, "gpu.smi.gpus.0.memory_free_mib", 1200)
-    change(healthy, "gpu.holders", [{"pid": 77, "name": "VLLM::Worker", "unit": "vllm@main.service", "devices": ["/dev/nvidia0"]}])
+    change(
+        healthy,
+        "gpu.holders",
+        [{"pid": 77, "name": "VLLM::Worker", "unit": "vllm@main.service", "devices": ["/dev/nvidia0"]}],
+    )
     assert findings(healthy)["GPU 0 memory"].grade == "ok"
 
 
@@ -103,20 +182,33 @@ def test_a_card_that_does_not_answer(healthy):
 
 
 def test_a_driver_that_does_not_answer(healthy):
-    healthy["gpu"]["smi"].update(rc=18, error="Failed to initialize NVML: Driver/library version mismatch", gpus=[], cuda_version=None)
+    healthy["gpu"]["smi"].update(
+        rc=18, error="Failed to initialize NVML: Driver/library version mismatch", gpus=[], cuda_version=None
+    )
     found = findings(healthy)["driver answers"]
     assert (found.grade, found.says) == ("bad", "Failed to initialize NVML: Driver/library version mismatch")
 
 
 def test_no_card_at_all(healthy):
-    healthy["gpu"].update(cards=[], smi={"path": None, "rc": None, "error": None, "driver_version": None, "cuda_version": None, "gpus": []})
+    healthy["gpu"].update(
+        cards=[],
+        smi={
+            "path": None,
+            "rc": None,
+            "error": None,
+            "driver_version": None,
+            "cuda_version": None,
+            "gpus": [],
+        },
+    )
     found = findings(healthy)
     assert found["cards"].says == "0 on the PCI bus, 2 needed"
     assert "driver module" not in found
 
 
 @pytest.mark.parametrize(
-    ("cards", "wanted", "verdict"), [(0, 1, "bad"), (1, 1, "ok"), (1, 2, "bad"), (2, 1, "ok"), (2, 2, "ok"), (8, 8, "ok")]
+    ("cards", "wanted", "verdict"),
+    [(0, 1, "bad"), (1, 1, "ok"), (1, 2, "bad"), (2, 1, "ok"), (2, 2, "ok"), (8, 8, "ok")],
 )
 def test_as_many_cards_as_the_plan_has(healthy, cards, wanted, verdict):
     one = healthy["gpu"]["smi"]["gpus"][0]
@@ -146,8 +238,14 @@ def test_xids_are_counted_by_card(healthy):
         {"address": "0000:5e:00", "xid": 999, "text": "something new"},
     ]
     found = findings(healthy)
-    assert (found["Xid 79"].grade, found["Xid 79"].says) == ("bad", "2 x at 0000:3b:00: the card fell off the bus")
-    assert (found["Xid 31"].grade, found["Xid 31"].says) == ("warn", "1 x at 0000:5e:00: a program read memory that is not its own")
+    assert (found["Xid 79"].grade, found["Xid 79"].says) == (
+        "bad",
+        "2 x at 0000:3b:00: the card fell off the bus",
+    )
+    assert (found["Xid 31"].grade, found["Xid 31"].says) == (
+        "warn",
+        "1 x at 0000:5e:00: a program read memory that is not its own",
+    )
     assert (found["Xid 999"].grade, found["Xid 999"].says) == ("warn", "1 x at 0000:5e:00: something new")
 
 
@@ -161,13 +259,21 @@ def test_lines_are_one_each_and_in_columns(healthy):
     found = [f for f in triage(**healthy) if f.subject in ("cards", "packages held")]
     assert lines(found) == [
         "ok    cards          2 on the PCI bus, 2 needed",
-        "warn  packages held  0 packages -> run site.yml: an unattended upgrade would break the running driver",
+        (
+            "warn  packages held  0 packages -> run site.yml: an unattended upgrade would break the running"
+            " driver"
+        ),
     ]
 
 
 def run(*words):
     return subprocess.run(
-        [sys.executable, "-m", "lowmem", "doctor", *words], capture_output=True, text=True, cwd=ROOT, check=False, timeout=60
+        [sys.executable, "-m", "lowmem", "doctor", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=60,
     )
 
 

@@ -1,4 +1,6 @@
-"""What gpu_driver and nvidia_repository ask apt for, by system and branch: the systems that no test host can be booted of included."""
+"""What gpu_driver and nvidia_repository ask apt for, by system and branch: the systems that no test host can
+be booted of included.
+"""
 
 import pytest
 from ansible.parsing.dataloader import DataLoader
@@ -6,7 +8,11 @@ from ansible.template import Templar
 
 from .conftest import ROOT
 
-FILES = [f"roles/{role}/{part}/main.yml" for role in ("gpu_driver", "nvidia_repository") for part in ("defaults", "vars")]
+FILES = [
+    f"roles/{role}/{part}/main.yml"
+    for role in ("gpu_driver", "nvidia_repository")
+    for part in ("defaults", "vars")
+]
 
 
 def ask(system, version, wanted=None, **given):
@@ -16,7 +22,12 @@ def ask(system, version, wanted=None, **given):
     for path in FILES:
         variables |= loader.load_from_file(str(ROOT / path), trusted_as_template=True)
     major = version.split(".", maxsplit=1)[0]
-    facts = {"distribution": system, "distribution_version": version, "distribution_major_version": major, "architecture": "x86_64"}
+    facts = {
+        "distribution": system,
+        "distribution_version": version,
+        "distribution_major_version": major,
+        "architecture": "x86_64",
+    }
     templar = Templar(loader=loader, variables=variables | given | {"ansible_facts": facts})
     wanted = {name: name for name in wanted or ()} or {
         "packages": "gpu_driver_packages",
@@ -32,14 +43,24 @@ def ask(system, version, wanted=None, **given):
 @pytest.mark.parametrize(
     ("system", "version", "variables", "packages"),
     [
-        ("Debian", "12.11", {}, "nvidia-driver-cuda nvidia-kernel-open-dkms nvidia-persistenced nvidia-modprobe"),
+        (
+            "Debian",
+            "12.11",
+            {},
+            "nvidia-driver-cuda nvidia-kernel-open-dkms nvidia-persistenced nvidia-modprobe",
+        ),
         (
             "Debian",
             "13.1",
             {"gpu_driver_modules": "proprietary"},
             "nvidia-driver-cuda nvidia-kernel-dkms nvidia-persistenced nvidia-modprobe",
         ),
-        ("Ubuntu", "24.04", {}, "libnvidia-compute-580 nvidia-utils-580 nvidia-dkms-580-open nvidia-persistenced nvidia-modprobe"),
+        (
+            "Ubuntu",
+            "24.04",
+            {},
+            "libnvidia-compute-580 nvidia-utils-580 nvidia-dkms-580-open nvidia-persistenced nvidia-modprobe",
+        ),
         (
             "Ubuntu",
             "22.04",
@@ -50,7 +71,10 @@ def ask(system, version, wanted=None, **given):
             "Ubuntu",
             "24.04",
             {"gpu_driver_source": "distribution", "gpu_driver_modules": "proprietary"},
-            "libnvidia-compute-580-server nvidia-utils-580-server nvidia-compute-utils-580-server nvidia-dkms-580-server",
+            (
+                "libnvidia-compute-580-server nvidia-utils-580-server nvidia-compute-utils-580-server"
+                " nvidia-dkms-580-server"
+            ),
         ),
         (
             "Debian",
@@ -82,7 +106,9 @@ def test_nvidias_own_place_is_the_default():
     got = ask("Debian", "13.1")
     assert got["pattern"] == "^([0-9]+:)?580[.+~-]"
     assert got["url"] == "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64/"
-    assert got["key"] == "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64/8793F200.pub"
+    assert (
+        got["key"] == "https://developer.download.nvidia.com/compute/cuda/repos/debian13/x86_64/8793F200.pub"
+    )
     assert got["fingerprint"] == "02182E60104FCDC26EAE1B8597A5D4CB8793F200"
 
 
@@ -105,7 +131,11 @@ def test_what_is_there_and_of_the_branch_stays_and_the_rest_is_asked_for_by_its_
     """580.178.04 of Ubuntu's own is higher, and was taken when apt was asked for 580.*."""
     seen = {
         "report": {
-            "packages": {"nvidia-persistenced": "580.95.05-1ubuntu1", "nvidia-modprobe": "570.1-1", "libnvidia-compute-580": "5800.1-1"}
+            "packages": {
+                "nvidia-persistenced": "580.95.05-1ubuntu1",
+                "nvidia-modprobe": "570.1-1",
+                "libnvidia-compute-580": "5800.1-1",
+            }
         }
     }
     got = ask(
@@ -113,7 +143,12 @@ def test_what_is_there_and_of_the_branch_stays_and_the_rest_is_asked_for_by_its_
         gpu_driver_seen=seen, gpu_driver_policy={"stdout": POLICY},
     )  # fmt: skip
     assert got["gpu_driver_kept"] == ["nvidia-persistenced"]
-    assert sorted(got["gpu_driver_new"]) == ["libnvidia-compute-580", "nvidia-dkms-580-open", "nvidia-modprobe", "nvidia-utils-580"]
+    assert sorted(got["gpu_driver_new"]) == [
+        "libnvidia-compute-580",
+        "nvidia-dkms-580-open",
+        "nvidia-modprobe",
+        "nvidia-utils-580",
+    ]
     assert got["gpu_driver_candidates"] == {
         "libnvidia-compute-580": "(none)", "nvidia-utils-580": "580.159.04-1ubuntu1", "nvidia-dkms-580-open": "(none)",
         "nvidia-persistenced": "580.159.04-1ubuntu1", "nvidia-modprobe": "(none)",

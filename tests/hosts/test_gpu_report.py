@@ -41,7 +41,12 @@ def test_an_old_driver(gpu_report, monkeypatch):
     assert (smi["rc"], smi["driver_version"], smi["cuda_version"]) == (0, "535.261.03", "12.2")
     (card,) = smi["gpus"]
     assert card["memory_free_mib"] == 2389
-    assert (card["link_generation"], card["link_generation_max"], card["link_width"], card["link_width_max"]) == (1, 4, 8, 16)
+    assert (
+        card["link_generation"],
+        card["link_generation_max"],
+        card["link_width"],
+        card["link_width_max"],
+    ) == (1, 4, 8, 16)
     assert card["slowed_by"] == ["sw_power_cap"]
     assert card["ecc_uncorrected_volatile"] == 3
     assert card["ecc_uncorrected_aggregate"] is None
@@ -51,14 +56,21 @@ def test_an_old_driver(gpu_report, monkeypatch):
 
 
 def test_a_real_answer(gpu_report, monkeypatch):
-    """`nvidia-smi -q -x` of two H200, driver 580.159.04, 2026-11-23; identities replaced, supported clocks left out."""
+    """`nvidia-smi -q -x` of two H200, driver 580.159.04, 2026-11-23; identities replaced, supported clocks
+    left out.
+    """
     smi = answer(gpu_report, monkeypatch, 0, (ROOT / "tests" / "data" / "nvidia-smi-h200.xml").read_text())
     assert (smi["rc"], smi["driver_version"], smi["cuda_version"]) == (0, "580.159.04", "13.0")
     first, second = smi["gpus"]
     assert (first["name"], second["name"]) == ("NVIDIA H200", "NVIDIA H200")
     assert (first["memory_total_mib"], first["memory_free_mib"]) == (143771, 143156)
     assert (first["link_generation_max"], first["link_width_max"]) == (5, 16)
-    assert (first["mig"], first["remap_pending"], first["slowed_by"], first["processes"]) == ("Disabled", "No", ["gpu_idle"], [])
+    assert (first["mig"], first["remap_pending"], first["slowed_by"], first["processes"]) == (
+        "Disabled",
+        "No",
+        ["gpu_idle"],
+        [],
+    )
     assert (first["ecc_uncorrected_volatile"], first["ecc_uncorrected_aggregate"]) == (0, 0)
 
 
@@ -71,7 +83,11 @@ def test_the_names_that_are_to_come(gpu_report, monkeypatch):
 @pytest.mark.parametrize(
     ("rc", "out", "error"),
     [
-        (9, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n", "it couldn't communicate"),
+        (
+            9,
+            "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n",
+            "it couldn't communicate",
+        ),
         (
             18,
             "Failed to initialize NVML: Driver/library version mismatch\nNVML library version: 580.159\n",
@@ -95,7 +111,12 @@ def test_xids(gpu_report, monkeypatch):
 """
     monkeypatch.setattr(gpu_report, "output", lambda *command, **options: (0, log, ""))
     assert gpu_report.xids() == [
-        {"address": "0000:3b:00", "xid": 79, "text": "pid=1234, name=python3, GPU has fallen off the bus.", "at": 1764000000.1},
+        {
+            "address": "0000:3b:00",
+            "xid": 79,
+            "text": "pid=1234, name=python3, GPU has fallen off the bus.",
+            "at": 1764000000.1,
+        },
         {"address": "0000:5e:00", "xid": 31, "text": "pid=99, Ch 00000008", "at": 1764000002.1},
     ]
 
@@ -103,7 +124,11 @@ def test_xids(gpu_report, monkeypatch):
 def test_the_module_changes_nothing_and_needs_no_root(tmp_path):
     """Run as Ansible runs it, on this machine, which need not have a card."""
     arguments = tmp_path / "arguments.json"
-    arguments.write_text(json.dumps({"ANSIBLE_MODULE_ARGS": {"_ansible_check_mode": True, "_ansible_remote_tmp": str(tmp_path)}}))
+    arguments.write_text(
+        json.dumps(
+            {"ANSIBLE_MODULE_ARGS": {"_ansible_check_mode": True, "_ansible_remote_tmp": str(tmp_path)}}
+        )
+    )
     done = subprocess.run(
         [sys.executable, str(ROOT / "plugins/modules/gpu_report.py"), str(arguments)],
         capture_output=True, text=True, check=False, timeout=60, env=os.environ | {"HOME": str(tmp_path)},
@@ -118,21 +143,33 @@ def test_the_module_changes_nothing_and_needs_no_root(tmp_path):
 
 def test_the_stubs_kernel_module_is_elf(tmp_path):
     """What the real modinfo reads in the test hosts: a version and a licence in a .modinfo section."""
-    built = load("molecule/stub/build_repo.py").kernel_module({"version": "580.159.04", "license": "Dual MIT/GPL"})
+    built = load("molecule/stub/build_repo.py").kernel_module(
+        {"version": "580.159.04", "license": "Dual MIT/GPL"}
+    )
     assert built[:4] == b"\x7fELF"
     assert b"version=580.159.04\0license=Dual MIT/GPL\0" in built
 
 
 @pytest.mark.parametrize(
     ("file", "licence", "flavour"),
-    [("nvidia", "NVIDIA", "proprietary"), ("nvidia-current", "NVIDIA", "proprietary"), ("nvidia-current-open", "Dual MIT/GPL", "open")],
+    [
+        ("nvidia", "NVIDIA", "proprietary"),
+        ("nvidia-current", "NVIDIA", "proprietary"),
+        ("nvidia-current-open", "Dual MIT/GPL", "open"),
+    ],
 )
-def test_the_installed_module_is_found_under_the_name_that_its_file_has(gpu_report, monkeypatch, file, licence, flavour):
+def test_the_installed_module_is_found_under_the_name_that_its_file_has(
+    gpu_report, monkeypatch, file, licence, flavour
+):
     """Debian's own packages install nvidia-current.ko, seen with 550.163.01 on Debian 13."""
 
     def modinfo(*command, **_):
         assert command[:3] == ("modinfo", "-k", "6.12.1")
-        return (0, {"version": "550.163.01\n", "license": f"{licence}\n"}[command[4]], "") if command[5] == file else (1, "", "not found")
+        return (
+            (0, {"version": "550.163.01\n", "license": f"{licence}\n"}[command[4]], "")
+            if command[5] == file
+            else (1, "", "not found")
+        )
 
     monkeypatch.setattr(gpu_report, "output", modinfo)
     found = gpu_report.module("nvidia", "6.12.1")

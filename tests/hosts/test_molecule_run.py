@@ -1,4 +1,6 @@
-"""Scenarios side by side: what holds the same thing takes turns, a failure is shown and does not stop the others, all in one table."""
+"""Scenarios side by side: what holds the same thing takes turns, a failure is shown and does not stop the
+others, all in one table.
+"""
 
 import json
 import os
@@ -32,20 +34,29 @@ def play(runner, monkeypatch, scripts, holds):
     """Runs `scripts` (name -> shell) in place of Molecule."""
     monkeypatch.setattr(runner, "command", lambda name: ["bash", "-c", scripts[name]])
     monkeypatch.setattr(
-        runner, "known", lambda: {n: runner.Scenario(n, Counter(holds.get(n, [])), runner.LOGS / f"{n}.log") for n in scripts}
+        runner,
+        "known",
+        lambda: {n: runner.Scenario(n, Counter(holds.get(n, [])), runner.LOGS / f"{n}.log") for n in scripts},
     )
     return runner.main()
 
 
 def test_what_holds_the_same_thing_takes_turns(runner, monkeypatch, tmp_path, capsys):
     alone = f"mkdir {tmp_path}/held && sleep 0.3 && rmdir {tmp_path}/held"
-    status = play(runner, monkeypatch, {"a": alone, "b": alone, "c": alone, "d": "true"}, {n: ["vm settings"] for n in "abc"})
+    status = play(
+        runner,
+        monkeypatch,
+        {"a": alone, "b": alone, "c": alone, "d": "true"},
+        {n: ["vm settings"] for n in "abc"},
+    )
     assert status == 0, capsys.readouterr().out
 
 
 def test_what_another_checkout_holds_is_left_to_it(runner, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "THERE_ARE", {"engine": 1})
-    first, second = (runner.Scenario("a", Counter(["engine", "vm settings"]), tmp_path / "a.log") for _ in range(2))
+    first, second = (
+        runner.Scenario("a", Counter(["engine", "vm settings"]), tmp_path / "a.log") for _ in range(2)
+    )
     other = runner.Scenario("b", Counter(["engine"]), tmp_path / "b.log")
     assert other.take()
     assert not first.take()
@@ -77,7 +88,15 @@ def test_as_many_engines_at_once_as_there_are_cores(runner, monkeypatch, tmp_pat
 def test_two_that_hold_nothing_run_at_once(runner, monkeypatch, tmp_path):
     """Each waits for the other's file."""
     script = "touch {0}/{1}; for _ in $(seq 600); do [ -e {0}/{2} ] && exit; sleep 0.1; done; exit 1"
-    assert play(runner, monkeypatch, {"a": script.format(tmp_path, "a", "b"), "b": script.format(tmp_path, "b", "a")}, {}) == 0
+    assert (
+        play(
+            runner,
+            monkeypatch,
+            {"a": script.format(tmp_path, "a", "b"), "b": script.format(tmp_path, "b", "a")},
+            {},
+        )
+        == 0
+    )
 
 
 def test_a_failure_is_shown_and_the_others_run_all_the_same(runner, monkeypatch, capsys):
@@ -100,7 +119,12 @@ def test_a_failure_is_shown_and_the_others_run_all_the_same(runner, monkeypatch,
     # it ended early, and is not taken for a short one the next time
     assert sorted(json.loads(runner.TOOK.read_text())) == ["good", "last"]
     assert table[4][0] == "all"
-    assert table[4][-4:] == ["5", "min", "0", "s"]  # three times the 100 s of its hosts, and next to nothing of its own
+    assert table[4][-4:] == [
+        "5",
+        "min",
+        "0",
+        "s",
+    ]  # three times the 100 s of its hosts, and next to nothing of its own
 
 
 def test_the_longest_of_the_last_time_begins(runner, monkeypatch, tmp_path):
@@ -108,7 +132,10 @@ def test_the_longest_of_the_last_time_begins(runner, monkeypatch, tmp_path):
     runner.TOOK.write_text('{"short": 10, "long": 500, "gone": 9}')
     monkeypatch.setenv("MOLECULE_LANES", "1")
     # in what is said of them one may overtake another: each is read by a thread of its own
-    assert play(runner, monkeypatch, {n: f"echo {n} >>{tmp_path}/begun" for n in ("short", "long", "new")}, {}) == 0
+    assert (
+        play(runner, monkeypatch, {n: f"echo {n} >>{tmp_path}/begun" for n in ("short", "long", "new")}, {})
+        == 0
+    )
     assert (tmp_path / "begun").read_text().split() == ["new", "long", "short"]
 
 
@@ -120,14 +147,20 @@ def test_what_takes_long_is_left_out_of_all_and_in_by_name(runner, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["run", "a", "b"])
     assert play(runner, monkeypatch, scripts, {}) == 0
     assert [(tmp_path / n).read_text() for n in "ab"] == ["whole 1\n", "whole 1\n"]
-    steps = {path for path in (ROOT / "molecule").rglob("*.*") if path.suffix in (".yml", ".py") and "MOLECULE_QUICK" in path.read_text()}
+    steps = {
+        path
+        for path in (ROOT / "molecule").rglob("*.*")
+        if path.suffix in (".yml", ".py") and "MOLECULE_QUICK" in path.read_text()
+    }
     assert {str(path.relative_to(ROOT)) for path in steps} == {
         "molecule/service/faults.yml", "molecule/edge/fuzz.yml", "molecule/edge/tests/conftest.py",
     }  # fmt: skip
 
 
 def test_a_name_that_is_none_is_one_line():
-    done = subprocess.run([sys.executable, ROOT / "molecule/run", "gpu_drivers"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, ROOT / "molecule/run", "gpu_drivers"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("no scenario gpu_drivers: there are cluster, cuda_toolkit, ")
@@ -158,5 +191,7 @@ def test_scenarios_with_the_real_engine_say_so():
     """It is as fast as there are cores; more of them at once would only make each other time out."""
     for path in (ROOT / "molecule").glob("*/molecule.yml"):
         for platform in yaml.safe_load(path.read_text())["platforms"]:
-            shares = any(folder.endswith(".lowmem/host/models") for folder in platform.get("shared_folders", []))
+            shares = any(
+                folder.endswith(".lowmem/host/models") for folder in platform.get("shared_folders", [])
+            )
             assert ("engine" in platform.get("holds", [])) == shares, platform["name"]

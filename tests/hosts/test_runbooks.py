@@ -1,6 +1,8 @@
-"""The commands in the runbooks that need no GPU host run, as they stand (blocks marked `bash run`). Those marked `bash host` run in the
-gpu_driver scenario, those marked `bash service` in scenario service, those marked `bash edge` in scenario edge, those
-marked `bash demo` on the demo's deployment. Every file and variable that a runbook names exists."""
+"""The commands in the runbooks that need no GPU host run, as they stand (blocks marked `bash run`). Those
+marked `bash host` run in the gpu_driver scenario, those marked `bash service` in scenario service, those
+marked `bash edge` in scenario edge, those marked `bash demo` on the demo's deployment. Every file and
+variable that a runbook names exists.
+"""
 
 import os
 import re
@@ -35,7 +37,13 @@ def test_command_runs_on_the_demo(command, deployed):
 def test_command_runs(command):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 
@@ -58,16 +66,23 @@ def test_a_runbook_says_when_what_to_run_what_it_prints_and_what_to_do(name):
 
 PLAYS = sorted(
     {
-        line.split("#")[0].strip().removeprefix(".lowmem/venv/bin/").replace("inventory/mine", "inventory/NAME")
+        line.split("#")[0]
+        .strip()
+        .removeprefix(".lowmem/venv/bin/")
+        .replace("inventory/mine", "inventory/NAME")
         for path in [*RUNBOOKS, ROOT / "inventory/README.md", ROOT / "README.md"]
-        for line in re.findall(r"^ *((?:\.lowmem/venv/bin/)?ansible-playbook .*)$", path.read_text(), re.MULTILINE)
+        for line in re.findall(
+            r"^ *((?:\.lowmem/venv/bin/)?ansible-playbook .*)$", path.read_text(), re.MULTILINE
+        )
     }
 )
 
 
 @pytest.mark.parametrize("command", PLAYS)
 def test_a_play_that_needs_hosts_is_at_least_understood(command):
-    """Playbook, inventory, tags, limit and variables, with the examples' names where the operator puts his own."""
+    """Playbook, inventory, tags, limit and variables, with the examples' names where the operator puts his
+    own.
+    """
     words = command.replace("NAME", "a100-2x40g").replace("HOST", "gpu-1.example.org").split()
     done = subprocess.run(
         [Path(sys.executable).with_name("ansible-playbook"), *words[1:], "--list-tasks", "--list-hosts"],
@@ -80,7 +95,9 @@ def test_a_play_that_needs_hosts_is_at_least_understood(command):
 
 
 def test_doctor_runs_on_this_machine_and_changes_nothing(playbook, tmp_path):
-    done = playbook("playbooks/doctor.yml", variables={"doctor_strict": False, "doctor_folder": str(tmp_path)})
+    done = playbook(
+        "playbooks/doctor.yml", variables={"doctor_strict": False, "doctor_folder": str(tmp_path)}
+    )
     assert done.rc == 0, done.text
     assert done.changed == 0
     assert "verdict: " in done.text
@@ -100,7 +117,8 @@ def test_files_that_are_named_exist(path):
 @pytest.mark.parametrize("path", RUNBOOKS, ids=lambda path: path.stem)
 def test_variables_that_are_named_exist(path):
     known = (
-        "".join(f.read_text() for f in (ROOT / "roles").glob("*/defaults/main.yml")) + (ROOT / "playbooks/group_vars/all.yml").read_text()
+        "".join(f.read_text() for f in (ROOT / "roles").glob("*/defaults/main.yml"))
+        + (ROOT / "playbooks/group_vars/all.yml").read_text()
     )
     roles = "gpu_driver|nvidia_repository|cuda_toolkit|host_memory|vllm_service|gateway|monitoring|status_page|router"
     named = set(re.findall(rf"\b((?:{roles})_\w+)\b", path.read_text()))

@@ -1,4 +1,6 @@
-"""One short Molecule scenario from end to end, so that the machinery is tested with every `make test`; all of them are `make molecule`."""
+"""One short Molecule scenario from end to end, so that the machinery is tested with every `make test`; all of
+them are `make molecule`.
+"""
 
 import os
 import subprocess
@@ -15,7 +17,9 @@ MOLECULE = Path(sys.executable).with_name("molecule")
 
 
 @needs_hosts
-@pytest.mark.skipif(not MOLECULE.exists(), reason="molecule is not installed beside this Python: run through make")
+@pytest.mark.skipif(
+    not MOLECULE.exists(), reason="molecule is not installed beside this Python: run through make"
+)
 def test_cuda_toolkit(tmp_path):
     environment = os.environ | {
         "PATH": f"{MOLECULE.parent}:{os.environ['PATH']}",
@@ -25,7 +29,13 @@ def test_cuda_toolkit(tmp_path):
         "NO_COLOR": "1",
     }
     done = subprocess.run(
-        [MOLECULE, "test", "-s", "cuda_toolkit"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900
+        [MOLECULE, "test", "-s", "cuda_toolkit"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     # a step that Molecule finds no playbook for is skipped without failing
@@ -44,7 +54,9 @@ def test_every_scenario_names_its_hosts_after_itself():
 REBOOT = "side_effect ../hosts/reboot.yml"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "molecule").glob("*/molecule.yml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "molecule").glob("*/molecule.yml")), ids=lambda path: path.parent.name
+)
 def test_the_order_of_a_scenario(path):
     """What comes in between (forget.yml) or after is its own."""
     steps = yaml.safe_load(path.read_text())["scenario"]["test_sequence"]
@@ -52,7 +64,8 @@ def test_the_order_of_a_scenario(path):
     named = [s for s in steps if s in ("check", "converge", "idempotence", "verify", REBOOT)]
     wanted = ["check", "converge", "idempotence", "verify", REBOOT, "verify"]
     if path.parent.name == "distribution":
-        # the role ends in a refusal there, the driver finding no card; converge.yml runs it twice and compares
+        # the role ends in a refusal there, the driver finding no card; converge.yml runs it twice and
+        # compares
         wanted.remove("idempotence")
     if path.parent.name in ("cluster", "two_hosts"):
         # what a host is by itself, `service` tests; their faults reboot them

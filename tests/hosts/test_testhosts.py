@@ -1,4 +1,6 @@
-"""The test hosts themselves: real systemd, SSH, reboots, and nothing left on this machine, whatever way a run ended."""
+"""The test hosts themselves: real systemd, SSH, reboots, and nothing left on this machine, whatever way a run
+ended.
+"""
 
 import fcntl
 import ipaddress
@@ -30,7 +32,9 @@ def hosts(tmp_path):
     environment = os.environ | {"TESTHOSTS_STATE": str(tmp_path / "state")}
 
     def call(*words):
-        return subprocess.run([TESTHOSTS, *words], capture_output=True, text=True, check=False, timeout=300, env=environment)
+        return subprocess.run(
+            [TESTHOSTS, *words], capture_output=True, text=True, check=False, timeout=300, env=environment
+        )
 
     yield call
     call("sweep", "")
@@ -55,14 +59,24 @@ def test_two_checkouts_that_prefer_the_same_network_get_two(tmp_path, monkeypatc
     used.append(f"10.213.{(first + 1) % 200}.128/25")
     assert testhosts.free_network() == (first + 2) % 200
     bridges.update(dict.fromkeys(range(200), "lowmem-testhosts-of-another"))
-    with pytest.raises(SystemExit, match=r"none of the networks 10\.213\.0\.0/24 to 10\.213\.199\.0/24 is free: see `ip route`"):
+    with pytest.raises(
+        SystemExit,
+        match=r"none of the networks 10\.213\.0\.0/24 to 10\.213\.199\.0/24 is free: see `ip route`",
+    ):
         testhosts.free_network()
 
 
 def test_a_route_to_everything_private_leaves_the_networks_free(tmp_path, monkeypatch):
     testhosts = module(monkeypatch, tmp_path)
-    answers = {"address": [{"addr_info": [{"local": "10.213.7.9", "prefixlen": 24}]}], "route": [{"dst": "default"}, {"dst": "10.0.0.0/8"}]}
-    monkeypatch.setattr(testhosts, "run", lambda *words, **_: subprocess.CompletedProcess(words, 0, json.dumps(answers[words[-1]]), ""))
+    answers = {
+        "address": [{"addr_info": [{"local": "10.213.7.9", "prefixlen": 24}]}],
+        "route": [{"dst": "default"}, {"dst": "10.0.0.0/8"}],
+    }
+    monkeypatch.setattr(
+        testhosts,
+        "run",
+        lambda *words, **_: subprocess.CompletedProcess(words, 0, json.dumps(answers[words[-1]]), ""),
+    )
     assert testhosts.networks_in_use() == [ipaddress.IPv4Network("10.213.7.0/24")]
 
 
@@ -73,7 +87,9 @@ def test_ubuntus_key_is_taken_only_by_its_fingerprint(tmp_path, monkeypatch):
     package = mirror / testhosts.UBUNTU_KEYRING
     package.parent.mkdir(parents=True)
     (tmp_path / "p/DEBIAN").mkdir(parents=True)
-    (tmp_path / "p/DEBIAN/control").write_text("Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@invalid>\nDescription: x\n")
+    (tmp_path / "p/DEBIAN/control").write_text(
+        "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x <x@invalid>\nDescription: x\n"
+    )
     (tmp_path / "p/usr/share/keyrings").mkdir(parents=True)
     own = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
     (tmp_path / "p/usr/share/keyrings/ubuntu-archive-keyring.gpg").write_bytes(own.read_bytes())
@@ -81,7 +97,9 @@ def test_ubuntus_key_is_taken_only_by_its_fingerprint(tmp_path, monkeypatch):
     monkeypatch.setattr(testhosts, "UBUNTU_MIRROR", mirror.as_uri())
     monkeypatch.setattr(testhosts, "CACHE", tmp_path / "cache")
     (tmp_path / "cache").mkdir()
-    with pytest.raises(SystemExit, match="does not hold the key F6ECB3762474EDA9D21B7022871920D1991BC93C: look at the mirror"):
+    with pytest.raises(
+        SystemExit, match="does not hold the key F6ECB3762474EDA9D21B7022871920D1991BC93C: look at the mirror"
+    ):
         testhosts.ubuntu_keyring()
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -99,7 +117,11 @@ def ssh(record, command):
         "LogLevel=ERROR",
     ]
     done = subprocess.run(
-        [*words, "-o", "ConnectTimeout=3", f"ops@{record['address']}", command], capture_output=True, text=True, check=False, timeout=60
+        [*words, "-o", "ConnectTimeout=3", f"ops@{record['address']}", command],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     return done.stdout.strip()
 
@@ -120,7 +142,12 @@ def test_what_is_missing_is_one_line(tmp_path):
     tools.mkdir()
     (tools / "python3").symlink_to("/usr/bin/python3")
     done = subprocess.run(
-        ["/usr/bin/python3", TESTHOSTS, "check"], capture_output=True, text=True, check=False, env={"PATH": str(tools)}, timeout=30
+        ["/usr/bin/python3", TESTHOSTS, "check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": str(tools)},
+        timeout=30,
     )
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -143,7 +170,9 @@ def strangers_bridge(tmp_path, monkeypatch):
     for words in commands:
         subprocess.run(["ip", *words.split()], check=True)
     yield first
-    subprocess.run(["ip", "link", "delete", f"stranger{first}"], check=True)  # fails if it went with the hosts
+    subprocess.run(
+        ["ip", "link", "delete", f"stranger{first}"], check=True
+    )  # fails if it went with the hosts
 
 
 @pytest.fixture
@@ -174,7 +203,8 @@ def test_a_host_boots_reboots_and_leaves_nothing(hosts, strangers_bridge, tmp_pa
     # a role set these, and a run broke off: nobody called down
     ssh(
         record,
-        "sudo sysctl -w vm.swappiness=42; sudo sh -c 'umask 077; dd if=/dev/zero of=/s bs=1M count=4; mkswap /s; swapon /s'",
+        "sudo sysctl -w vm.swappiness=42; sudo sh -c 'umask 077; dd if=/dev/zero of=/s bs=1M count=4; mkswap"
+        " /s; swapon /s'",
     )
     assert "/s " in Path("/proc/swaps").read_text()
     pid = int((tmp_path / "state/probe-one/pid").read_text().split()[0])
@@ -198,4 +228,7 @@ def test_a_host_boots_reboots_and_leaves_nothing(hosts, strangers_bridge, tmp_pa
 
 
 def vm():
-    return {name: Path("/proc/sys/vm", name).read_text() for name in ("swappiness", "overcommit_memory", "max_map_count", "nr_hugepages")}
+    return {
+        name: Path("/proc/sys/vm", name).read_text()
+        for name in ("swappiness", "overcommit_memory", "max_map_count", "nr_hugepages")
+    }

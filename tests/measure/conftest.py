@@ -43,7 +43,7 @@ def port() -> int:
 
 @pytest.fixture
 def fake_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("lowmem.measure.IDLE_S", 0.3)
+    monkeypatch.setattr("lowmem.measure.session.IDLE_S", 0.3)
     script = tmp_path / "vllm"
     script.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "fake_vllm.py"} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)

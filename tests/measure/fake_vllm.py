@@ -1,7 +1,9 @@
-"""Stands in for `vllm` in the tests: `serve` prints an engine's log and answers completions, `bench serve` writes a result file.
+"""Stands in for `vllm` in the tests: `serve` prints an engine's log and answers completions, `bench serve`
+writes a result file.
 
-FAKE_VLLM (JSON) changes it: {"fail": [log lines]} ends the server with status 1, {"bench": {...}} replaces result fields,
-{"stubborn": true} ignores SIGTERM, {"open": true} asks for no key, {"oversize": status}, {"logprob": of every prompt token}.
+FAKE_VLLM (JSON) changes it: {"fail": [log lines]} ends the server with status 1, {"bench": {...}} replaces
+result fields, {"stubborn": true} ignores SIGTERM, {"open": true} asks for no key, {"oversize": status},
+{"logprob": of every prompt token}.
 """
 
 from __future__ import annotations
@@ -19,10 +21,18 @@ SETTINGS = json.loads(os.environ.get("FAKE_VLLM", "{}"))
 MAX_MODEL_LEN = 2048
 LOG = [
     "INFO 11-22 20:00:00 [api_utils.py:286] non-default args: {}",
-    "(EngineCore pid=7) INFO 11-22 20:00:01 [model_runner.py:425] Model loading took 0.12 GiB memory and 1.500000 seconds",
-    "(EngineCore pid=7) INFO 11-22 20:00:02 [cpu_worker.py:260] Explicitly set (0.25/23.4) GiB for KV cache on node 0.",
-    "(EngineCore pid=7) INFO 11-22 20:00:02 [kv_cache_utils.py:2329] "
-    "CPU KV cache size: 11,648 tokens, Maximum concurrency for 2,048 tokens per request: 5.69x",
+    (
+        "(EngineCore pid=7) INFO 11-22 20:00:01 [model_runner.py:425] Model loading took 0.12 GiB memory and"
+        " 1.500000 seconds"
+    ),
+    (
+        "(EngineCore pid=7) INFO 11-22 20:00:02 [cpu_worker.py:260] Explicitly set (0.25/23.4) GiB for KV"
+        " cache on node 0."
+    ),
+    (
+        "(EngineCore pid=7) INFO 11-22 20:00:02 [kv_cache_utils.py:2329] "
+        "CPU KV cache size: 11,648 tokens, Maximum concurrency for 2,048 tokens per request: 5.69x"
+    ),
 ]
 
 
@@ -49,7 +59,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.allowed():
-            self.answer({"data": [{"id": option("--served-model-name", "fake"), "root": "/models/fake", "max_model_len": MAX_MODEL_LEN}]})
+            self.answer(
+                {
+                    "data": [
+                        {
+                            "id": option("--served-model-name", "fake"),
+                            "root": "/models/fake",
+                            "max_model_len": MAX_MODEL_LEN,
+                        }
+                    ]
+                }
+            )
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -59,7 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         if body["model"] == "no-such-model":
             self.answer({"error": {"message": "The model `no-such-model` does not exist."}}, 404)
         elif len(body.get("prompt", "")) > MAX_MODEL_LEN:
-            self.answer({"error": {"message": f"the maximum context length is {MAX_MODEL_LEN} tokens"}}, SETTINGS.get("oversize", 400))
+            self.answer(
+                {"error": {"message": f"the maximum context length is {MAX_MODEL_LEN} tokens"}},
+                SETTINGS.get("oversize", 400),
+            )
         elif body.get("stream"):
             events = [json.dumps({"choices": [{"text": text}]})] * 3 + ["[DONE]"]
             self.answer_text("".join(f"data: {event}\n\n" for event in events))
@@ -104,7 +127,9 @@ def bench() -> None:
         result |= {f"{kind}_{metric}_ms": value for kind in ("mean", "p50", "p90", "p99")}
     result["key"] = os.environ.get("OPENAI_API_KEY")
     result["argv"] = sys.argv
-    (Path(option("--result-dir")) / option("--result-filename")).write_text(json.dumps(result | SETTINGS.get("bench", {})))
+    (Path(option("--result-dir")) / option("--result-filename")).write_text(
+        json.dumps(result | SETTINGS.get("bench", {}))
+    )
 
 
 serve() if sys.argv[1] == "serve" else bench()

@@ -1,7 +1,8 @@
-"""The checks of a deployed host can fail: each is run against a healthy deployment, then against one with that one thing broken.
+"""The checks of a deployed host can fail: each is run against a healthy deployment, then against one with
+that one thing broken.
 
-The deployment is a folder laid out as the service role does it, with a stand-in for vLLM; `make demo` runs the same checks
-against a real one.
+The deployment is a folder laid out as the service role does it, with a stand-in for vLLM; `make demo` runs
+the same checks against a real one.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.receipt import read_checks
+from lowmem.measure.receipt import read_checks
 from lowmem.schema import LoadResult, Percentiles, Plan, Receipt, Term
 
 from .conftest import MIB, make_plan
@@ -44,23 +45,44 @@ def write_model(folder: Path) -> int:
     """A quantized checkpoint of two blocks, small and well-formed; returns the bytes of its tensors."""
     folder.mkdir(parents=True)
     quantization = {"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"}
-    (folder / "config.json").write_text(json.dumps({"num_hidden_layers": LAYERS, "quantization_config": quantization}))
+    (folder / "config.json").write_text(
+        json.dumps({"num_hidden_layers": LAYERS, "quantization_config": quantization})
+    )
     header: dict[str, Any] = {}
     end = 0
     for layer in range(LAYERS):
-        for name in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"):
-            for part, dtype, shape in (("qweight", "I32", [128, 8]), ("qzeros", "I32", [2, 8]), ("scales", "F16", [2, 64])):
+        for name in (
+            "self_attn.q",
+            "self_attn.k",
+            "self_attn.v",
+            "self_attn.o",
+            "mlp.gate",
+            "mlp.up",
+            "mlp.down",
+        ):
+            for part, dtype, shape in (
+                ("qweight", "I32", [128, 8]),
+                ("qzeros", "I32", [2, 8]),
+                ("scales", "F16", [2, 64]),
+            ):
                 size = shape[0] * shape[1] * (4 if dtype == "I32" else 2)
-                header[f"model.layers.{layer}.{name}_proj.{part}"] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+                header[f"model.layers.{layer}.{name}_proj.{part}"] = {
+                    "dtype": dtype,
+                    "shape": shape,
+                    "data_offsets": [end, end + size],
+                }
                 end += size
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(end))
     for path in folder.iterdir():
         path.chmod(0o644)
     entries = [
-        {"path": p.name, "size_bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in folder.iterdir()
+        {"path": p.name, "size_bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()}
+        for p in folder.iterdir()
     ]
-    (folder.parent / f"{folder.name}.manifest.json").write_text(json.dumps({"schema": 1, "name": folder.name, "files": entries}))
+    (folder.parent / f"{folder.name}.manifest.json").write_text(
+        json.dumps({"schema": 1, "name": folder.name, "files": entries})
+    )
     return end
 
 
@@ -68,7 +90,9 @@ def same(value: float) -> Percentiles:
     return Percentiles(mean=value, p50=value, p90=value, p99=value)
 
 
-def write_measurement(root: Path, plan: Plan, peak_mib: int = 1500, tpot_ms: float = 90, failed: int = 0, kv_tokens: int = 11648) -> None:
+def write_measurement(
+    root: Path, plan: Plan, peak_mib: int = 1500, tpot_ms: float = 90, failed: int = 0, kv_tokens: int = 11648
+) -> None:
     load = LoadResult(
         load=plan.load, requests=8, failed=failed, duration_s=10, request_throughput_per_s=0.8, output_tokens_per_s=9,
         ttft_ms=same(900), tpot_ms=same(tpot_ms), itl_ms=same(tpot_ms), e2e_ms=same(2500),
@@ -87,16 +111,31 @@ class Host:
     def __init__(self, root: Path, port: int) -> None:
         self.root = root
         self.port = port
-        for name, mode in (("etc", 0o755), ("log", 0o700), ("run", 0o700), ("cache", 0o700), ("env/bin", 0o755)):
+        for name, mode in (
+            ("etc", 0o755),
+            ("log", 0o700),
+            ("run", 0o700),
+            ("cache", 0o700),
+            ("env/bin", 0o755),
+        ):
             (root / name).mkdir(parents=True)
             (root / name).chmod(mode)
         (root / "current").symlink_to("etc")
-        arguments = [("", str(root / "models" / "m")), ("--served-model-name", "fake"), ("--host", "127.0.0.1")]
+        arguments = [
+            ("", str(root / "models" / "m")),
+            ("--served-model-name", "fake"),
+            ("--host", "127.0.0.1"),
+        ]
         arguments += [("--port", str(port)), ("--max-model-len", "2048")]
         self.plan = make_plan(
             weight_bytes=write_model(root / "models" / "m"),
             arguments=[{"flag": flag, "value": value, "why": "a test"} for flag, value in arguments],
-            deploy={"model_path": str(root / "models" / "m"), "served_model_name": "fake", "host": "127.0.0.1", "port": port},
+            deploy={
+                "model_path": str(root / "models" / "m"),
+                "served_model_name": "fake",
+                "host": "127.0.0.1",
+                "port": port,
+            },
         )
         self.write("etc/plan.json", self.plan.model_dump_json(), 0o644)
         self.write("etc/low_mem.sh", self.launcher(self.plan.argv), 0o755)
@@ -118,12 +157,25 @@ class Host:
 
     def stand_ins(self) -> None:
         site = self.root / "site"
-        self.write("site/vllm-0.32.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+        self.write(
+            "site/vllm-0.32.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n"
+        )
         self.write("site/vllm/entrypoints/launchers/cli_args.py", STUB_PARSER)
-        self.write("site/vllm/utils/argparse_utils.py", "from argparse import ArgumentParser as FlexibleArgumentParser\n")
+        self.write(
+            "site/vllm/utils/argparse_utils.py",
+            "from argparse import ArgumentParser as FlexibleArgumentParser\n",
+        )
         self.write("env/bin/python", f'#!/bin/sh\nPYTHONPATH={site} exec {sys.executable} "$@"\n', 0o755)
-        self.write("env/bin/vllm", f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "fake_vllm.py"} "$@"\n', 0o755)
-        self.write("env/bin/supervisorctl", "#!/bin/sh\necho 'vllm                             RUNNING   pid 1, uptime 0:01:00'\n", 0o755)
+        self.write(
+            "env/bin/vllm",
+            f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "fake_vllm.py"} "$@"\n',
+            0o755,
+        )
+        self.write(
+            "env/bin/supervisorctl",
+            "#!/bin/sh\necho 'vllm                             RUNNING   pid 1, uptime 0:01:00'\n",
+            0o755,
+        )
 
     def start(self, **settings: Any) -> None:
         # backwards: the key itself is in no environment, as on a real host
@@ -198,8 +250,16 @@ OLD_VLLM = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0\n"
 BROKEN: dict[str, tuple[str, Callable[[Host], object], list[str]]] = {
     "one byte of a shard": ("model", alter_a_shard, [MANIFEST]),
     "a file too many": ("model", lambda h: h.write("models/m/old.json", "{}"), [MANIFEST]),
-    "another group size": ("model", lambda h: edit_config(h, group_size=128), [MANIFEST, "model: quantization is the planned one"]),
-    "other sizes than planned": ("model", lambda h: change_plan(h, weight_bytes=1), ["model: tensor bytes are the plans"]),
+    "another group size": (
+        "model",
+        lambda h: edit_config(h, group_size=128),
+        [MANIFEST, "model: quantization is the planned one"],
+    ),
+    "other sizes than planned": (
+        "model",
+        lambda h: change_plan(h, weight_bytes=1),
+        ["model: tensor bytes are the plans"],
+    ),
     "an argument too many": (
         "launcher",
         lambda h: h.write("etc/low_mem.sh", h.launcher([*h.plan.argv, "--enforce-eager"]), 0o755),
@@ -214,7 +274,11 @@ BROKEN: dict[str, tuple[str, Callable[[Host], object], list[str]]] = {
             "launcher: the running process has the plans arguments",
         ],
     ),
-    "a readable key": ("service", lambda h: (h.root / "etc" / "vllm.env").chmod(0o644), ["service: modes (etc/vllm.env, 0o600)"]),
+    "a readable key": (
+        "service",
+        lambda h: (h.root / "etc" / "vllm.env").chmod(0o644),
+        ["service: modes (etc/vllm.env, 0o600)"],
+    ),
     "a writable model": (
         "service",
         lambda h: (h.root / "models" / "m" / "config.json").chmod(0o666),
@@ -225,16 +289,32 @@ BROKEN: dict[str, tuple[str, Callable[[Host], object], list[str]]] = {
         lambda h: (h.stop(), h.start(leak="VLLM_API_KEY=sk-0123456789abcdef")),
         ["service: the key is in no environment"],
     ),
-    "the key in the log": ("service", lambda h: h.write("log/vllm.log", "sk-0123456789abcdef"), ["service: the log has no key"]),
-    "a stopped service": ("service", lambda h: h.write("env/bin/supervisorctl", FATAL, 0o755), ["service: the manager says it runs"]),
-    "too much memory": ("memory", lambda h: write_measurement(h.root, h.plan, peak_mib=2049), ["memory: peak is within the limit"]),
+    "the key in the log": (
+        "service",
+        lambda h: h.write("log/vllm.log", "sk-0123456789abcdef"),
+        ["service: the log has no key"],
+    ),
+    "a stopped service": (
+        "service",
+        lambda h: h.write("env/bin/supervisorctl", FATAL, 0o755),
+        ["service: the manager says it runs"],
+    ),
+    "too much memory": (
+        "memory",
+        lambda h: write_measurement(h.root, h.plan, peak_mib=2049),
+        ["memory: peak is within the limit"],
+    ),
     "too small a pool": (
         "memory",
         lambda h: write_measurement(h.root, h.plan, kv_tokens=11000),
         ["memory: the kv pool holds the planned tokens"],
     ),
     "too slow": ("latency", lambda h: write_measurement(h.root, h.plan, tpot_ms=201), ["latency: tpot p99"]),
-    "failed requests": ("latency", lambda h: write_measurement(h.root, h.plan, failed=1), ["latency: no request failed"]),
+    "failed requests": (
+        "latency",
+        lambda h: write_measurement(h.root, h.plan, failed=1),
+        ["latency: no request failed"],
+    ),
     "another vLLM": (
         "host",
         lambda h: h.write("site/vllm-0.32.0.dist-info/METADATA", OLD_VLLM),
@@ -262,14 +342,19 @@ def test_what_is_broken_on_the_host_is_named(host: Host, what: str) -> None:
     [
         (
             {"open": True},
-            ["endpoint: without the key nothing is answered (None)", "endpoint: without the key nothing is answered (wrong-key)"],
+            [
+                "endpoint: without the key nothing is answered (None)",
+                "endpoint: without the key nothing is answered (wrong-key)",
+            ],
         ),
         ({"oversize": 500}, ["endpoint: an oversize request is a clear refusal"]),
         ({"logprob": -9.0}, ["endpoint: the model knows english"]),
         ({"text": ""}, ["endpoint: chat", "endpoint: completion"]),
     ],
 )
-def test_a_server_that_answers_wrongly_is_named(host: Host, settings: dict[str, Any], expected: list[str]) -> None:
+def test_a_server_that_answers_wrongly_is_named(
+    host: Host, settings: dict[str, Any], expected: list[str]
+) -> None:
     host.start(**settings)
     assert host.failed("endpoint") == expected
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.enginelog import advise, read, strip
+from lowmem.measure.engine_log import advise, read, strip
 
 DATA = Path(__file__).parent.parent / "data"
 GIB = 2**30
@@ -61,7 +61,11 @@ def test_why_an_engine_did_not_start() -> None:
     assert log.largest("kv_cache") == round(-17.32 * GIB)
     assert log.error is not None
     assert log.error.startswith("ValueError: No available memory for the cache blocks.")
-    assert log.advice == "the budget leaves nothing for the KV cache: weights and activations alone pass it; raise it, shard or offload"
+    assert (
+        log.advice
+        == "the budget leaves nothing for the KV cache: weights and activations alone pass it; raise it,"
+        " shard or offload"
+    )
 
 
 def test_flags_that_vllm_does_not_have() -> None:
@@ -81,7 +85,12 @@ def test_only_the_last_start_in_a_file_counts() -> None:
 
 
 def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
-    log = read(["RuntimeError: Engine core initialization failed. See root cause above.", "KeyError: 'layers.0.mlp.down_proj.qweight'"])
+    log = read(
+        [
+            "RuntimeError: Engine core initialization failed. See root cause above.",
+            "KeyError: 'layers.0.mlp.down_proj.qweight'",
+        ]
+    )
     assert log.error == "KeyError: 'layers.0.mlp.down_proj.qweight'"
 
 
@@ -105,9 +114,14 @@ def test_known_errors_have_advice(text: str, word: str) -> None:
 
 
 def test_what_a_server_prints_while_it_is_stopped_is_no_failure() -> None:
-    shutdown = "(APIServer pid=1) INFO 11-22 21:06:58 [launcher.py:254] [shutdown] API server: shutdown triggered"
+    shutdown = (
+        "(APIServer pid=1) INFO 11-22 21:06:58 [launcher.py:254] [shutdown] API server: shutdown triggered"
+    )
     assert read(["RuntimeError: before", shutdown]).error == "RuntimeError: before"
-    assert read([shutdown, "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."]).error is None
+    assert (
+        read([shutdown, "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."]).error
+        is None
+    )
 
 
 def test_an_unknown_error_has_none() -> None:

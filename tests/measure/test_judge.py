@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lowmem.enginelog import read
-from lowmem.judge import limit_findings, offload_findings, physics_findings, terms
+from lowmem.measure.engine_log import read
+from lowmem.measure.judge import limit_findings, offload_findings, physics_findings, terms
 from lowmem.schema import Load, LoadResult, Percentiles
 
 from .conftest import MIB, make_plan
@@ -15,7 +15,13 @@ from .conftest import MIB, make_plan
 GPU: dict[str, Any] = {
     "device": "a100-40g",
     "device_kind": "cuda",
-    "per_gpu": {"weights": 17000 * MIB, "kv_cache": 1600 * MIB, "nccl": 300 * MIB, "cuda_context": 500 * MIB, "total": 19400 * MIB},
+    "per_gpu": {
+        "weights": 17000 * MIB,
+        "kv_cache": 1600 * MIB,
+        "nccl": 300 * MIB,
+        "cuda_context": 500 * MIB,
+        "total": 19400 * MIB,
+    },
     "load_growth": {"activations": 100 * MIB},
     "peak_bytes": 19500 * MIB,
 }
@@ -26,7 +32,12 @@ def same(value: float) -> Percentiles:
 
 
 def result(
-    clients: int = 8, requests: int = 24, failed: int = 0, tpot_ms: float = 20, e2e_ms: float = 6000, rate: float | None = None
+    clients: int = 8,
+    requests: int = 24,
+    failed: int = 0,
+    tpot_ms: float = 20,
+    e2e_ms: float = 6000,
+    rate: float | None = None,
 ) -> LoadResult:
     """A closed loop that obeys Little's law unless `rate` says otherwise."""
     per_s = clients / (e2e_ms / 1000) if rate is None else rate
@@ -45,8 +56,16 @@ def result(
 
 
 def plan(**changes: Any) -> Any:
-    latency = {"decode_floor": 12, "decode_expected": 20, "prefill_floor": 100, "prefill_expected": 200, "terms": {"hbm_weights": 11.5}}
-    return make_plan(load={"clients": 8, "input_tokens": 1024, "output_tokens": 256}, latency_ms=latency, **GPU | changes)
+    latency = {
+        "decode_floor": 12,
+        "decode_expected": 20,
+        "prefill_floor": 100,
+        "prefill_expected": 200,
+        "terms": {"hbm_weights": 11.5},
+    }
+    return make_plan(
+        load={"clients": 8, "input_tokens": 1024, "output_tokens": 256}, latency_ms=latency, **GPU | changes
+    )
 
 
 def test_all_is_well() -> None:
@@ -55,21 +74,29 @@ def test_all_is_well() -> None:
 
 
 def test_memory_over_the_limit_names_the_gpu() -> None:
-    assert limit_findings(plan(), [2048 * MIB, 2050 * MIB], []) == ["memory: GPU 1 used 2,050 MiB at its peak, limit 2,048 MiB, 2 MiB over"]
+    assert limit_findings(plan(), [2048 * MIB, 2050 * MIB], []) == [
+        "memory: GPU 1 used 2,050 MiB at its peak, limit 2,048 MiB, 2 MiB over"
+    ]
 
 
 def test_latency_over_the_limit_is_held_against_the_plans_load_only() -> None:
     assert limit_findings(plan(), [1], [result(tpot_ms=201, clients=16)]) == []
-    assert limit_findings(plan(), [1], [result(tpot_ms=201)]) == ["latency: TPOT p99 201.0 ms at 8 clients, limit 200.0 ms"]
+    assert limit_findings(plan(), [1], [result(tpot_ms=201)]) == [
+        "latency: TPOT p99 201.0 ms at 8 clients, limit 200.0 ms"
+    ]
 
 
 def test_failed_requests() -> None:
-    assert limit_findings(plan(), [1], [result(failed=2)]) == ["requests: 2 of 24 failed at 8 clients, limit 0"]
+    assert limit_findings(plan(), [1], [result(failed=2)]) == [
+        "requests: 2 of 24 failed at 8 clients, limit 0"
+    ]
 
 
 def test_faster_than_the_memory_bus() -> None:
     found = physics_findings(plan(), [result(tpot_ms=6)], same_device=True)
-    assert found == ["roofline: TPOT p50 6.00 ms at 8 clients is below the floor of 12.00 ms: no a100-40g can do this"]
+    assert found == [
+        "roofline: TPOT p50 6.00 ms at 8 clients is below the floor of 12.00 ms: no a100-40g can do this"
+    ]
 
 
 def test_another_card_has_another_floor() -> None:
@@ -115,7 +142,10 @@ def test_terms_beside_their_measurement() -> None:
             "Graph capturing finished in 1 secs, took 0.25 GiB",
         ]
     )
-    rows = {t.name: (t.planned_bytes, t.measured_bytes) for t in terms(plan(), log, 20000 * MIB, 20100 * MIB, 22000 * MIB)}
+    rows = {
+        t.name: (t.planned_bytes, t.measured_bytes)
+        for t in terms(plan(), log, 20000 * MIB, 20100 * MIB, 22000 * MIB)
+    }
     assert rows == {
         "weights": (17000 * MIB, 17408 * MIB),
         "kv_cache": (1600 * MIB, 1536 * MIB),
@@ -133,10 +163,16 @@ def test_terms_beside_their_measurement() -> None:
 @pytest.mark.parametrize(
     ("lines", "finding"),
     [
-        (["Total CPU offloaded parameters: 19.04", "Model loading took 15.42 GiB memory and 23.8 seconds"], []),
+        (
+            ["Total CPU offloaded parameters: 19.04", "Model loading took 15.42 GiB memory and 23.8 seconds"],
+            [],
+        ),
         (
             ["Model loading took 34.91 GiB memory and 3.2 seconds"],
-            ["offload: the engine's log has neither 'Total CPU offloaded parameters' nor '[PrefetchOffloader] Initialized'"],
+            [
+                "offload: the engine's log has neither 'Total CPU offloaded parameters' nor"
+                " '[PrefetchOffloader] Initialized'"
+            ],
         ),
         (
             ["Total CPU offloaded parameters: 19.04", "Model loading took 34.15 GiB memory and 23.8 seconds"],
@@ -145,5 +181,7 @@ def test_terms_beside_their_measurement() -> None:
     ],
 )
 def test_offload_is_proved_by_what_was_loaded(lines: list[str], finding: list[str]) -> None:
-    offloading = plan(per_gpu={"weights": 15790 * MIB, "total": 17000 * MIB}, host_ram={"pinned_offload": 20000 * MIB})
+    offloading = plan(
+        per_gpu={"weights": 15790 * MIB, "total": 17000 * MIB}, host_ram={"pinned_offload": 20000 * MIB}
+    )
     assert offload_findings(offloading, read(lines)) == finding

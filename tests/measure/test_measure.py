@@ -9,15 +9,21 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from lowmem.cli import app
-from lowmem.measure import base_url
+from lowmem.cli.main import app
 from lowmem.schema import Receipt
+from lowmem.service.process import base_url
 
 
 def run(folder: Path, *words: str) -> tuple[int, str, Receipt | None]:
-    result = CliRunner().invoke(app, ["measure", "--plan", str(folder / "plan.json"), "--out", str(folder / "receipt.json"), *words])
+    result = CliRunner().invoke(
+        app, ["measure", "--plan", str(folder / "plan.json"), "--out", str(folder / "receipt.json"), *words]
+    )
     path = folder / "receipt.json"
-    return result.exit_code, result.output, Receipt.model_validate_json(path.read_text()) if path.exists() else None
+    return (
+        result.exit_code,
+        result.output,
+        Receipt.model_validate_json(path.read_text()) if path.exists() else None,
+    )
 
 
 def fake(monkeypatch: pytest.MonkeyPatch, **settings: object) -> None:
@@ -38,12 +44,16 @@ def test_a_started_service_is_measured_and_stopped(deployed: Path) -> None:
     assert receipt.memory_before_bytes == (0,)
     assert receipt.memory_peak_bytes[0] > 5 * 2**20
     assert not [
-        p for p in psutil.process_iter(["cmdline"]) if str(deployed) in " ".join(p.info["cmdline"] or []) and "serve" in p.info["cmdline"]
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(deployed) in " ".join(p.info["cmdline"] or []) and "serve" in p.info["cmdline"]
     ]
     assert "sk-test-1" not in (deployed / "receipt.json").read_text()
 
 
-def test_a_service_over_its_latency_limit_fails_by_name(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_over_its_latency_limit_fails_by_name(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake(monkeypatch, bench={"p99_tpot_ms": 250.5})
     code, _, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
     assert code == 2
@@ -51,10 +61,15 @@ def test_a_service_over_its_latency_limit_fails_by_name(deployed: Path, monkeypa
     assert receipt.findings == ("latency: TPOT p99 250.5 ms at 2 clients, limit 200.0 ms",)
 
 
-def test_a_service_that_does_not_start_gives_a_receipt_with_its_own_words(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_does_not_start_gives_a_receipt_with_its_own_words(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake(
         monkeypatch,
-        fail=["(EngineCore pid=7) ERROR 11-22 20:00:00 [core.py:1] ValueError: No available memory for the cache blocks. Try increasing"],
+        fail=[
+            "(EngineCore pid=7) ERROR 11-22 20:00:00 [core.py:1] ValueError: No available memory for the"
+            " cache blocks. Try increasing"
+        ],
     )
     code, output, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
     assert code == 2
@@ -68,7 +83,9 @@ def test_a_service_that_does_not_start_gives_a_receipt_with_its_own_words(deploy
     assert "advice: the budget leaves nothing" in output
 
 
-def test_a_service_that_ignores_sigterm_is_killed_and_reported(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_ignores_sigterm_is_killed_and_reported(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake(monkeypatch, stubborn=True)
     code, _, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
     assert code == 2
@@ -83,7 +100,10 @@ def test_a_service_that_ignores_sigterm_is_killed_and_reported(deployed: Path, m
         ([], "one of --start LAUNCHER, --serve or --url URL is needed, none given"),
         (
             ["--serve", "--clients", "8,none"],
-            "--clients 8,none: a comma-separated list of whole numbers of at least 1 is wanted, such as 8,1,4",
+            (
+                "--clients 8,none: a comma-separated list of whole numbers of at least 1 is wanted, such as"
+                " 8,1,4"
+            ),
         ),
         (["--serve", "--env-file", "none.env"], "--env-file none.env: no such file"),
     ],

@@ -34,10 +34,19 @@ def plans() -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def rendered(playbook: Any, plans: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Kind of device -> folder. A certificate for the CPU; another address, an Alertmanager and labels for the cards."""
+def rendered(
+    playbook: Any, plans: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Kind of device -> folder. A certificate for the CPU; another address, an Alertmanager and labels for
+    the cards.
+    """
     cases = [
-        {"name": "cpu", "plan": plans["cpu"], "gateway_port": 9444, "certificates": ["/etc/vllm-lowmem/tls/server.pem"]},
+        {
+            "name": "cpu",
+            "plan": plans["cpu"],
+            "gateway_port": 9444,
+            "certificates": ["/etc/vllm-lowmem/tls/server.pem"],
+        },
         {
             "name": "cuda",
             "plan": plans["cuda"],

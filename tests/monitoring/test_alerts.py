@@ -14,7 +14,12 @@ TESTS = sorted((HERE / "alerts").glob("*.yml"))
 
 
 def alerts(rules: Path) -> set[str]:
-    return {rule["alert"] for group in yaml.safe_load(rules.read_text())["groups"] for rule in group["rules"] if "alert" in rule}
+    return {
+        rule["alert"]
+        for group in yaml.safe_load(rules.read_text())["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    }
 
 
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)

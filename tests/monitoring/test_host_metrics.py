@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from lowmem import watchdog
+from lowmem.cli import watch
+from lowmem.service import watchdog
 
 from .conftest import REPOSITORY
 
@@ -36,11 +37,16 @@ def test_cards(host_metrics: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     """A real `nvidia-smi -q -x` of two H200, changed in what an idle healthy pair does not show."""
     answer = (REPOSITORY / "tests/data/nvidia-smi-h200.xml").read_text()
     answer = answer.replace("<remapped_row_pending>No<", "<remapped_row_pending>Yes<", 1)
-    log = "1764000000.5 h kernel: NVRM: Xid (PCI:0000:3b:00): 79, pid=1\n1764000100.5 h kernel: NVRM: Xid (PCI:0000:3b:00): 79, pid=1\n"
+    log = (
+        "1764000000.5 h kernel: NVRM: Xid (PCI:0000:3b:00): 79, pid=1\n1764000100.5 h kernel: NVRM: Xid"
+        " (PCI:0000:3b:00): 79, pid=1\n"
+    )
     report = host_metrics.gpu_report
     monkeypatch.setattr(report, "pci", lambda: ([{"address": "a", "device": "b"}] * 2, []))
     monkeypatch.setattr(report.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(report, "output", lambda *command, **_: (0, log if command[0] == "journalctl" else answer, ""))
+    monkeypatch.setattr(
+        report, "output", lambda *command, **_: (0, log if command[0] == "journalctl" else answer, "")
+    )
     seen = set(host_metrics.text(list(host_metrics.cards())).splitlines())
     assert {
         'lowmem_gpu_cards{state="on_bus"} 2.0',
@@ -60,13 +66,20 @@ def test_a_driver_that_does_not_answer_is_no_card(
     report = host_metrics.gpu_report
     monkeypatch.setattr(report, "pci", lambda: ([{"address": "a", "device": "b"}], []))
     monkeypatch.setattr(report.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(report, "output", lambda *command, **_: (9, "couldn't communicate with the NVIDIA driver", ""))
+    monkeypatch.setattr(
+        report, "output", lambda *command, **_: (9, "couldn't communicate with the NVIDIA driver", "")
+    )
     samples = [sample for sample in host_metrics.cards() if sample[0] == "lowmem_gpu_cards"]
-    assert samples == [("lowmem_gpu_cards", {"state": "on_bus"}, 1), ("lowmem_gpu_cards", {"state": "answering"}, 0)]
+    assert samples == [
+        ("lowmem_gpu_cards", {"state": "on_bus"}, 1),
+        ("lowmem_gpu_cards", {"state": "answering"}, 0),
+    ]
     assert "nvidia-smi: couldn't communicate" in capsys.readouterr().err
 
 
-def test_a_host_without_cards_says_nothing_of_them(host_metrics: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_cards_says_nothing_of_them(
+    host_metrics: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(host_metrics.gpu_report, "pci", lambda: ([], []))
     monkeypatch.setattr(host_metrics.gpu_report.shutil, "which", lambda name: None)
     assert list(host_metrics.cards()) == []
@@ -95,13 +108,19 @@ def test_an_end_as_the_watchdog_itself_says_it(
     monkeypatch.setattr(watchdog.time, "sleep", lambda s: None if s == 5 else enough(s))
     plan = REPOSITORY / "tests/ansible/files/plan.json"
     with pytest.raises((KeyboardInterrupt, StopIteration, RuntimeError)):
-        watchdog.watch(plan, Path("/nowhere"), silence_s=180, every_s=5, report_s=15)
+        watch.watch(plan, Path("/nowhere"), silence_s=180, every_s=5, report_s=15)
     words = capsys.readouterr().out.splitlines()
     assert words[-1].startswith("watchdog: no sign of the engine for 180 s: ended 12 (VLLM::EngineCor)")
 
     unit = "vllm-watchdog@main.service"
     journal = "\n".join(
-        json.dumps({"_SYSTEMD_UNIT": unit, "MESSAGE": word, "__REALTIME_TIMESTAMP": str((1764000000 + second) * 10**6)})
+        json.dumps(
+            {
+                "_SYSTEMD_UNIT": unit,
+                "MESSAGE": word,
+                "__REALTIME_TIMESTAMP": str((1764000000 + second) * 10**6),
+            }
+        )
         for second, word in enumerate(words)
     )
     monkeypatch.setattr(host_metrics.gpu_report, "output", lambda *command, **_: (0, journal, ""))
@@ -111,7 +130,9 @@ def test_an_end_as_the_watchdog_itself_says_it(
     ]
 
 
-def test_memory_of_units_that_run(host_metrics: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_of_units_that_run(
+    host_metrics: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     said = "Id=vllm@main.service\nControlGroup=/system.slice/vllm@main.service\n\nId=vllm@second.service\nControlGroup=\n"
     monkeypatch.setattr(host_metrics.gpu_report, "output", lambda *command, **_: (0, said, ""))
     folder = tmp_path / "system.slice/vllm@main.service"
@@ -121,28 +142,52 @@ def test_memory_of_units_that_run(host_metrics: ModuleType, monkeypatch: pytest.
     kinds = {labels["kind"]: value for _, labels, value in host_metrics.service_memory(tmp_path)}
     assert kinds == {"anon": 10, "file_mapped": 7, "shmem": 3}
     (folder / "memory.swap.current").write_text("4096\n")
-    assert {labels["kind"] for _, labels, _ in host_metrics.service_memory(tmp_path)} == {"anon", "file_mapped", "shmem", "swap"}
+    assert {labels["kind"] for _, labels, _ in host_metrics.service_memory(tmp_path)} == {
+        "anon",
+        "file_mapped",
+        "shmem",
+        "swap",
+    }
 
 
 def test_the_program_as_it_is_run(tmp_path: Path, promtool: Any) -> None:
-    """On this machine, with a real certificate and a file that is none; Prometheus' own tool reads what it writes."""
+    """On this machine, with a real certificate and a file that is none; Prometheus' own tool reads what it
+    writes.
+    """
     for folder, name in zip(FOLDERS, ("host_metrics.py", "gpu_report.py"), strict=True):
         (tmp_path / name).write_text((folder / name).read_text())
     certificate, none, out = tmp_path / "c.pem", tmp_path / "none.pem", tmp_path / "out.prom"
     words = "req -x509 -newkey rsa:2048 -nodes -days 10 -subj /CN=x"
-    subprocess.run(["openssl", *words.split(), "-keyout", tmp_path / "k", "-out", certificate], check=True, capture_output=True)
+    subprocess.run(
+        ["openssl", *words.split(), "-keyout", tmp_path / "k", "-out", certificate],
+        check=True,
+        capture_output=True,
+    )
     none.write_text("no certificate\n")
-    program = [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import host_metrics; host_metrics.main()"]
+    program = [
+        sys.executable,
+        "-I",
+        "-c",
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import host_metrics; host_metrics.main()",
+    ]
     done = subprocess.run(
-        [*program, "--out", out, "--certificate", certificate, "--certificate", none], capture_output=True, text=True, check=False
+        [*program, "--out", out, "--certificate", certificate, "--certificate", none],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     text = out.read_text()
-    assert f'lowmem_certificate_readable{{path="{certificate}"}} 1.0\nlowmem_certificate_readable{{path="{none}"}} 0.0\n' in text
+    assert (
+        f'lowmem_certificate_readable{{path="{certificate}"}}'
+        f' 1.0\nlowmem_certificate_readable{{path="{none}"}} 0.0\n' in text
+    )
     [ends] = [line for line in text.splitlines() if line.startswith("lowmem_certificate_not_after")]
     in_days = (float(ends.split()[1]) - datetime.datetime.now(datetime.UTC).timestamp()) / 86400
     assert 9.9 < in_days <= 10
     assert "openssl x509 -noout" in done.stderr
     assert not list(tmp_path.glob("*.new"))
-    checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
     assert checked.returncode == 0, checked.stdout + checked.stderr

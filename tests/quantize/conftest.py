@@ -1,4 +1,6 @@
-"""What the tests of model_source, awq_quantize and python_env share: their scripts as modules, and their on-host environments."""
+"""What the tests of model_source, awq_quantize and python_env share: their scripts as modules, and their
+on-host environments.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lowmem import manifest
+from lowmem.checkpoint import manifest
 
 from .stub_hub import COMMIT, FILES, StubHub
 from .support import HOST, PYTHON, REPOSITORY, include, play
@@ -22,7 +24,9 @@ from .support import HOST, PYTHON, REPOSITORY, include, play
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[Callable[[str, str], ModuleType]]:
-    """scripts(role, name): a script under roles/<role>/files as a module; `import manifest` in it finds lowmem's."""
+    """scripts(role, name): a script under roles/<role>/files as a module; `import manifest` in it finds
+    lowmem's.
+    """
     sys.modules["manifest"] = manifest
     path = list(sys.path)
 
@@ -42,7 +46,9 @@ def scripts() -> Iterator[Callable[[str, str], ModuleType]]:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """environment(name, version, torch): the on-host environment of that lock, the demo's own where it is built already."""
+    """environment(name, version, torch): the on-host environment of that lock, the demo's own where it is
+    built already.
+    """
 
     def ensure(name: str, version: str, *, torch: bool = True) -> Path:
         variables = {
@@ -55,9 +61,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
         }
         folder = tmp_path_factory.mktemp("environment")
         show = {
-            "ansible.builtin.copy": {"content": "{{ python_env_paths[python_env_name] }}", "dest": str(folder / "path"), "mode": "0644"}
+            "ansible.builtin.copy": {
+                "content": "{{ python_env_paths[python_env_name] }}",
+                "dest": str(folder / "path"),
+                "mode": "0644",
+            }
         }
-        done = play([include("python_env"), show], folder, {**variables, "ansible_async_dir": str(HOST / "run/async")})
+        done = play(
+            [include("python_env"), show], folder, {**variables, "ansible_async_dir": str(HOST / "run/async")}
+        )
         assert done.returncode == 0, done.stdout
         return Path((folder / "path").read_text(encoding="utf-8"))
 
@@ -66,14 +78,18 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def on_host() -> Callable[..., dict[str, Any]]:
-    """on_host(environment, script, *arguments): run a script of tests/quantize/on_host there; what it says on stdout is JSON."""
+    """on_host(environment, script, *arguments): run a script of tests/quantize/on_host there; what it says on
+    stdout is JSON.
+    """
 
     def run(env: Path, script: str, *arguments: str) -> dict[str, Any]:
         done = subprocess.run(
             [str(env / "bin/python"), str(Path(__file__).parent / "on_host" / script), *arguments],
             env={
                 **os.environ,
-                "PYTHONPATH": f"{REPOSITORY}/roles/awq_quantize/files:{REPOSITORY}/roles/model_source/files:{REPOSITORY}/lowmem",
+                "PYTHONPATH": (
+                    f"{REPOSITORY}/roles/awq_quantize/files:{REPOSITORY}/roles/model_source/files:{REPOSITORY}/lowmem"
+                ),
             },
             capture_output=True,
             text=True,

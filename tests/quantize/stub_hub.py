@@ -1,7 +1,9 @@
-"""A stub of the Hugging Face hub on loopback: what huggingface_hub asks for to download one repository, and no more.
+"""A stub of the Hugging Face hub on loopback: what huggingface_hub asks for to download one repository, and
+no more.
 
-Model information at a revision, file metadata by HEAD, and content by GET with ranges. It can want a token, and it can stop
-half way through a file until told to go on, so that a download can be interrupted at a known point.
+Model information at a revision, file metadata by HEAD, and content by GET with ranges. It can want a token,
+and it can stop half way through a file until told to go on, so that a download can be interrupted at a known
+point.
 """
 
 from __future__ import annotations
@@ -23,11 +25,17 @@ def weights(size: int) -> bytes:
     return struct.pack("<Q", len(header)) + header + bytes(i % 251 for i in range(size))
 
 
-FILES = {"config.json": b'{"model_type": "llama"}', "model.safetensors": weights(40_000_000), "pytorch_model.bin": b"x" * 2000}
+FILES = {
+    "config.json": b'{"model_type": "llama"}',
+    "model.safetensors": weights(40_000_000),
+    "pytorch_model.bin": b"x" * 2000,
+}
 
 
 class StubHub:
-    """One repository `owner/name` at one commit; `files` maps path to content. Files of 1 KiB and more are served as LFS files are."""
+    """One repository `owner/name` at one commit; `files` maps path to content. Files of 1 KiB and more are
+    served as LFS files are.
+    """
 
     def __init__(self, files: dict[str, bytes], commit: str, token: str = "") -> None:
         self.files, self.commit, self.token = files, commit, token
@@ -67,10 +75,20 @@ class StubHub:
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             self.send(request, 401, {"X-Error-Code": "GatedRepo"}, b'{"error": "unauthorized"}', body)
         elif path == f"/api/models/owner/name/revision/{self.commit}":
-            self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(self.information()).encode(), body)
+            self.send(
+                request,
+                200,
+                {"Content-Type": "application/json"},
+                json.dumps(self.information()).encode(),
+                body,
+            )
         elif path == f"/api/models/owner/name/tree/{self.commit}":
-            self.send(request, 200, {"Content-Type": "application/json"}, json.dumps(self.tree()).encode(), body)
-        elif (found := re.fullmatch(rf"/owner/name/resolve/{self.commit}/(.+)", path)) and found[1] in self.files:
+            self.send(
+                request, 200, {"Content-Type": "application/json"}, json.dumps(self.tree()).encode(), body
+            )
+        elif (found := re.fullmatch(rf"/owner/name/resolve/{self.commit}/(.+)", path)) and found[
+            1
+        ] in self.files:
             self.send_file(request, found[1], body)
         else:
             self.send(request, 404, {"X-Error-Code": "RevisionNotFound"}, b'{"error": "not found"}', body)
@@ -80,7 +98,11 @@ class StubHub:
         for name, content in self.files.items():
             entry: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": etag(content)[:40]}
             if len(content) >= 1024:
-                entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                entry["lfs"] = {
+                    "sha256": hashlib.sha256(content).hexdigest(),
+                    "size": len(content),
+                    "pointerSize": 130,
+                }
             siblings.append(entry)
         return {
             "id": "owner/name",
@@ -95,7 +117,12 @@ class StubHub:
     def tree(self) -> list[dict[str, Any]]:
         entries = []
         for name, content in self.files.items():
-            entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content), "oid": etag(content)[:40]}
+            entry: dict[str, Any] = {
+                "type": "file",
+                "path": name,
+                "size": len(content),
+                "oid": etag(content)[:40],
+            }
             if len(content) >= 1024:
                 entry["lfs"] = {"oid": etag(content), "size": len(content), "pointerSize": 130}
             entries.append(entry)
@@ -111,7 +138,14 @@ class StubHub:
             self.ranges.append((name, first))
         self.send(request, 206 if first else 200, headers, content[first:], body)
 
-    def send(self, request: BaseHTTPRequestHandler, status: int, headers: dict[str, str], content: bytes, body: bool) -> None:
+    def send(
+        self,
+        request: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str],
+        content: bytes,
+        body: bool,
+    ) -> None:
         request.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             request.send_header(name, value)

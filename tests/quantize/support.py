@@ -17,17 +17,42 @@ HOST = STATE / "host"
 PYTHON = os.environ.get("LOWMEM_TEST_PYTHON") or str(Path(sys.executable).resolve())
 
 
-def start(tasks: list[dict[str, Any]], folder: Path, variables: dict[str, Any] | None = None, *arguments: str) -> subprocess.Popen[str]:
-    """Run tasks on this machine with the repository's own ansible.cfg; `folder` gets the playbook; stdout has stderr as well."""
+def start(
+    tasks: list[dict[str, Any]], folder: Path, variables: dict[str, Any] | None = None, *arguments: str
+) -> subprocess.Popen[str]:
+    """Run tasks on this machine with the repository's own ansible.cfg; `folder` gets the playbook; stdout has
+    stderr as well.
+    """
     settings = {"ansible_python_interpreter": sys.executable, **(variables or {})}
     (folder / "play.yml").write_text(
-        json.dumps([{"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": tasks, "vars": settings}]),
+        json.dumps(
+            [
+                {
+                    "hosts": "localhost",
+                    "connection": "local",
+                    "gather_facts": False,
+                    "tasks": tasks,
+                    "vars": settings,
+                }
+            ]
+        ),
         encoding="utf-8",
     )
     return subprocess.Popen(
-        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(folder / "play.yml"), *arguments],
+        [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            "-i",
+            "localhost,",
+            str(folder / "play.yml"),
+            *arguments,
+        ],
         cwd=REPOSITORY,
-        env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_LOCALHOST_WARNING": "0", "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0"},
+        env={
+            **os.environ,
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_LOCALHOST_WARNING": "0",
+            "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -41,7 +66,9 @@ class Played:
     stdout: str
 
 
-def play(tasks: list[dict[str, Any]], folder: Path, variables: dict[str, Any] | None = None, *arguments: str) -> Played:
+def play(
+    tasks: list[dict[str, Any]], folder: Path, variables: dict[str, Any] | None = None, *arguments: str
+) -> Played:
     """As `start`, to its end."""
     with start(tasks, folder, variables, *arguments) as process:
         said, _ = process.communicate()

@@ -1,4 +1,6 @@
-"""awq_quantize with the real model: both backends, interrupted, unchanged, damaged, and served by the real engine."""
+"""awq_quantize with the real model: both backends, interrupted, unchanged, damaged, and served by the real
+engine.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from typing import Any
 
 import pytest
 
-from lowmem import manifest
+from lowmem.checkpoint import manifest
 
 from .support import HOST, PYTHON, REPOSITORY, Played, include, play, start
 
@@ -40,7 +42,11 @@ PERPLEXITY_TOLERANCE = 0.03
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A host folder of its own, with the demo's environments and the demo's converted model."""
     (HOST / "models").mkdir(parents=True, exist_ok=True)
-    settings = {"model_source_root": str(HOST), "model_source_python": PYTHON, "ansible_async_dir": str(HOST / "run/async")}
+    settings = {
+        "model_source_root": str(HOST),
+        "model_source_python": PYTHON,
+        "ansible_async_dir": str(HOST / "run/async"),
+    }
     done = play([include("model_source", settings)], tmp_path_factory.mktemp("play"), settings)
     assert done.returncode == 0, done.stdout
     root = tmp_path_factory.mktemp("host")
@@ -48,7 +54,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "cache").symlink_to(HOST / "cache")
     (root / "models").mkdir()
     subprocess.run(
-        ["cp", "-r", str(HOST / "models" / MODEL), str(HOST / "models" / f"{MODEL}.manifest.json"), str(root / "models")], check=True
+        [
+            "cp",
+            "-r",
+            str(HOST / "models" / MODEL),
+            str(HOST / "models" / f"{MODEL}.manifest.json"),
+            str(root / "models"),
+        ],
+        check=True,
     )
     return root
 
@@ -111,13 +124,23 @@ def llmcompressor(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tensors(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in manifest.safetensors_header(path).items()}
+    return {
+        name: tensor
+        for path in folder.glob("*.safetensors")
+        for name, tensor in manifest.safetensors_header(path).items()
+    }
 
 
 def looks_right(folder: Path, method: str, packed: str) -> None:
     made = manifest.read(folder.parent / f"{folder.name}.manifest.json")
     backend = folder.name.rsplit("-", 1)[1]
-    assert made["quantization"] == {"method": method, "backend": backend, "bits": 4, "group_size": 64, "zero_point": True}
+    assert made["quantization"] == {
+        "method": method,
+        "backend": backend,
+        "bits": 4,
+        "group_size": 64,
+        "zero_point": True,
+    }
     assert 1.0 < made["perplexity"]["increase_ratio"] < 1.25
     assert made["perplexity"]["before"] == pytest.approx(28.13, abs=0.01)
     assert manifest.check(folder.parent / f"{folder.name}.manifest.json", folder) == []
@@ -138,7 +161,9 @@ def test_llmcompressor_gives_a_compressed_tensors_checkpoint(llmcompressor: Path
 
 
 def first_layers(source: Path, target: Path, count: int) -> None:
-    """A checkpoint of the first `count` layers of a model, with its manifest: quick to quantize, its weights and its text real."""
+    """A checkpoint of the first `count` layers of a model, with its manifest: quick to quantize, its weights
+    and its text real.
+    """
     target.mkdir()
     for path in source.iterdir():
         if path.suffix != ".safetensors":
@@ -158,7 +183,9 @@ def first_layers(source: Path, target: Path, count: int) -> None:
     text = json.dumps(kept).encode()
     (target / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
     entries = manifest.entries(manifest.scan(target))
-    target.with_name(f"{target.name}.manifest.json").write_text(json.dumps({"schema": 1, "name": target.name, "files": entries}))
+    target.with_name(f"{target.name}.manifest.json").write_text(
+        json.dumps({"schema": 1, "name": target.name, "files": entries})
+    )
 
 
 @pytest.mark.fault("disk-full-quantization")
@@ -241,15 +268,23 @@ def test_a_damaged_source_is_not_quantized(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"awq_quantize_backend": "gptq"}, "value of awq_quantize_backend must be one of: llmcompressor, autoawq"),
+        (
+            {"awq_quantize_backend": "gptq"},
+            "value of awq_quantize_backend must be one of: llmcompressor, autoawq",
+        ),
         ({"awq_quantize_group_size": 48}, "value of awq_quantize_group_size must be one of: 0, 32, 64, 128"),
         ({"awq_quantize_group_size": 128}, "does not divide the 576 inputs"),
         ({"awq_quantize_limit_ratio": 0.9}, "awq_quantize_limit_ratio 0.9 must be at least 1"),
-        ({"awq_quantize_calibration_file": "/nowhere.txt"}, "awq_quantize_calibration_file /nowhere.txt: no such file on the controller"),
+        (
+            {"awq_quantize_calibration_file": "/nowhere.txt"},
+            "awq_quantize_calibration_file /nowhere.txt: no such file on the controller",
+        ),
         ({"awq_quantize_calibration_tokens": 2_000_000_000}, "GiB are missing"),
     ],
 )
-def test_bad_input_is_refused_before_anything_changes(root: Path, tmp_path: Path, more: dict[str, Any], said: str) -> None:
+def test_bad_input_is_refused_before_anything_changes(
+    root: Path, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
     before = sorted(path.name for path in root.rglob("*") if path.is_symlink() or path.parent == root)
     done = play(TASKS, tmp_path, {**variables(root, "autoawq", awq_quantize_name="other"), **more})
     assert done.returncode == 2
@@ -270,7 +305,9 @@ def test_float_tensors_come_out_in_the_source_s_type(
     assert answer["loss in torch.bfloat16"] is True
 
 
-def test_both_formats_are_read_back_right(autoawq: Path, environment: Callable[..., Path], on_host: Callable[..., dict[str, Any]]) -> None:
+def test_both_formats_are_read_back_right(
+    autoawq: Path, environment: Callable[..., Path], on_host: Callable[..., dict[str, Any]]
+) -> None:
     answer = on_host(environment("autoawq-cpu", "0.2.9"), "four_bits.py")
     assert answer == {"awq": True, "compressed": True, "symmetric": True}
 
@@ -286,7 +323,9 @@ def engine() -> Path:
     return max(found, key=lambda path: (path / ".complete").stat().st_mtime)
 
 
-def test_the_plugin_multiplies_like_plain_matrices(engine: Path, on_host: Callable[..., dict[str, Any]]) -> None:
+def test_the_plugin_multiplies_like_plain_matrices(
+    engine: Path, on_host: Callable[..., dict[str, Any]]
+) -> None:
     answer = on_host(engine, "int4_kernel.py")
     # bfloat16 has 8 bits: half a per cent of the largest value
     assert len(answer["errors"]) == 12
@@ -322,16 +361,39 @@ def served(engine: Path, model: Path, folder: Path) -> Iterator[Callable[..., di
         "VLLM_CPU_INT4_W4A8": "0",  # as profile demo_cpu has it
         "VLLM_CACHE_ROOT": str(folder / "cache"),
     }
-    command = [str(engine / "bin/vllm"), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "m"]
-    command += ["--enforce-eager", "--dtype", "bfloat16", "--max-model-len", "512", "--kv-cache-memory-bytes", "128M"]
+    command = [
+        str(engine / "bin/vllm"),
+        "serve",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--served-model-name",
+        "m",
+    ]
+    command += [
+        "--enforce-eager",
+        "--dtype",
+        "bfloat16",
+        "--max-model-len",
+        "512",
+        "--kv-cache-memory-bytes",
+        "128M",
+    ]
 
     def ask(**body: Any) -> dict[str, Any]:
         data = json.dumps({"model": "m", "temperature": 0, **body}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=120) as answer:
             return dict(json.load(answer)["choices"][0])
 
-    with (folder / "log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process,
+    ):
         try:
             deadline = time.monotonic() + STARTS_WITHIN_S
             while True:
@@ -362,7 +424,12 @@ def test_the_engine_serves_what_was_judged(
     (tmp_path / "text").write_text(passage, encoding="utf-8")
     scripts = REPOSITORY / "roles/awq_quantize/files"
     judge = subprocess.run(
-        [str(environment(f"{backend}-cpu", version) / "bin/python"), str(scripts / "perplexity.py"), str(model), str(tmp_path / "text")],
+        [
+            str(environment(f"{backend}-cpu", version) / "bin/python"),
+            str(scripts / "perplexity.py"),
+            str(model),
+            str(tmp_path / "text"),
+        ],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY / "lowmem"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,

@@ -57,7 +57,9 @@ def test_the_build_tools_of_a_lock_keep_their_hashes(build_env: ModuleType) -> N
     assert build_env.select(LOCK, ("setuptools", "wheel")) == expected
 
 
-def test_a_complete_environment_is_left_alone(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+def test_a_complete_environment_is_left_alone(
+    build_env: ModuleType, calls: list[str], tmp_path: Path
+) -> None:
     for _ in range(2):
         build_env.ensure(tmp_path / "env", spec())
     assert calls == ["build"]
@@ -81,7 +83,9 @@ def test_an_interrupted_build_is_begun_again(
     assert calls == ["build"]
 
 
-def test_an_environment_whose_python_is_gone_is_built_again(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
+def test_an_environment_whose_python_is_gone_is_built_again(
+    build_env: ModuleType, calls: list[str], tmp_path: Path
+) -> None:
     build_env.ensure(tmp_path / "env", spec())
     (tmp_path / "env/bin/python").unlink()
     build_env.ensure(tmp_path / "env", spec())
@@ -126,7 +130,9 @@ def venv(folder: Path) -> None:
 def test_an_environment_built_through_a_link_is_whole_while_the_link_is_there(
     build_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As /opt/vllm -> /data/vllm: its scripts name the link. What was made of it names itself; without the link it is made again."""
+    """As /opt/vllm -> /data/vllm: its scripts name the link. What was made of it names itself; without the
+    link it is made again.
+    """
     made: list[Path] = []
 
     def build(env: Path, spec: dict[str, Any]) -> None:
@@ -143,15 +149,22 @@ def test_an_environment_built_through_a_link_is_whole_while_the_link_is_there(
     build_env.ensure(tmp_path / "data/env-2", spec(wheels=("lowmem-1.whl",)))
     assert len(made) == 1
     (tmp_path / "link").unlink()
-    assert subprocess.check_output([tmp_path / "data/env-2/bin/pip"], text=True).strip() == f"{tmp_path}/data/env-2"
+    assert (
+        subprocess.check_output([tmp_path / "data/env-2/bin/pip"], text=True).strip()
+        == f"{tmp_path}/data/env-2"
+    )
     build_env.ensure(tmp_path / "data/env", spec())
     assert made == [tmp_path / "link/env", tmp_path / "data/env"]
-    assert subprocess.check_output([tmp_path / "data/env/bin/pip"], text=True).strip() == f"{tmp_path}/data/env"
+    assert (
+        subprocess.check_output([tmp_path / "data/env/bin/pip"], text=True).strip() == f"{tmp_path}/data/env"
+    )
 
 
 def test_scripts_of_a_path_that_is_too_long_for_a_first_line(build_env: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/pip").write_text("#!/bin/sh\n'''exec' /a/long/path/bin/python3.11 \"$0\" \"$@\"\n' '''\nimport sys\n")
+    (tmp_path / "bin/pip").write_text(
+        "#!/bin/sh\n'''exec' /a/long/path/bin/python3.11 \"$0\" \"$@\"\n' '''\nimport sys\n"
+    )
     assert build_env.home(tmp_path) == Path("/a/long/path")
 
 
@@ -167,13 +180,17 @@ def test_it_is_asked_without_being_changed(build_env: ModuleType, calls: list[st
 
 def preflight(*arguments: str) -> str:
     script = REPOSITORY / "roles/python_env/files/preflight.py"
-    return subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False).stderr.strip()
+    return subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, check=False
+    ).stderr.strip()
 
 
 def test_preflight_names_what_is_missing(tmp_path: Path) -> None:
     assert preflight(f"{tmp_path}/env", "1", "[]") == ""
     assert "10000000.0 GiB are needed; free" in preflight(f"{tmp_path}/env", str(10_000_000 * 2**30), "[]")
-    assert "the torch lock has hashes for cp399-x86_64: set it to such a Python" in preflight(f"{tmp_path}/env", "1", '["cp399-x86_64"]')
+    assert "the torch lock has hashes for cp399-x86_64: set it to such a Python" in preflight(
+        f"{tmp_path}/env", "1", '["cp399-x86_64"]'
+    )
 
 
 def test_every_lock_has_a_hash_for_each_pin_and_no_address() -> None:

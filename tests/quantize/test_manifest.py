@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import manifest
+from lowmem.checkpoint import manifest
 
 
 @pytest.fixture
@@ -22,7 +22,9 @@ def model(tmp_path: Path) -> tuple[Path, Path]:
     (folder / "config.json").write_text("{}", encoding="utf-8")
     (folder / "sub/weights").write_bytes(b"abc")
     path = tmp_path / "m.manifest.json"
-    manifest.write_json(path, {"schema": 1, "files": manifest.entries(manifest.scan(folder)), "recipe_sha256": "r"})
+    manifest.write_json(
+        path, {"schema": 1, "files": manifest.entries(manifest.scan(folder)), "recipe_sha256": "r"}
+    )
     assert manifest.check(path, folder) == []
     return path, folder
 
@@ -57,7 +59,10 @@ def test_missing_and_extra_files_are_named(model: tuple[Path, Path]) -> None:
 
 
 def test_a_folder_that_is_gone_misses_every_file(model: tuple[Path, Path], tmp_path: Path) -> None:
-    assert problems(model[0], tmp_path / "nowhere") == [("config.json", "missing"), ("sub/weights", "missing")]
+    assert problems(model[0], tmp_path / "nowhere") == [
+        ("config.json", "missing"),
+        ("sub/weights", "missing"),
+    ]
 
 
 def test_a_file_is_read_once_only(model: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +82,11 @@ def test_an_altered_file_stays_altered_at_the_next_look(model: tuple[Path, Path]
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "not valid JSON"), ("[]", "not a manifest of schema 1"), ('{"schema": 2, "files": []}', "not a manifest of schema 1")],
+    [
+        ("{", "not valid JSON"),
+        ("[]", "not a manifest of schema 1"),
+        ('{"schema": 2, "files": []}', "not a manifest of schema 1"),
+    ],
 )
 def test_a_broken_manifest_is_one_line(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "m.manifest.json"
@@ -113,7 +122,9 @@ def test_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 
 def safetensors(path: Path, data: bytes, end: int) -> Path:
-    header = json.dumps({"__metadata__": {}, "w": {"dtype": "F16", "shape": [end // 2], "data_offsets": [0, end]}}).encode()
+    header = json.dumps(
+        {"__metadata__": {}, "w": {"dtype": "F16", "shape": [end // 2], "data_offsets": [0, end]}}
+    ).encode()
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     return path
 

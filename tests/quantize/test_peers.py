@@ -1,4 +1,6 @@
-"""N hosts and one download: local "hosts" with a root each on loopback addresses of their own, the hub a stub that counts."""
+"""N hosts and one download: local "hosts" with a root each on loopback addresses of their own, the hub a stub
+that counts.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import manifest
+from lowmem.checkpoint import manifest
 
 from .stub_hub import COMMIT, FILES, StubHub
 from .support import HOST, PYTHON, REPOSITORY
@@ -34,7 +36,9 @@ class Giver:
         for name in ("config.json", "model.safetensors"):
             (folder / name).write_bytes(FILES[name])
         files = manifest.entries(manifest.scan(folder))
-        manifest.write_json(models / "m.manifest.json", {"schema": 1, "name": "m", "files": files, "recipe_sha256": recipe})
+        manifest.write_json(
+            models / "m.manifest.json", {"schema": 1, "name": "m", "files": files, "recipe_sha256": recipe}
+        )
         (folder / "secret").write_text("not of the manifest")
         done = self.start(models, "127.0.0.1", idle_s)
         assert done.returncode == 0, done.stderr
@@ -45,11 +49,17 @@ class Giver:
     @staticmethod
     def start(models: Path, address: str, idle_s: float = 30) -> subprocess.CompletedProcess[str]:
         arguments = [str(models / "m.manifest.json"), str(models / "m"), address, "0", "600", str(idle_s)]
-        return subprocess.run([sys.executable, "-", *arguments], input=SHARE, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [sys.executable, "-", *arguments], input=SHARE, capture_output=True, text=True, check=False
+        )
 
-    def ask(self, path: str, token: str | None = None, method: str = "GET", **headers: str) -> tuple[int, bytes]:
+    def ask(
+        self, path: str, token: str | None = None, method: str = "GET", **headers: str
+    ) -> tuple[int, bytes]:
         request = urllib.request.Request(
-            f"{self.url}/{path}", method=method, headers={"Authorization": f"Bearer {token or self.said['token']}", **headers}
+            f"{self.url}/{path}",
+            method=method,
+            headers={"Authorization": f"Bearer {token or self.said['token']}", **headers},
         )
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
@@ -78,19 +88,28 @@ def test_it_gives_what_the_manifest_names_to_who_has_the_token(giver: Giver) -> 
 
 
 def test_it_listens_on_the_named_address_only_and_ends_when_told(giver: Giver, tmp_path: Path) -> None:
-    listening = subprocess.run(["ss", "-Hltn", f"sport = :{giver.said['port']}"], capture_output=True, text=True, check=True).stdout
+    listening = subprocess.run(
+        ["ss", "-Hltn", f"sport = :{giver.said['port']}"], capture_output=True, text=True, check=True
+    ).stdout
     assert listening.split()[3] == f"127.0.0.1:{giver.said['port']}"
     assert len(listening.strip().splitlines()) == 1
     assert giver.ask("", method="DELETE")[0] == 200
     for _ in range(200):
-        if not subprocess.run(["ss", "-Hltn", f"sport = :{giver.said['port']}"], capture_output=True, text=True, check=True).stdout:
+        if not subprocess.run(
+            ["ss", "-Hltn", f"sport = :{giver.said['port']}"], capture_output=True, text=True, check=True
+        ).stdout:
             break
     else:
         pytest.fail("it still listens")
 
 
 @pytest.mark.parametrize(
-    ("address", "said"), [("0.0.0.0", "is every address of this host"), ("::", "is every address"), ("192.0.2.1", "cannot be listened on")]
+    ("address", "said"),
+    [
+        ("0.0.0.0", "is every address of this host"),
+        ("::", "is every address"),
+        ("192.0.2.1", "cannot be listened on"),
+    ],
 )
 def test_an_address_that_is_not_this_hosts_is_refused(tmp_path: Path, address: str, said: str) -> None:
     manifest.write_json(tmp_path / "m.manifest.json", {"schema": 1, "files": []})
@@ -102,7 +121,9 @@ def test_an_address_that_is_not_this_hosts_is_refused(tmp_path: Path, address: s
 
 
 @pytest.mark.engine
-def test_a_peers_bytes_are_taken_and_the_source_is_not_asked(downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path) -> None:
+def test_a_peers_bytes_are_taken_and_the_source_is_not_asked(
+    downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path
+) -> None:
     models = tmp_path / "taker"
     done = fetch(downloader, {**from_hub(models), "peer": giver.peer}, hub, f"\n{giver.said['token']}\n")
     assert done.returncode == 0, done.stderr
@@ -113,7 +134,9 @@ def test_a_peers_bytes_are_taken_and_the_source_is_not_asked(downloader: Path, g
 
 
 @pytest.mark.engine
-def test_a_transfer_that_was_cut_off_goes_on_where_it_stopped(downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path) -> None:
+def test_a_transfer_that_was_cut_off_goes_on_where_it_stopped(
+    downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path
+) -> None:
     models = tmp_path / "taker"
     what = {**from_hub(models), "peer": giver.peer}
     partial = models / f".m.{what['recipe_sha256'][:12]}.partial"
@@ -128,7 +151,9 @@ def test_a_transfer_that_was_cut_off_goes_on_where_it_stopped(downloader: Path, 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("broken", ["altered", "gone", "token", "manifest"])
-def test_what_a_peer_cannot_give_comes_from_the_source(downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path, broken: str) -> None:
+def test_what_a_peer_cannot_give_comes_from_the_source(
+    downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path, broken: str
+) -> None:
     models, token, peer = tmp_path / "taker", giver.said["token"], dict(giver.peer)
     if broken == "altered":
         path = tmp_path / "giver/m/model.safetensors"
@@ -149,10 +174,14 @@ def test_what_a_peer_cannot_give_comes_from_the_source(downloader: Path, giver: 
 
 
 @pytest.mark.engine
-def test_a_killed_taker_goes_on_with_the_peer(downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path) -> None:
+def test_a_killed_taker_goes_on_with_the_peer(
+    downloader: Path, giver: Giver, hub: StubHub, tmp_path: Path
+) -> None:
     models = tmp_path / "taker"
     what = {**from_hub(models), "peer": giver.peer}
-    with subprocess.Popen(**command(downloader, what, hub), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        **command(downloader, what, hub), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(f"\n{giver.said['token']}\n")
@@ -192,10 +221,25 @@ def run_hosts(folder: Path, hub: StubHub, *arguments: str, peers: list[str] | No
     }
     (folder / "hosts.json").write_text(json.dumps({"all": {"hosts": hosts, "vars": shared}}))
     (folder / "play.json").write_text(
-        json.dumps([{"hosts": "all", "gather_facts": False, "any_errors_fatal": True, "roles": [{"role": "model_source"}]}])
+        json.dumps(
+            [
+                {
+                    "hosts": "all",
+                    "gather_facts": False,
+                    "any_errors_fatal": True,
+                    "roles": [{"role": "model_source"}],
+                }
+            ]
+        )
     )
     done = subprocess.run(
-        [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(folder / "hosts.json"), str(folder / "play.json"), *arguments],
+        [
+            str(Path(sys.executable).parent / "ansible-playbook"),
+            "-i",
+            str(folder / "hosts.json"),
+            str(folder / "play.json"),
+            *arguments,
+        ],
         cwd=REPOSITORY,
         env={**os.environ, "ANSIBLE_NOCOLOR": "1"},
         stdin=subprocess.DEVNULL,
@@ -219,7 +263,12 @@ def test_three_hosts_one_download(downloader: Path, hub: StubHub, tmp_path: Path
     token = "Bearer "
     assert token not in said
     for host in ("a", "b", "c"):
-        assert manifest.check(tmp_path / host / "models/m.manifest.json", tmp_path / host / "models/m", full=True) == []
+        assert (
+            manifest.check(
+                tmp_path / host / "models/m.manifest.json", tmp_path / host / "models/m", full=True
+            )
+            == []
+        )
         kept = manifest.read(tmp_path / host / "models/m.manifest.json")
         assert kept["source"]["revision"] == COMMIT
     # one that is added later, or lost all it had, takes it from a host that is not part of the run

@@ -10,8 +10,14 @@ from .support import play, start
 
 
 def task(tmp_path: Path, code: str, **more: Any) -> list[dict[str, Any]]:
-    step = {"progress_command": {"argv": [sys.executable, "-c", code], "log": str(tmp_path / "work"), **more}, "register": "done"}
-    return [step, {"ansible.builtin.debug": {"msg": "rc={{ done.rc }} lines={{ done.stdout_lines | length }}"}}]
+    step = {
+        "progress_command": {"argv": [sys.executable, "-c", code], "log": str(tmp_path / "work"), **more},
+        "register": "done",
+    }
+    return [
+        step,
+        {"ansible.builtin.debug": {"msg": "rc={{ done.rc }} lines={{ done.stdout_lines | length }}"}},
+    ]
 
 
 def variables(tmp_path: Path) -> dict[str, Any]:
@@ -20,7 +26,9 @@ def variables(tmp_path: Path) -> dict[str, Any]:
 
 def test_lines_of_stdout_are_shown_and_both_streams_kept(tmp_path: Path) -> None:
     done = play(
-        task(tmp_path, "import sys; print('half way'); print('there'); print('noise', file=sys.stderr)"), tmp_path, variables(tmp_path)
+        task(tmp_path, "import sys; print('half way'); print('there'); print('noise', file=sys.stderr)"),
+        tmp_path,
+        variables(tmp_path),
     )
     assert done.returncode == 0, done.stdout
     assert "localhost | half way\n" in done.stdout
@@ -35,7 +43,10 @@ def test_lines_of_stdout_are_shown_and_both_streams_kept(tmp_path: Path) -> None
 
 def test_lines_come_while_the_command_runs(tmp_path: Path) -> None:
     # the command ends only after its first line was shown
-    code = "import sys, time, pathlib; print('begun', flush=True); [time.sleep(0.1) for _ in iter(pathlib.Path(sys.argv[1]).exists, True)]"
+    code = (
+        "import sys, time, pathlib; print('begun', flush=True); [time.sleep(0.1) for _ in"
+        " iter(pathlib.Path(sys.argv[1]).exists, True)]"
+    )
     marker = tmp_path / "shown"
     steps = task(tmp_path, code)
     steps[0]["progress_command"]["argv"].append(str(marker))
@@ -72,7 +83,9 @@ def test_a_program_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_check_mode_runs_nothing_and_says_so(tmp_path: Path) -> None:
-    done = play(task(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w')"), tmp_path, variables(tmp_path), "--check")
+    done = play(
+        task(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w')"), tmp_path, variables(tmp_path), "--check"
+    )
     assert done.returncode == 0, done.stdout
     assert "changed=1" in done.stdout
     assert not (tmp_path / "ran").exists()

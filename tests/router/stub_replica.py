@@ -1,4 +1,6 @@
-"""Stub of a vLLM replica: `stub_replica.py PORT NAME SECONDS` answers /health, /v1/models and, after so long, /v1/completions."""
+"""Stub of a vLLM replica: `stub_replica.py PORT NAME SECONDS` answers /health, /v1/models and, after so long,
+/v1/completions.
+"""
 
 from __future__ import annotations
 

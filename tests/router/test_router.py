@@ -1,4 +1,6 @@
-"""The real vllm-router, started with the unit's own command, before stub replicas on loopback (stub_replica.py)."""
+"""The real vllm-router, started with the unit's own command, before stub replicas on loopback
+(stub_replica.py).
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def free_port() -> int:
 def get(url: str, method: str = "GET", body: object = None, key: str = "") -> Any:
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     data = json.dumps(body).encode() if body is not None else None
-    with urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method), timeout=SOON_S) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, headers, method=method), timeout=SOON_S
+    ) as answer:
         text = answer.read().decode()
     return json.loads(text) if text[:1] in "{[" else text
 
@@ -54,15 +58,31 @@ def wait(what: Callable[[], bool]) -> None:
 
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The environment of the lock, and the unit and its settings as the role writes them; `path` says where the environment is."""
+    """The environment of the lock, and the unit and its settings as the role writes them; `path` says where
+    the environment is.
+    """
     folder = tmp_path_factory.mktemp("router")
     templates = REPOSITORY / "roles/router/templates"
     tasks: list[dict[str, Any]] = [
         include("python_env"),
-        {"ansible.builtin.copy": {"content": "{{ python_env_paths['vllm-router'] }}", "dest": str(folder / "path"), "mode": "0644"}},
+        {
+            "ansible.builtin.copy": {
+                "content": "{{ python_env_paths['vllm-router'] }}",
+                "dest": str(folder / "path"),
+                "mode": "0644",
+            }
+        },
     ]
     for name in ("vllm-router.service", "router.env"):
-        tasks.append({"ansible.builtin.template": {"src": str(templates / f"{name}.j2"), "dest": str(folder / name), "mode": "0644"}})
+        tasks.append(
+            {
+                "ansible.builtin.template": {
+                    "src": str(templates / f"{name}.j2"),
+                    "dest": str(folder / name),
+                    "mode": "0644",
+                }
+            }
+        )
     variables = {
         **DEFAULTS,
         "router_version": "0.1.17",
@@ -94,8 +114,12 @@ class Cluster:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         unit = (rendered / "vllm-router.service").read_text().replace("\\\n", " ")
-        (command,) = [line.removeprefix("ExecStart=") for line in unit.splitlines() if line.startswith("ExecStart=")]
-        words = shlex.split(command.replace("$ROUTER_WORKERS", " ".join(self.replica(name) for name in seconds)))
+        (command,) = [
+            line.removeprefix("ExecStart=") for line in unit.splitlines() if line.startswith("ExecStart=")
+        ]
+        words = shlex.split(
+            command.replace("$ROUTER_WORKERS", " ".join(self.replica(name) for name in seconds))
+        )
         words[0] = f"{(rendered / 'path').read_text()}/bin/vllm-router"
         words[words.index("--port") + 1] = str(port)
         words[words.index("--prometheus-port") + 1] = str(free_port())
@@ -109,7 +133,9 @@ class Cluster:
 
     def start(self, name: str) -> None:
         arguments = [str(self.ports[name]), name, str(self.seconds[name])]
-        self.processes[name] = subprocess.Popen([sys.executable, str(Path(__file__).parent / "stub_replica.py"), *arguments])
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, str(Path(__file__).parent / "stub_replica.py"), *arguments]
+        )
         wait(lambda: get(f"{self.replica(name)}/health") == {})
 
     def kill(self, name: str) -> None:
@@ -214,7 +240,9 @@ def test_readiness_is_whether_there_is_a_replica_to_send_to(cluster: Callable[..
 
 
 @pytest.mark.engine
-def test_a_replica_that_dies_under_load_is_out_and_comes_back_and_no_request_is_lost(cluster: Callable[..., Cluster]) -> None:
+def test_a_replica_that_dies_under_load_is_out_and_comes_back_and_no_request_is_lost(
+    cluster: Callable[..., Cluster],
+) -> None:
     two = cluster(a=0.1, b=0.1)
     with two.load() as got:
         wait(more(got, "a"))
@@ -243,12 +271,21 @@ def test_a_slow_replica_gets_less(cluster: Callable[..., Cluster]) -> None:
 
 
 @pytest.mark.engine
-def test_the_inventorys_list_reaches_a_running_router_and_what_is_open_ends(cluster: Callable[..., Cluster], tmp_path: Path) -> None:
+def test_the_inventorys_list_reaches_a_running_router_and_what_is_open_ends(
+    cluster: Callable[..., Cluster], tmp_path: Path
+) -> None:
     three = cluster(a=0.3, b=0.3, c=0.3)
-    wanted = {"router_workers": [three.replica("a"), three.replica("b")], "router_port": int(three.url.rsplit(":", 1)[1])}
+    wanted = {
+        "router_workers": [three.replica("a"), three.replica("b")],
+        "router_port": int(three.url.rsplit(":", 1)[1]),
+    }
     with three.load() as got:
         wait(more(got, "c"))
-        done = play([include("router", tasks_from="workers")], tmp_path, {**wanted, "ansible_python_interpreter": sys.executable})
+        done = play(
+            [include("router", tasks_from="workers")],
+            tmp_path,
+            {**wanted, "ansible_python_interpreter": sys.executable},
+        )
         assert done.returncode == 0, done.stdout
         assert "changed=1" in done.stdout
         assert set(three.workers()) == {"a", "b"}
@@ -257,7 +294,11 @@ def test_the_inventorys_list_reaches_a_running_router_and_what_is_open_ends(clus
         wait(more(got, "b"))
         assert got.count("c") == now
         wanted["router_workers"] = [three.replica(name) for name in "abc"]
-        done = play([include("router", tasks_from="workers")], tmp_path, {**wanted, "ansible_python_interpreter": sys.executable})
+        done = play(
+            [include("router", tasks_from="workers")],
+            tmp_path,
+            {**wanted, "ansible_python_interpreter": sys.executable},
+        )
         assert done.returncode == 0, done.stdout
         wait(more(got, "c"))
     assert lost(got) == []
@@ -277,7 +318,9 @@ def test_a_stop_ends_what_is_open(cluster: Callable[..., Cluster]) -> None:
 
 
 @pytest.mark.engine
-def test_it_starts_with_a_dead_replica_and_without_any_it_ends_to_be_tried_again(cluster: Callable[..., Cluster]) -> None:
+def test_it_starts_with_a_dead_replica_and_without_any_it_ends_to_be_tried_again(
+    cluster: Callable[..., Cluster],
+) -> None:
     two = cluster(a=0.05, b=0.05)
     words = list(two.router.args) if isinstance(two.router.args, list) else []
     two.kill("b")
@@ -297,8 +340,12 @@ def test_it_starts_with_a_dead_replica_and_without_any_it_ends_to_be_tried_again
 def test_the_unit_as_it_was_last_reviewed(rendered: Path) -> None:
     """After a wanted change copy the file that is named below, and read the diff."""
     golden = Path(__file__).parent / "golden/vllm-router.service"
-    assert (rendered / "vllm-router.service").read_text() == golden.read_text(), f"cp {rendered}/vllm-router.service {golden}"
-    assert (rendered / "router.env").read_text().splitlines()[-1] == "ROUTER_WORKERS='http://10.0.0.11:8000 http://10.0.0.12:8000'"
+    assert (rendered / "vllm-router.service").read_text() == golden.read_text(), (
+        f"cp {rendered}/vllm-router.service {golden}"
+    )
+    assert (rendered / "router.env").read_text().splitlines()[
+        -1
+    ] == "ROUTER_WORKERS='http://10.0.0.11:8000 http://10.0.0.12:8000'"
 
 
 @pytest.mark.engine
@@ -306,7 +353,10 @@ def test_the_unit_as_it_was_last_reviewed(rendered: Path) -> None:
 def test_systemd_finds_the_units_exposure_small(rendered: Path) -> None:
     unit = str(rendered / "vllm-router.service")
     done = subprocess.run(
-        ["systemd-analyze", "security", "--offline=true", "--threshold=17", "--no-pager", unit], capture_output=True, text=True, check=False
+        ["systemd-analyze", "security", "--offline=true", "--threshold=17", "--no-pager", unit],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-400:] + done.stderr
 
@@ -316,14 +366,25 @@ def test_preflight_refuses_in_one_line_each(tmp_path: Path) -> None:
         "none": ({"router_workers": []}, "router_workers is []: list each replica once, as http://host:port"),
         "no port": ({"router_workers": ["http://10.0.0.11"]}, "list each replica once, as http://host:port"),
         "twice": ({"router_workers": ["http://a:1", "http://a:1"]}, "list each replica once"),
-        "everywhere": ({"router_workers": ["http://a:1"], "router_host": "0.0.0.0"}, "router_host is 0.0.0.0: who reaches the router may"),
+        "everywhere": (
+            {"router_workers": ["http://a:1"], "router_host": "0.0.0.0"},
+            "router_host is 0.0.0.0: who reaches the router may",
+        ),
         "no systemd": ({"router_workers": ["http://a:1"]}, "the router is a systemd unit"),
     }
     tasks: list[dict[str, Any]] = []
     for name, (variables, _) in cases.items():
-        said = {"ansible.builtin.copy": {"content": "{{ ansible_failed_result.msg }}", "dest": str(tmp_path / name), "mode": "0644"}}
+        said = {
+            "ansible.builtin.copy": {
+                "content": "{{ ansible_failed_result.msg }}",
+                "dest": str(tmp_path / name),
+                "mode": "0644",
+            }
+        }
         tasks.append({"block": [include("router", variables, tasks_from="preflight")], "rescue": [said]})
-    done = play([{"ansible.builtin.set_fact": {"ansible_facts": {"service_mgr": "supervisor"}}}, *tasks], tmp_path)
+    done = play(
+        [{"ansible.builtin.set_fact": {"ansible_facts": {"service_mgr": "supervisor"}}}, *tasks], tmp_path
+    )
     assert done.returncode == 0, done.stdout
     for name, (_, wanted) in cases.items():
         assert wanted in (tmp_path / name).read_text()

@@ -23,11 +23,15 @@ def recorded(name: str) -> str:
 def demo_plan(port: int = 8000) -> Plan:
     plan = Plan.model_validate_json((ROOT / "tests/ansible/files/plan.json").read_text())
     assert plan.deploy is not None
-    return plan.model_copy(update={"deploy": plan.deploy.model_copy(update={"port": port, "host": "127.0.0.1"})})
+    return plan.model_copy(
+        update={"deploy": plan.deploy.model_copy(update={"port": port, "host": "127.0.0.1"})}
+    )
 
 
 class StubServer:
-    """Answers each path with what `answers` says: a text, a status, or a text for each request in turn, the last one again and again."""
+    """Answers each path with what `answers` says: a text, a status, or a text for each request in turn, the
+    last one again and again.
+    """
 
     def __init__(self) -> None:
         self.answers: dict[str, str | int | list[str]] = {"/health": "", "/metrics": recorded("probes")}

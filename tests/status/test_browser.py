@@ -1,4 +1,6 @@
-"""The page in a real browser: no scrolling to the side on a phone, both themes, nothing asked of anybody. Needs Chromium."""
+"""The page in a real browser: no scrolling to the side on a phone, both themes, nothing asked of anybody.
+Needs Chromium.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ import pytest
 from .test_page import pages, themes
 
 CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian package chromium; .ci/run installs it)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="chromium is not installed (Debian package chromium; .ci/run installs it)"
+)
 
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
@@ -22,7 +26,8 @@ FLAGS = (
 )  # fmt: skip
 PHONE, DESKTOP = 390, 1280
 
-# In a frame as wide as a phone: a window of Chromium's own is never narrower than 500 pixels. The frame may run no script of its own.
+# In a frame as wide as a phone: a window of Chromium's own is never narrower than 500 pixels. The frame may
+# run no script of its own.
 PROBE = """<!doctype html><meta name="color-scheme" content="light dark">
 <style>iframe {{ border: 0; width: {width}px; height: 900px }}</style>
 <iframe sandbox="allow-same-origin" srcdoc="{page}"></iframe><pre></pre>
@@ -49,9 +54,20 @@ def browse(tmp_path: Path, html: str, width: int, dark: bool = False) -> dict:
     assert CHROMIUM is not None
     file = tmp_path / "probe.html"
     file.write_text(PROBE.format(width=width, page=escape.escape(html)))
-    flags = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--virtual-time-budget=5000"]
+    flags = [
+        *FLAGS,
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1400,1000",
+        "--virtual-time-budget=5000",
+    ]
     flags += ["--blink-settings=preferredColorScheme=0"] if dark else []
-    done = subprocess.run([CHROMIUM, *flags, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     found = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)
     assert found, done.stderr[-2000:]
     return json.loads(escape.unescape(found[1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowmem.metrics import Histogram, Sample, idle_since, parse, window
+from lowmem.status.metrics import Histogram, Sample, idle_since, parse, window
 
 from .conftest import recorded
 
@@ -40,13 +40,18 @@ def test_the_difference_of_two_looks() -> None:
     assert later.since(HISTOGRAM).counts == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("earlier", [Histogram(bounds=(0.1, 0.5, 1.0), counts=(7, 11, 14, 19)), Histogram(bounds=(2.0,), counts=(0, 0))])
+@pytest.mark.parametrize(
+    "earlier",
+    [Histogram(bounds=(0.1, 0.5, 1.0), counts=(7, 11, 14, 19)), Histogram(bounds=(2.0,), counts=(0, 0))],
+)
 def test_a_server_that_started_anew_begins_at_zero(earlier: Histogram) -> None:
     assert HISTOGRAM.since(earlier) == HISTOGRAM
 
 
 def test_a_real_servers_first_requests() -> None:
-    """15 health checks of one token and one request of four: the server counts the checks as 0 ms a token, which they are not."""
+    """15 health checks of one token and one request of four: the server counts the checks as 0 ms a token,
+    which they are not.
+    """
     seen = parse(recorded("probes"), at=1795534600.0)
     assert (seen.running, seen.waiting, seen.kv_usage, seen.kv_tokens) == (0, 0, 0.0, 11648)
     assert (seen.prompt_tokens, seen.generation_tokens, seen.preemptions) == (16, 19, 0)
@@ -60,14 +65,22 @@ def test_a_real_servers_first_requests() -> None:
 
 
 def test_a_known_load_on_a_real_server() -> None:
-    """10 clients, 3 requests each of 128 tokens in and 32 out, on a CPU that others used too; one request of one token before."""
+    """10 clients, 3 requests each of 128 tokens in and 32 out, on a CPU that others used too; one request of
+    one token before.
+    """
     idle, loaded, after = (
-        parse(recorded(name), at) for name, at in (("idle", 1795536118.469), ("loaded", 1795536124.604), ("after", 1795536369.777))
+        parse(recorded(name), at)
+        for name, at in (("idle", 1795536118.469), ("loaded", 1795536124.604), ("after", 1795536369.777))
     )
     assert (idle.running, loaded.running, after.running) == (0, 1, 0)
     assert loaded.kv_usage == pytest.approx(1 / 90)
     seen = window(after, idle)
-    assert (seen.requests, seen.prompt_tokens, seen.output_tokens, seen.preemptions) == (30, 30 * 128, 30 * 32, 0)
+    assert (seen.requests, seen.prompt_tokens, seen.output_tokens, seen.preemptions) == (
+        30,
+        30 * 128,
+        30 * 32,
+        0,
+    )
     assert seen.output_tokens_per_s == pytest.approx(960 / 251.308)
     assert (seen.ttft.total, seen.tpot.total, seen.itl.total) == (30, 30, 30 * 31)
     assert [seen.tpot.quantile(q) for q in (0.5, 0.9, 0.99)] == pytest.approx([1.75, 2.35, 2.485])
@@ -82,11 +95,11 @@ def test_what_is_no_vllm_server_is_said() -> None:
 
 def test_engines_of_one_server_are_taken_together() -> None:
     text = (
-        '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine="0"} 3\nvllm:num_requests_running{engine="1"} 4\n'
-        '# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{engine="0"} 0.5\nvllm:kv_cache_usage_perc{engine="1"} 0.25\n'
-        "# TYPE vllm:generation_tokens_total counter\n"
-        'vllm:generation_tokens_total{engine="0"} 10\nvllm:generation_tokens_total{engine="1"} 5\n'
-        "# TYPE vllm:time_to_first_token_seconds histogram\n"
+        '# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine="0"}'
+        ' 3\nvllm:num_requests_running{engine="1"} 4\n# TYPE vllm:kv_cache_usage_perc'
+        ' gauge\nvllm:kv_cache_usage_perc{engine="0"} 0.5\nvllm:kv_cache_usage_perc{engine="1"} 0.25\n# TYPE'
+        ' vllm:generation_tokens_total counter\nvllm:generation_tokens_total{engine="0"}'
+        ' 10\nvllm:generation_tokens_total{engine="1"} 5\n# TYPE vllm:time_to_first_token_seconds histogram\n'
         + "".join(
             f'vllm:time_to_first_token_seconds_bucket{{engine="{e}",le="{le}"}} {n}\n'
             for e in "01"
@@ -94,12 +107,25 @@ def test_engines_of_one_server_are_taken_together() -> None:
         )
     )
     seen = parse(text, at=0)
-    assert (seen.running, seen.kv_usage, seen.generation_tokens, seen.kv_tokens, seen.started) == (7, 0.375, 15, None, None)
+    assert (seen.running, seen.kv_usage, seen.generation_tokens, seen.kv_tokens, seen.started) == (
+        7,
+        0.375,
+        15,
+        None,
+        None,
+    )
     assert seen.ttft == Histogram(bounds=(0.1, 0.25), counts=(2, 6, 8))
 
 
 def look(at: float, tokens: float = 0, running: int = 0, started: float = 1.0) -> Sample:
-    return Sample(at=at, started=started, running=running, generation_tokens=tokens, prompt_tokens=10, finished={"length": tokens / 10})
+    return Sample(
+        at=at,
+        started=started,
+        running=running,
+        generation_tokens=tokens,
+        prompt_tokens=10,
+        finished={"length": tokens / 10},
+    )
 
 
 def test_rates_are_of_the_time_between_two_looks() -> None:

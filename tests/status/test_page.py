@@ -10,12 +10,12 @@ import pytest
 from markupsafe import escape
 from typer.testing import CliRunner
 
-from lowmem.cli import app
-from lowmem.metrics import Sample, parse
-from lowmem.plots import plot
-from lowmem.report import Live, page
+from lowmem.cli.main import app
 from lowmem.schema import Plan, Receipt
-from lowmem.status import Look
+from lowmem.status.metrics import Sample, parse
+from lowmem.status.page import Live, page
+from lowmem.status.plots import plot
+from lowmem.status.status import Look
 
 from .conftest import ROOT, StubServer, demo_plan, recorded
 
@@ -34,13 +34,28 @@ def receipts() -> list[tuple[str, Receipt]]:
 
 
 def serving(plan: Plan | None = None, memory: tuple[int, ...] = (2000 * MIB,), **changes: object) -> Live:
-    sample = parse(recorded("probes"), AT).model_copy(update={"memory_bytes": memory, "running": 3, "waiting": 2, "kv_usage": 0.42})
+    sample = parse(recorded("probes"), AT).model_copy(
+        update={"memory_bytes": memory, "running": 3, "waiting": 2, "kv_usage": 0.42}
+    )
     # an hour of looks before this one; 60 tokens a minute
     earlier: list[Sample] = [
-        sample.model_copy(update={"at": AT - 60 * age, "generation_tokens": sample.generation_tokens - age, "running": age % 8})
+        sample.model_copy(
+            update={
+                "at": AT - 60 * age,
+                "generation_tokens": sample.generation_tokens - age,
+                "running": age % 8,
+            }
+        )
         for age in range(18, 0, -1)
     ]
-    look = Look(at=AT, state="serving", started=sample.started, sample=sample, memory_bytes=memory, memory_source="PSS of the process tree")
+    look = Look(
+        at=AT,
+        state="serving",
+        started=sample.started,
+        sample=sample,
+        memory_bytes=memory,
+        memory_source="PSS of the process tree",
+    )
     values: dict[str, object] = {
         "plan": plan or demo_plan(),
         "look": look,
@@ -53,7 +68,9 @@ def serving(plan: Plan | None = None, memory: tuple[int, ...] = (2000 * MIB,), *
 
 
 def down(**changes: object) -> Live:
-    look = Look(at=AT, state="down", trouble="http://127.0.0.1:8000: connection refused", memory_source="not seen")
+    look = Look(
+        at=AT, state="down", trouble="http://127.0.0.1:8000: connection refused", memory_source="not seen"
+    )
     return serving(**({"look": look} | changes))  # type: ignore[arg-type]
 
 
@@ -99,7 +116,10 @@ def test_what_is_over_its_limit_is_said_first() -> None:
 def test_a_server_that_is_down_is_told_with_the_last_receipt() -> None:
     said = text(pages()["down"])
     assert "not running" in said
-    assert "Needs attention http://127.0.0.1:8000: connection refused what to do: docs/runbooks/service-down.md" in said
+    assert (
+        "Needs attention http://127.0.0.1:8000: connection refused what to do: docs/runbooks/service-down.md"
+        in said
+    )
     assert "Last seen 1 min before this page was written: 1 running and 2 waiting requests." in said
     assert "Requests 3 running" not in said
     # the receipt's own figures
@@ -136,7 +156,12 @@ def test_history_is_drawn_oldest_first_with_failures_told_apart() -> None:
 @pytest.mark.parametrize("name", ["serving", "gpus", "down", "first", "receipts"])
 def test_the_page_stands_alone(name: str) -> None:
     html = pages()[name]
-    assert re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"|<script|<iframe|<link rel=\"style|@import|url\(", html) == []
+    assert (
+        re.findall(
+            r"(?:src|href)=\"(?!#|data:)[^\"]*\"|<script|<iframe|<link rel=\"style|@import|url\(", html
+        )
+        == []
+    )
     assert "default-src 'none'" in html
 
 
@@ -190,7 +215,9 @@ def test_it_is_well_formed_and_says_what_is_what(html: str) -> None:
     assert outline.landmarks[:2] == ["header", "main"]
     assert outline.headings[0] == 1
     assert outline.headings.count(1) == 1
-    assert all(deeper - before <= 2 for before, deeper in zip(outline.headings, outline.headings[1:], strict=False))
+    assert all(
+        deeper - before <= 2 for before, deeper in zip(outline.headings, outline.headings[1:], strict=False)
+    )
     assert len(set(outline.ids)) == len(outline.ids)
     assert set(outline.named_by) | set(outline.links) <= set(outline.ids)
     assert outline.headers_without_scope == 0
@@ -202,7 +229,10 @@ def themes() -> dict[str, dict[str, str]]:
     """Name -> colour, for light and dark, from the template's own style."""
     style = (ROOT / "lowmem/data/report.html.j2").read_text().split("<style>")[1].split("</style>")[0]
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    return {name: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block)) for name, block in (("light", light), ("dark", dark))}
+    return {
+        name: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
+        for name, block in (("light", light), ("dark", dark))
+    }
 
 
 def contrast(one: str, other: str) -> float:
@@ -240,12 +270,23 @@ def test_a_plot_begins_at_zero_and_breaks_where_nothing_is_known() -> None:
     assert drawn.dots == ((0, 108, 0), (10, 58, 1), (30, 8, 3))
 
 
-def test_the_command_writes_the_page_and_keeps_the_look(server: StubServer, plan_file: Path, tmp_path: Path) -> None:
+def test_the_command_writes_the_page_and_keeps_the_look(
+    server: StubServer, plan_file: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "receipts"
     folder.mkdir()
     (folder / "2026-11-24T151318Z.json").write_text(receipts()[-1][1].model_dump_json())
     (folder / "broken.json").write_text("{")
-    command = ["report", str(folder), str(tmp_path / "missing.json"), "--live", "--plan", str(plan_file), "--every-s", "60"]
+    command = [
+        "report",
+        str(folder),
+        str(tmp_path / "missing.json"),
+        "--live",
+        "--plan",
+        str(plan_file),
+        "--every-s",
+        "60",
+    ]
     out, samples = tmp_path / "served/index.html", tmp_path / "samples.jsonl"
     for times in (1, 2):
         result = CliRunner().invoke(app, [*command, "--samples", str(samples), "--out", str(out)])
@@ -267,7 +308,10 @@ def test_the_command_writes_the_page_and_keeps_the_look(server: StubServer, plan
     [
         ([], "lowmem: a receipt, a folder of them, or --live is needed\n"),
         (["--every-s", "60", "."], "lowmem: --samples and --every-s go with --live\n"),
-        (["--live", "--plan", "/nowhere/plan.json"], "lowmem: --plan /nowhere/plan.json: No such file or directory\n"),
+        (
+            ["--live", "--plan", "/nowhere/plan.json"],
+            "lowmem: --plan /nowhere/plan.json: No such file or directory\n",
+        ),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], line: str) -> None:

@@ -18,9 +18,10 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lowmem.cli import app
-from lowmem.live import deployed
-from lowmem.top import Watcher, line, screen, sparkline
+from lowmem.cli.main import app
+from lowmem.status.probe import deployed
+from lowmem.status.top import Watcher, line, screen
+from lowmem.text import sparkline
 
 from .conftest import StubServer, recorded
 
@@ -28,14 +29,17 @@ COMMAND = [sys.executable, "-m", "lowmem", "top", "--every-s", "0.2"]
 
 
 def later(tokens: int, requests: int) -> str:
-    """The recording after so many more tokens of so many more requests, all of them at 100 to 150 ms a token and to the first one."""
+    """The recording after so many more tokens of so many more requests, all of them at 100 to 150 ms a token
+    and to the first one.
+    """
     text = recorded("probes")
 
     def more(match: re.Match[str]) -> str:
         return f"{match[1]} {float(match[3]) + (requests if float(match[2]) >= 0.15 else 0)}"
 
     latencies = (
-        r'(vllm:(?:time_to_first_token|request_time_per_output_token|inter_token_latency)_seconds_bucket\{[^}]*le="([^"]+)"[^}]*\}) (\S+)'
+        r'(vllm:(?:time_to_first_token|request_time_per_output_token|inter_token_latency)_seconds_bucket\{[^}]*le="([^"]+)"[^}]*\})'
+        r" (\S+)"
     )
     text = re.sub(latencies, more, text)
     text = re.sub(r'(vllm:request_success_total\{[^}]*"length"[^}]*\}) \S+', rf"\1 {16 + requests}", text)
@@ -46,9 +50,9 @@ def later(tokens: int, requests: int) -> str:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """`lowmem.live` reads the time from here: seconds since 1970."""
+    """`lowmem.status.probe` reads the time from here: seconds since 1970."""
     now = [1795534600.0]
-    monkeypatch.setattr("lowmem.live.time.time", lambda: now[0])
+    monkeypatch.setattr("lowmem.status.probe.time.time", lambda: now[0])
     return now
 
 
@@ -58,7 +62,13 @@ def test_what_came_between_two_looks(server: StubServer, plan_file: Path, clock:
     clock[0] += 10
     server.answers["/metrics"] = later(tokens=400, requests=20)
     seen, since = watcher.look()
-    assert (seen.running, seen.kv_usage, seen.window_s, seen.output_tokens_per_s, seen.requests) == (3, 0.25, 10, 40, 20)
+    assert (seen.running, seen.kv_usage, seen.window_s, seen.output_tokens_per_s, seen.requests) == (
+        3,
+        0.25,
+        10,
+        40,
+        20,
+    )
     assert seen.tpot_ms.model_dump() == pytest.approx({"count": 20, "p50": 125, "p90": 145, "p99": 149.5})
     assert (since.requests, since.tpot_ms.count) == (36, 21)
     assert list(watcher.rates) == [40]
@@ -70,7 +80,9 @@ def test_what_came_between_two_looks(server: StubServer, plan_file: Path, clock:
 
 
 @pytest.mark.parametrize("width", [40, 64, 110])
-def test_the_view_fits_its_terminal(server: StubServer, plan_file: Path, clock: list[float], width: int) -> None:
+def test_the_view_fits_its_terminal(
+    server: StubServer, plan_file: Path, clock: list[float], width: int
+) -> None:
     watcher = Watcher(deployed(plan_file), window_s=30)
     watcher.look()
     clock[0] += 10
@@ -97,12 +109,16 @@ def test_a_line_of_a_pipe(server: StubServer, plan_file: Path, clock: list[float
     watcher.look()
     clock[0] += 10
     server.answers["/metrics"] = later(tokens=400, requests=20)
-    assert line(watcher.look()[0]) == (
-        "2026-11-24T15:36:50Z serving running=3 waiting=0 kv=25.0% out=40.0/s in=0.0/s"
+    assert (
+        line(watcher.look()[0])
+        == "2026-11-24T15:36:50Z serving running=3 waiting=0 kv=25.0% out=40.0/s in=0.0/s"
         " tpot_p99=149.5ms ttft_p99=248.5ms memory=?MiB limit=3072MiB"
     )
     server.close()
-    assert line(watcher.look()[0]) == f"2026-11-24T15:36:50Z down: http://127.0.0.1:{server.port}: connection refused"
+    assert (
+        line(watcher.look()[0])
+        == f"2026-11-24T15:36:50Z down: http://127.0.0.1:{server.port}: connection refused"
+    )
 
 
 def test_a_sparkline_goes_from_zero_to_the_highest() -> None:
@@ -113,26 +129,38 @@ def test_a_sparkline_goes_from_zero_to_the_highest() -> None:
 
 def test_once_as_json(server: StubServer, plan_file: Path) -> None:
     server.answers["/metrics"] = [recorded("probes"), later(tokens=400, requests=20)]
-    result = CliRunner().invoke(app, ["top", "--plan", str(plan_file), "--once", "--json", "--every-s", "0.2"])
+    result = CliRunner().invoke(
+        app, ["top", "--plan", str(plan_file), "--once", "--json", "--every-s", "0.2"]
+    )
     assert result.exit_code == 0, result.output
     seen = json.loads(result.output)
-    assert (seen["state"], seen["running"], seen["requests"], seen["tpot_ms"]["count"]) == ("serving", 3, 20, 20)
+    assert (seen["state"], seen["running"], seen["requests"], seen["tpot_ms"]["count"]) == (
+        "serving",
+        3,
+        20,
+        20,
+    )
 
 
 def test_a_server_that_is_not_there_is_one_line(server: StubServer, plan_file: Path) -> None:
     server.close()
     result = CliRunner().invoke(app, ["top", "--plan", str(plan_file)])
     assert result.exit_code == 1
-    assert result.output == (
-        f"lowmem: http://127.0.0.1:{server.port}: connection refused: the server of {plan_file} does not serve;"
-        " docs/runbooks/service-down.md\n"
+    assert (
+        result.output
+        == f"lowmem: http://127.0.0.1:{server.port}: connection refused: the server of {plan_file} does not"
+        " serve; docs/runbooks/service-down.md\n"
     )
 
 
 def test_in_a_pipe_it_is_plain_lines_and_ends_with_its_reader(server: StubServer, plan_file: Path) -> None:
     command = " ".join([*COMMAND, "--plan", str(plan_file)])
     done = subprocess.run(
-        ["bash", "-c", f"{command} | head -n 2; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=120, check=False
+        ["bash", "-c", f"{command} | head -n 2; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert [text.split()[1] for text in done.stdout.splitlines()] == ["serving", "serving"]

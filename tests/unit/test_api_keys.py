@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.api_keys import ApiKeys, read_keys
+from lowmem.service.api_keys import ApiKeys, read_keys
 
 ALICE, BOB = "sk-alice-0123456789abcdef", "sk-bob-0123456789abcdef"
 
@@ -39,7 +39,9 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "lifespan.startup.complete"})
 
 
-def ask(guard: ApiKeys, path: str = "/v1/completions", authorization: str | None = None, **more: Any) -> list[dict[str, Any]]:
+def ask(
+    guard: ApiKeys, path: str = "/v1/completions", authorization: str | None = None, **more: Any
+) -> list[dict[str, Any]]:
     sent: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -57,7 +59,16 @@ def status(*arguments: Any, **more: Any) -> int:
 
 def test_every_path_but_health_and_metrics_needs_a_key(file: Path) -> None:
     guard = ApiKeys(app)
-    paths = ["/v1/completions", "/inference/v1/generate", "/tokenize", "/invocations", "/scale_elastic_ep", "/load", "/version", "/docs"]
+    paths = [
+        "/v1/completions",
+        "/inference/v1/generate",
+        "/tokenize",
+        "/invocations",
+        "/scale_elastic_ep",
+        "/load",
+        "/version",
+        "/docs",
+    ]
     paths += ["/ping", "/", "/no-such", "/health/", "/healthz", "/v1/../health", "//health", "/metrics/x"]
     assert [path for path in paths if status(guard, path) != 401] == []
     assert [path for path in paths if status(guard, path, f"Bearer {ALICE}") != 200] == []
@@ -68,7 +79,18 @@ def test_every_path_but_health_and_metrics_needs_a_key(file: Path) -> None:
 
 @pytest.mark.parametrize(
     "sent",
-    [None, "", "Bearer", "Bearer ", ALICE, f"Basic {ALICE}", f"Bearer  {ALICE}", f"Bearer {ALICE} ", f"Bearer {ALICE[:-1]}", "Bearer é"],
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        ALICE,
+        f"Basic {ALICE}",
+        f"Bearer  {ALICE}",
+        f"Bearer {ALICE} ",
+        f"Bearer {ALICE[:-1]}",
+        "Bearer é",
+    ],
 )
 def test_what_is_no_key_opens_nothing(file: Path, sent: str | None) -> None:
     answer = ask(ApiKeys(app), authorization=sent)
@@ -89,20 +111,39 @@ def test_a_browser_may_ask_first_and_a_server_may_start(file: Path) -> None:
 def test_a_websocket_needs_a_key_too(file: Path) -> None:
     guard = ApiKeys(app)
     for path in ("/v1/realtime", "/health"):
-        assert ask(guard, path, type="websocket")[0] == {"type": "websocket.close", "code": 1008, "reason": "Unauthorized"}
-        assert ask(guard, path, type="websocket", extensions={"websocket.http.response": {}})[0]["status"] == 401
+        assert ask(guard, path, type="websocket")[0] == {
+            "type": "websocket.close",
+            "code": 1008,
+            "reason": "Unauthorized",
+        }
+        assert (
+            ask(guard, path, type="websocket", extensions={"websocket.http.response": {}})[0]["status"] == 401
+        )
         assert ask(guard, path, f"Bearer {ALICE}", type="websocket")[0]["type"] == "websocket.accept"
 
 
 def test_a_changed_file_counts_with_the_next_request(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     guard = ApiKeys(app)
-    assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization=f"Bearer {BOB}")) == (200, 401)
+    assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization=f"Bearer {BOB}")) == (
+        200,
+        401,
+    )
     write(file, f"VLLM_API_KEY={BOB}\nVLLM_API_KEY_alice={ALICE}\nVLLM_API_KEY_bob={BOB}\n")
-    assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization=f"Bearer {BOB}")) == (200, 200)
+    assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization=f"Bearer {BOB}")) == (
+        200,
+        200,
+    )
     write(file, f"VLLM_API_KEY={BOB}\nVLLM_API_KEY_bob={BOB}\n")
-    assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization=f"Bearer {BOB}")) == (401, 200)
-    assert [record.message for record in caplog.records] == ["API keys: alice", "API keys: alice, bob", "API keys: bob"]
+    assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization=f"Bearer {BOB}")) == (
+        401,
+        200,
+    )
+    assert [record.message for record in caplog.records] == [
+        "API keys: alice",
+        "API keys: alice, bob",
+        "API keys: bob",
+    ]
 
 
 def test_a_key_of_the_same_length_written_in_place_counts_too(file: Path) -> None:
@@ -115,12 +156,21 @@ def test_a_key_of_the_same_length_written_in_place_counts_too(file: Path) -> Non
     assert status(guard, authorization="Bearer sk-alice-9123456789abcdef") == 200
 
 
-def test_a_file_that_is_gone_or_empty_shuts_nobody_out_and_lets_nobody_in(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_gone_or_empty_shuts_nobody_out_and_lets_nobody_in(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     guard = ApiKeys(app)
     assert status(guard, authorization=f"Bearer {ALICE}") == 200
-    for change in (file.unlink, lambda: file.write_text("# nothing\n"), lambda: file.write_bytes(b"VLLM_API_KEY=\xff\n")):
+    for change in (
+        file.unlink,
+        lambda: file.write_text("# nothing\n"),
+        lambda: file.write_bytes(b"VLLM_API_KEY=\xff\n"),
+    ):
         change()
-        assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization="Bearer ")) == (200, 401)
+        assert (status(guard, authorization=f"Bearer {ALICE}"), status(guard, authorization="Bearer ")) == (
+            200,
+            401,
+        )
     assert len([record for record in caplog.records if record.levelname == "ERROR"]) == 3
     assert ALICE not in caplog.text
 
@@ -129,7 +179,11 @@ def test_without_any_file_nothing_opens(tmp_path: Path, monkeypatch: pytest.Monk
     for value in (str(tmp_path / "none"), ""):
         monkeypatch.setenv("LOWMEM_API_KEYS", value)
         guard = ApiKeys(app)
-        assert [status(guard, authorization=sent) for sent in (None, "Bearer ", "Bearer x")] == [401, 401, 401]
+        assert [status(guard, authorization=sent) for sent in (None, "Bearer ", "Bearer x")] == [
+            401,
+            401,
+            401,
+        ]
 
 
 def test_what_is_read() -> None:

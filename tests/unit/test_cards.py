@@ -5,9 +5,9 @@ import struct
 
 import pytest
 
-from lowmem import cards
 from lowmem.errors import BadInput
-from lowmem.memory import stored_bytes
+from lowmem.inputs import model_cards
+from lowmem.plan.weights import stored_bytes
 from lowmem.schema import Quantization
 
 # Parameter counts as the publishers give them (safetensors index or model page).
@@ -48,11 +48,11 @@ def folder(tmp_path, config):
 
 @pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
 def test_builtin_parameters_are_the_published_ones(name, count):
-    assert cards.load_card(name).parameters == count
+    assert model_cards.load_card(name).parameters == count
 
 
 def test_every_builtin_card_is_checked_above():
-    assert set(cards.names()) == set(PARAMETERS)
+    assert set(model_cards.names()) == set(PARAMETERS)
 
 
 @pytest.mark.parametrize(
@@ -65,37 +65,55 @@ def test_every_builtin_card_is_checked_above():
     ],
 )
 def test_quantized_llama_2_70b_has_the_known_size(quantization, gigabytes):
-    card = cards.quantized(cards.load_card("llama-2-70b"), Quantization(**quantization))
+    card = model_cards.quantized(model_cards.load_card("llama-2-70b"), Quantization(**quantization))
     assert stored_bytes(card) / 1e9 == pytest.approx(gigabytes, abs=0.005)
 
 
 def test_awq_smollm2_equals_the_sum_of_a_real_checkpoints_headers():
     # AutoAWQ 0.2.9, 4 bit, group 64, of SmolLM2-135M-Instruct: 113,924,736 bytes of tensors
-    card = cards.quantized(cards.load_card("smollm2-135m"), Quantization(method="awq", bits=4, group_size=64))
+    card = model_cards.quantized(
+        model_cards.load_card("smollm2-135m"), Quantization(method="awq", bits=4, group_size=64)
+    )
     assert stored_bytes(card) == 113_924_736
 
 
-@pytest.mark.parametrize("alias", ["Llama-2-70B", "meta-llama/Llama-2-70b-hf", "llama-3-70b", "LLAMA-3.3-70B", "SmolLM2-135M"])
+@pytest.mark.parametrize(
+    "alias", ["Llama-2-70B", "meta-llama/Llama-2-70b-hf", "llama-3-70b", "LLAMA-3.3-70B", "SmolLM2-135M"]
+)
 def test_aliases_and_any_case(alias):
-    assert cards.load_card(alias).parameters in PARAMETERS.values()
+    assert model_cards.load_card(alias).parameters in PARAMETERS.values()
 
 
 def test_config_alone_is_enough(tmp_path):
-    card = cards.load_card(str(folder(tmp_path, LLAMA)))
+    card = model_cards.load_card(str(folder(tmp_path, LLAMA)))
     per_layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert card.parameters == 2 * per_layer + 64 + 2 * 100 * 64
     assert stored_bytes(card) == 2 * card.parameters
 
 
 def test_headers_refine_what_is_quantized(tmp_path):
-    config = {**LLAMA, "tie_word_embeddings": True, "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32}}
-    tensors = {"model.embed_tokens.weight": ("F16", [100, 64], 12800), "model.norm.weight": ("F16", [64], 128)}
+    config = {
+        **LLAMA,
+        "tie_word_embeddings": True,
+        "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32},
+    }
+    tensors = {
+        "model.embed_tokens.weight": ("F16", [100, 64], 12800),
+        "model.norm.weight": ("F16", [64], 128),
+    }
     for layer in range(2):
-        for module in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj"):
+        for module in (
+            "self_attn.q_proj",
+            "self_attn.k_proj",
+            "self_attn.v_proj",
+            "self_attn.o_proj",
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        ):
             tensors[f"model.layers.{layer}.{module}.qweight"] = ("I32", [64, 8], 2048)
         tensors[f"model.layers.{layer}.mlp.down_proj.weight"] = ("F16", [64, 128], 16384)
     write_safetensors(folder(tmp_path, config) / "model.safetensors", tensors)
-    card = cards.load_card(str(tmp_path))
+    card = model_cards.load_card(str(tmp_path))
     assert {g.name for g in card.groups if g.quantized} == {
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
     }  # fmt: skip
@@ -122,7 +140,7 @@ def test_headers_refine_what_is_quantized(tmp_path):
 )
 def test_a_bad_config_is_one_line(tmp_path, config, message):
     with pytest.raises(BadInput, match=message.replace("[", "\\[")) as e:
-        cards.load_card(str(folder(tmp_path, config)))
+        model_cards.load_card(str(folder(tmp_path, config)))
     assert "\n" not in str(e.value)
 
 
@@ -130,20 +148,25 @@ def test_a_cut_download_is_seen(tmp_path):
     tensors = {"model.embed_tokens.weight": ("F16", [100, 64], 12800)}
     write_safetensors(folder(tmp_path, LLAMA) / "model.safetensors", tensors, cut=100)
     with pytest.raises(BadInput, match="the download is incomplete"):
-        cards.load_card(str(tmp_path))
+        model_cards.load_card(str(tmp_path))
 
 
 def test_a_file_that_is_no_safetensors_is_seen(tmp_path):
     (folder(tmp_path, LLAMA) / "model.safetensors").write_bytes(b"<html>not found</html>")
     with pytest.raises(BadInput, match="no safetensors header"):
-        cards.load_card(str(tmp_path))
+        model_cards.load_card(str(tmp_path))
 
 
 def test_an_index_without_its_files_is_seen(tmp_path):
-    write_safetensors(folder(tmp_path, LLAMA) / "model-00001.safetensors", {"model.embed_tokens.weight": ("F16", [100, 64], 12800)})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": "model-00002.safetensors"}}))
+    write_safetensors(
+        folder(tmp_path, LLAMA) / "model-00001.safetensors",
+        {"model.embed_tokens.weight": ("F16", [100, 64], 12800)},
+    )
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "model-00002.safetensors"}})
+    )
     with pytest.raises(BadInput, match=r"1 tensors of model\.safetensors\.index\.json"):
-        cards.load_card(str(tmp_path))
+        model_cards.load_card(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -159,5 +182,7 @@ def test_an_index_without_its_files_is_seen(tmp_path):
     ],
 )  # fmt: skip
 def test_quantization_is_read_from_the_checkpoint(tmp_path, quantization_config, expected):
-    q = cards.load_card(str(folder(tmp_path, {**LLAMA, "quantization_config": quantization_config}))).quantization
+    q = model_cards.load_card(
+        str(folder(tmp_path, {**LLAMA, "quantization_config": quantization_config}))
+    ).quantization
     assert (q.method, q.bits, q.group_size, q.zero_point) == expected

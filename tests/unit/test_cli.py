@@ -11,13 +11,24 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*words):
-    return subprocess.run([sys.executable, "-m", "lowmem", *words], capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "lowmem", *words],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=60,
+    )
 
 
 @pytest.mark.parametrize(
     ("words", "code", "verdict"),
     [
-        (("--profile", "low_mem", "--model", "llama-2-70b", "--device", "a100-40g", "--count", "2"), 0, "fits"),
+        (
+            ("--profile", "low_mem", "--model", "llama-2-70b", "--device", "a100-40g", "--count", "2"),
+            0,
+            "fits",
+        ),
         (("--profile", "offload"), 3, "slow"),
         (("--profile", "article"), 2, "impossible"),
         (("--profile", "low_latency", "--set", "gpu_memory_utilization=0.45"), 2, "impossible"),
@@ -69,22 +80,42 @@ def test_explain_quotes_measurements_of_variables_and_of_flags_that_are_not_set(
     shown = run("explain", "low_mem").stdout
     assert "NCCL_MAX_NCHANNELS=2" in shown
     assert "measured: H100, 2026-11-26: without it 20,884 MiB under load" in shown
-    assert shown.index("left as the engine has them:") < shown.index("--enforce-eager") < shown.index("--disable-custom-all-reduce")
+    assert (
+        shown.index("left as the engine has them:")
+        < shown.index("--enforce-eager")
+        < shown.index("--disable-custom-all-reduce")
+    )
     assert "left as the engine" not in run("explain", "long_context").stdout
 
 
 def test_deployment_arguments():
-    done = run("plan", "--profile", "demo_cpu", "--model-path", "/srv/m", "--served-model-name", "demo", "--port", "8012", "--json")
+    done = run(
+        "plan",
+        "--profile",
+        "demo_cpu",
+        "--model-path",
+        "/srv/m",
+        "--served-model-name",
+        "demo",
+        "--port",
+        "8012",
+        "--json",
+    )
     argv = json.loads(done.stdout)["argv"]
     assert argv[:7] == ["/srv/m", "--served-model-name", "demo", "--host", "127.0.0.1", "--port", "8012"]
 
 
 def test_the_plan_imports_nothing_heavy():
     code = (
-        "import sys, lowmem.cli, lowmem.plan_cli, lowmem.render\n"
-        "print(*[m for m in ('matplotlib', 'huggingface_hub', 'numpy', 'torch', 'transformers', 'jinja2', 'psutil') if m in sys.modules])"
+        "import sys, lowmem.cli.main, lowmem.cli.plan, lowmem.plan.render\nprint(*[m for m in ('matplotlib',"
+        " 'huggingface_hub', 'numpy', 'torch', 'transformers', 'jinja2', 'psutil') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip() == ""
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+        ).stdout.strip()
+        == ""
+    )
 
 
 def test_suggest_lists_only_what_fits():

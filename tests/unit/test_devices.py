@@ -2,11 +2,19 @@
 
 import pytest
 
-from lowmem import devices
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
+from lowmem.inputs import devices
 
-FIGURES = ("nvml_total_mib", "torch_total_mib", "hbm_gb_per_s", "link_gb_per_s", "fp16_tflops", "peer_gb_per_s", "sm_count")
+FIGURES = (
+    "nvml_total_mib",
+    "torch_total_mib",
+    "hbm_gb_per_s",
+    "link_gb_per_s",
+    "fp16_tflops",
+    "peer_gb_per_s",
+    "sm_count",
+)
 
 
 @pytest.mark.parametrize("name", devices.names())

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import planning_page
 import pytest
 
-from lowmem import claims, planning_page
+from lowmem.plan import claims
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -12,7 +13,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.parametrize(
     ("name", "make", "command"),
     [
-        ("planning.md", planning_page.page, "python -m lowmem.planning_page > docs/planning.md"),
+        ("planning.md", planning_page.page, "python scripts/planning_page.py > docs/planning.md"),
         ("claims.md", claims.markdown, "lowmem check-article --markdown > docs/claims.md"),
     ],
 )

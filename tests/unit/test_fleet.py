@@ -8,11 +8,12 @@ import pytest
 import simpy
 from typer.testing import CliRunner
 
-from lowmem.cli import app
+from lowmem.artefacts import read
+from lowmem.cli.main import app
 from lowmem.errors import BadInput
-from lowmem.fleet import Host, Request, Speed, closed_loop, hosts_needed, measured, open_loop, planned
-from lowmem.planner import make_plan
-from lowmem.receipt import read
+from lowmem.fleet.simulation import Host, Request, closed_loop, hosts_needed, open_loop
+from lowmem.fleet.speed import Speed, measured, planned
+from lowmem.plan.planner import make_plan
 
 RECEIPTS = Path(__file__).parents[2] / "docs" / "measurements" / "2026-11-23-2xh200"
 SIMPLE = Speed(
@@ -22,7 +23,8 @@ SIMPLE = Speed(
 
 
 @pytest.mark.parametrize(
-    ("decoding", "prompt", "ms"), [(1, 0, 10.0), (0, 0, 10.0), (3, 0, 12.0), (5, 0, 14.0), (9, 0, 14.0), (1, 512, 110.0), (1, 128, 35.0)]
+    ("decoding", "prompt", "ms"),
+    [(1, 0, 10.0), (0, 0, 10.0), (3, 0, 12.0), (5, 0, 14.0), (9, 0, 14.0), (1, 512, 110.0), (1, 128, 35.0)],
 )
 def test_a_step_lies_between_the_batches_known(decoding, prompt, ms):
     assert SIMPLE.step_ms(decoding, prompt) == ms
@@ -37,7 +39,9 @@ def test_one_request_by_hand():
 
 @pytest.mark.parametrize(("ahead", "first_ms"), [(False, 190.0), (True, 200.0)])
 def test_who_comes_during_a_step_waits_for_the_next_one_to_be_decided(ahead, first_ms):
-    """A lone request has its first token after 110 ms and decodes by 10; another comes at 125 and takes a step of 60."""
+    """A lone request has its first token after 110 ms and decodes by 10; another comes at 125 and takes a
+    step of 60.
+    """
     clock = simpy.Environment()
     host = Host(clock, replace(SIMPLE, async_scheduling=ahead))
     one, other = Request(0, 512, 100), Request(125, 256, 2)
@@ -89,7 +93,9 @@ def test_a_measured_host_is_simulated_as_it_was(receipt, clients, tokens_per_s, 
     found = read(RECEIPTS / f"{receipt}.json")
     load = next(r for r in found.loads if r.load.clients == clients)
     assert load.output_tokens_per_s == pytest.approx(tokens_per_s, abs=0.1)
-    seen = closed_loop(measured(found), clients, load.load.input_tokens, load.load.output_tokens, load.requests)
+    seen = closed_loop(
+        measured(found), clients, load.load.input_tokens, load.load.output_tokens, load.requests
+    )
     assert seen.tokens_per_s == pytest.approx(tokens_per_s, rel=0.03)
     assert seen.tpot_p99_ms == pytest.approx(tpot_p99, rel=0.03)
     assert seen.tpot_p50_ms == pytest.approx(load.tpot_ms.p50, rel=0.03)
@@ -119,7 +125,10 @@ def test_more_hosts_for_more_load_and_for_tighter_limits():
 
 
 def test_the_first_requests_are_not_counted_unless_asked_for():
-    assert [open_loop(SIMPLE, 1, 0.5, 512, 256, requests=50, **asked).requests for asked in ({}, {"left_out": 0.0})] == [40, 50]
+    assert [
+        open_loop(SIMPLE, 1, 0.5, 512, 256, requests=50, **asked).requests
+        for asked in ({}, {"left_out": 0.0})
+    ] == [40, 50]
 
 
 def test_two_hosts_shorten_the_queue_of_one():
@@ -132,8 +141,14 @@ def test_two_hosts_shorten_the_queue_of_one():
     ("arguments", "line"),
     [
         ((1.0, 5000, 256, 200, 10_000), "one request of 5256 tokens does not fit its pool of 4096"),
-        ((1.0, 512, 256, 5, 10_000), "a lone request takes 10 ms a token, the limit is 5: more hosts do not help"),
-        ((1.0, 512, 256, 200, 50), "a lone request takes 110 ms to its first token, the limit is 50: more hosts do not help"),
+        (
+            (1.0, 512, 256, 5, 10_000),
+            "a lone request takes 10 ms a token, the limit is 5: more hosts do not help",
+        ),
+        (
+            (1.0, 512, 256, 200, 50),
+            "a lone request takes 110 ms to its first token, the limit is 50: more hosts do not help",
+        ),
         ((1000.0, 512, 256, 200, 10_000), "more than 64 hosts"),
     ],
 )
@@ -148,7 +163,9 @@ def test_request_times():
 
 
 def test_the_command():
-    done = CliRunner().invoke(app, ["fleet", "--qps", "0.5", "--profile", "low_mem", "--profile", "offload", "--json"])
+    done = CliRunner().invoke(
+        app, ["fleet", "--qps", "0.5", "--profile", "low_mem", "--profile", "offload", "--json"]
+    )
     assert done.exit_code == 0, done.output
     low_mem, offload = json.loads(done.stdout)
     assert (low_mem["hosts"], low_mem["cards"]) == (1, 2)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from lowmem.gateway_health import Health, metrics
+from lowmem.service.gateway_health import Health, metrics
 
 
 class Engine:
@@ -66,7 +66,9 @@ def test_an_idle_engine_is_asked_once_in_a_quarter_of_the_limit(engine: Engine, 
     assert engine.asked == 4
 
 
-def test_a_hung_engine_is_a_no_after_the_limit_and_a_yes_when_it_moves(engine: Engine, health: Health) -> None:
+def test_a_hung_engine_is_a_no_after_the_limit_and_a_yes_when_it_moves(
+    engine: Engine, health: Health
+) -> None:
     health.look(0)
     engine.running, engine.answer = True, "nothing"
     health.look(58)

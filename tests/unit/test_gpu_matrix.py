@@ -35,19 +35,35 @@ def matrix(monkeypatch):
 def job(tmp_path, name, gpus, **more):
     script = tmp_path / "hold.py"
     script.write_text(HOLD)
-    return {"name": name, "gpus": gpus, "guess_s": 1, "command": f"{sys.executable} {script} {{out}} {name}", **more}
+    return {
+        "name": name,
+        "gpus": gpus,
+        "guess_s": 1,
+        "command": f"{sys.executable} {script} {{out}} {name}",
+        **more,
+    }
 
 
 def test_no_card_has_two_runs_at_once(matrix, tmp_path, capsys):
     cards = {"a": "0,1", "b": "2,3", "c": "2", "d": "3", "e": "1,2", "f": "0"}
-    matrix.run_all([job(tmp_path, name, gpus) for name, gpus in cards.items()], tmp_path, tmp_path, time.monotonic() + 120)
+    matrix.run_all(
+        [job(tmp_path, name, gpus) for name, gpus in cards.items()],
+        tmp_path,
+        tmp_path,
+        time.monotonic() + 120,
+    )
     said = capsys.readouterr().out
     assert [f"=== {name} on GPU {gpus}: exit 0 " in said for name, gpus in cards.items()] == [True] * 6, said
     assert sorted((tmp_path / "order").read_text().split()) == list("abcdef")
 
 
 def test_a_run_that_cannot_end_in_time_is_not_begun(matrix, tmp_path, capsys):
-    matrix.run_all([job(tmp_path, "long", "0", guess_s=1000), job(tmp_path, "short", "0")], tmp_path, tmp_path, time.monotonic() + 120)
+    matrix.run_all(
+        [job(tmp_path, "long", "0", guess_s=1000), job(tmp_path, "short", "0")],
+        tmp_path,
+        tmp_path,
+        time.monotonic() + 120,
+    )
     assert "=== long: not begun, the deadline is near" in capsys.readouterr().out
     assert (tmp_path / "order").read_text() == "short\n"
 

@@ -1,4 +1,6 @@
-"""The knob table against vLLM 0.32.0: its list of flags always, its own parser where an engine environment exists."""
+"""The knob table against vLLM 0.32.0: its list of flags always, its own parser where an engine environment
+exists.
+"""
 
 import json
 import os
@@ -7,16 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import profiles
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
-from lowmem.knobs import checked, flag_of, graph_sizes, missing_flags, parse_assignments, tokens_of
-from lowmem.planner import make_plan
+from lowmem.inputs import profiles
+from lowmem.plan.engine_config import graph_sizes
+from lowmem.plan.knobs import checked, flag_of, parse_assignments, tokens_of
+from lowmem.plan.planner import make_plan
+from lowmem.plan.support import missing_flags
 from lowmem.schema import Knob
 from lowmem.units import parse_bytes
 
 ROOT = Path(__file__).parents[2]
-FLAGS = set((ROOT / "tests" / "data" / "vllm_0.32_flags.txt").read_text().split())  # `vllm serve --help=all` of 0.32.0
+FLAGS = set(
+    (ROOT / "tests" / "data" / "vllm_0.32_flags.txt").read_text().split()
+)  # `vllm serve --help=all` of 0.32.0
 TABLE = load_yaml("knobs.yml")
 GONE = [n for n, spec in TABLE.items() if spec.get("never") or "removed" in spec]
 
@@ -47,28 +53,40 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
         pytest.skip("no vLLM environment; `make demo` builds one, $LOWMEM_ENGINE_PYTHON names another")
     wanted = {name: make_plan(name, search=False).argv for name in profiles.names()}
     wanted["two_hosts, second host"] = make_plan("two_hosts", search=False).nodes[1].argv
-    prefetch = {"cpu_offload_gb": 0, "offload_group_size": 16, "offload_num_in_group": 9, "offload_params": "gate_up_proj down_proj"}
+    prefetch = {
+        "cpu_offload_gb": 0,
+        "offload_group_size": 16,
+        "offload_num_in_group": 9,
+        "offload_params": "gate_up_proj down_proj",
+    }
     wanted["prefetch"] = make_plan("offload", overrides=prefetch, search=False).argv
     wanted["graphs"] = make_plan(
-        "low_latency", overrides={"cudagraph_capture_sizes": "1 2 4 8", "enable_prefix_caching": False}, search=False
+        "low_latency",
+        overrides={"cudagraph_capture_sizes": "1 2 4 8", "enable_prefix_caching": False},
+        search=False,
     ).argv
     script = (
-        "import json, sys\n"
-        "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "parser = make_arg_parser(FlexibleArgumentParser(prog='vllm serve'))\n"
-        "out = {}\n"
-        "for name, argv in json.load(sys.stdin).items():\n"
-        "    try:\n"
-        "        a = parser.parse_args(argv)\n"
-        "        out[name] = [a.model_tag, a.kv_cache_memory_bytes, a.max_model_len, a.cudagraph_capture_sizes]\n"
-        "    except SystemExit:\n"
-        "        out[name] = 'refused'\n"
-        "print('\\n' + json.dumps(out))\n"
+        "import json, sys\nfrom vllm.entrypoints.launchers.cli_args import make_arg_parser\nfrom"
+        " vllm.utils.argparse_utils import FlexibleArgumentParser\nparser ="
+        " make_arg_parser(FlexibleArgumentParser(prog='vllm serve'))\nout = {}\nfor name, argv in"
+        " json.load(sys.stdin).items():\n    try:\n        a = parser.parse_args(argv)\n        out[name] ="
+        " [a.model_tag, a.kv_cache_memory_bytes, a.max_model_len, a.cudagraph_capture_sizes]\n    except"
+        " SystemExit:\n        out[name] = 'refused'\nprint('\\n' + json.dumps(out))\n"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     done = subprocess.run(
-        [python, "-c", script], input=json.dumps(wanted), capture_output=True, text=True, env=environment, timeout=300, check=False
+        [python, "-c", script],
+        input=json.dumps(wanted),
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
@@ -118,7 +136,12 @@ def test_tokens(name, value, tokens):
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "value"), [("max-num-seqs=8", "max_num_seqs", "8"), ("--max-num-seqs=8", "max_num_seqs", "8"), ("a=b=c", "a", "b=c")]
+    ("text", "name", "value"),
+    [
+        ("max-num-seqs=8", "max_num_seqs", "8"),
+        ("--max-num-seqs=8", "max_num_seqs", "8"),
+        ("a=b=c", "a", "b=c"),
+    ],
 )
 def test_assignments(text, name, value):
     assert parse_assignments([text]) == {name: value}

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from lowmem.members import Bond, Connection, MemberHosts, plain
-from lowmem.ready import wait_joined
 from lowmem.schema import Deploy
-from lowmem.watchdog import MemberLook
+from lowmem.service.members import Bond, Connection, MemberHosts, plain
+from lowmem.service.ready import wait_joined
+from lowmem.service.watchdog import MemberLook
 
 FIRST: Connection = ("10.0.0.2", 40000, "10.0.0.1", 29501)
 NEXT: Connection = ("10.0.0.2", 40002, "10.0.0.1", 29501)
@@ -50,7 +50,13 @@ def test_one_that_stays_joined_is_in_no_trouble():
 
 def test_a_connection_that_is_gone_is_said_once():
     said = looked_at([{FIRST}, {FIRST}, set(), set(), set()])
-    assert said == ["", "", "the connection with 10.0.0.1 has ended, and what comes next there cannot join this engine", "", ""]
+    assert said == [
+        "",
+        "",
+        "the connection with 10.0.0.1 has ended, and what comes next there cannot join this engine",
+        "",
+        "",
+    ]
 
 
 def test_another_connection_in_its_place_is_another_engine():
@@ -99,11 +105,20 @@ def test_a_host_that_a_firewall_hides_is_in_no_trouble():
 
 def test_what_one_engine_heard_is_nothing_to_the_next():
     bond = Bond(Stub([{FIRST}, {FIRST}, {FIRST}, set(), {NEXT}], ["there", "nothing"]), 60)
-    assert [bool(bond.look(now)) for now in (0.0, 5.0, 10.0, 15.0, 500.0, 505.0, 510.0)] == [False, False, False, True, False, False, False]
+    assert [bool(bond.look(now)) for now in (0.0, 5.0, 10.0, 15.0, 500.0, 505.0, 510.0)] == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
-    ("running", "ended"), [(["old", "old"], True), (["old", "new"], False), (["old", None], False), ([None, None], False)]
+    ("running", "ended"),
+    [(["old", "old"], True), (["old", "new"], False), (["old", None], False), ([None, None], False)],
 )
 def test_only_the_engine_that_was_joined_is_ended(running, ended):
     """What the service manager started since then is to live."""
@@ -124,7 +139,11 @@ def test_not_ready_where_the_engine_ends_or_nobody_is_there():
 
 def test_addresses_of_a_socket_of_both_families():
     assert plain("::ffff:10.0.0.2") == "10.0.0.2"
-    assert [plain(address) for address in ("10.0.0.2", "fd00::2", "fe80::1%eth0")] == ["10.0.0.2", "fd00::2", "fe80::1%eth0"]
+    assert [plain(address) for address in ("10.0.0.2", "fd00::2", "fe80::1%eth0")] == [
+        "10.0.0.2",
+        "fd00::2",
+        "fe80::1%eth0",
+    ]
 
 
 def test_the_kernels_own_words():
@@ -132,7 +151,11 @@ def test_the_kernels_own_words():
     with socket.create_server(("127.0.0.2", 0)) as listener:
         port = listener.getsockname()[1]
         first, other = (
-            MemberHosts(DEPLOY.model_copy(update={"nodes": ("127.0.0.2", "127.0.0.3"), "master_port": port, "rank": rank}))
+            MemberHosts(
+                DEPLOY.model_copy(
+                    update={"nodes": ("127.0.0.2", "127.0.0.3"), "master_port": port, "rank": rank}
+                )
+            )
             for rank in (0, 1)
         )
         assert (first.connections(), other.connections()) == (frozenset(), frozenset())

@@ -2,19 +2,25 @@
 
 import pytest
 
-from lowmem.memory import next_power_of_two
-from lowmem.planner import make_plan
+from lowmem.plan.memory import next_power_of_two
+from lowmem.plan.planner import make_plan
 from lowmem.units import GIB, MIB
 
 
-@pytest.mark.parametrize(("asked", "given"), [(1, 1), (2, 2), (3, 4), (5 * MIB, 8 * MIB), (8 * MIB, 8 * MIB), (224 * MIB, 256 * MIB)])
+@pytest.mark.parametrize(
+    ("asked", "given"),
+    [(1, 1), (2, 2), (3, 4), (5 * MIB, 8 * MIB), (8 * MIB, 8 * MIB), (224 * MIB, 256 * MIB)],
+)
 def test_pinned_allocations_round_up_to_a_power_of_two(asked, given):
     assert next_power_of_two(asked) == given
 
 
 def test_host_ram_of_an_offloading_plan():
-    plan = make_plan("offload", overrides={"offload_group_size": 0, "offload_num_in_group": 1, "cpu_offload_gb": 0.4})
-    # 429,496,730 bytes, in MiB: qkv, o and gate_up with weights, zeros and scales each, then down's weights, which meet the budget
+    plan = make_plan(
+        "offload", overrides={"offload_group_size": 0, "offload_num_in_group": 1, "cpu_offload_gb": 0.4}
+    )
+    # 429,496,730 bytes, in MiB: qkv, o and gate_up with weights, zeros and scales each, then down's weights,
+    # which meet the budget
     asked = [40, 0.3125, 1.25, 32, 0.25, 1, 224, 1.75, 7, 112]
     pinned = [64, 0.5, 2, 32, 0.25, 1, 256, 2, 8, 128]
     assert plan.weight_terms["offloaded"] == round(sum(asked) * MIB)
@@ -39,7 +45,9 @@ def test_the_floor_is_the_slowest_of_hbm_link_and_operations():
         output_tokens=1,
     )
     assert many.latency_ms.decode_floor == many.latency_ms.terms["flops"]
-    assert many.latency_ms.terms["flops"] == pytest.approx(2 * (68_976_648_192 - 262_144_000) * 2048 / 989e12 * 1e3, abs=0.01)
+    assert many.latency_ms.terms["flops"] == pytest.approx(
+        2 * (68_976_648_192 - 262_144_000) * 2048 / 989e12 * 1e3, abs=0.01
+    )
 
 
 def test_two_cards_halve_what_each_reads():
@@ -69,7 +77,9 @@ def test_a_pool_too_small_for_all_clients_is_slow():
 
 
 def test_channels_of_nccl_are_memory():
-    few, many = (make_plan("low_mem", environment={"NCCL_MAX_NCHANNELS": n}).per_gpu["nccl"] for n in ("2", "8"))
+    few, many = (
+        make_plan("low_mem", environment={"NCCL_MAX_NCHANNELS": n}).per_gpu["nccl"] for n in ("2", "8")
+    )
     assert many - few == 6 * 18 * MIB
     assert make_plan("low_latency").per_gpu["nccl"] == 0
 

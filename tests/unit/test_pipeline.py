@@ -1,19 +1,26 @@
-"""One server on several hosts: stages, their memory, what passes between them, what the link must be. Literals are worked out by hand."""
+"""One server on several hosts: stages, their memory, what passes between them, what the link must be.
+Literals are worked out by hand.
+"""
 
 import json
 import subprocess
 
 import pytest
 
-from lowmem import links
 from lowmem.errors import BadInput
-from lowmem.knobs import layer_partition
-from lowmem.planner import make_plan
+from lowmem.inputs import links
+from lowmem.plan.engine_config import layer_partition
+from lowmem.plan.planner import make_plan
 from lowmem.schema import Plan
 from lowmem.units import GIB, MIB
 from tests.unit.test_knobs import engine_python
 
-DEPLOY = {"model_path": "/srv/m", "served_model_name": "m", "nodes": ["10.0.0.1", "10.0.0.2"], "interface": "eth1"}
+DEPLOY = {
+    "model_path": "/srv/m",
+    "served_model_name": "m",
+    "nodes": ["10.0.0.1", "10.0.0.2"],
+    "interface": "eth1",
+}
 
 
 @pytest.mark.parametrize(
@@ -36,8 +43,9 @@ def test_the_engine_deals_the_same():
     if python is None:
         pytest.skip("no vLLM environment; `make demo` builds one, $LOWMEM_ENGINE_PYTHON names another")
     script = (
-        "import json\nfrom vllm.distributed.utils import get_pp_indices\n"
-        "print('\\n' + json.dumps([[get_pp_indices(n, r, s) for r in range(s)] for n in range(8, 100) for s in (2, 3, 4, 5, 8)]))"
+        "import json\nfrom vllm.distributed.utils import get_pp_indices\nprint('\\n' +"
+        " json.dumps([[get_pp_indices(n, r, s) for r in range(s)] for n in range(8, 100) for s in (2, 3, 4,"
+        " 5, 8)]))"
     )
     done = subprocess.run([python, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     theirs = json.loads(done.stdout.splitlines()[-1])
@@ -49,7 +57,8 @@ def test_weights_of_each_stage():
     plan = make_plan("two_hosts")
     first, last = plan.stages
     assert [(s.node, s.first_layer, s.layers) for s in plan.stages] == [(0, 0, 40), (1, 40, 40)]
-    # half of 68,451,041,280 weights at 4 bits, 2 bytes of scale and half a byte of zero point for each 128; one end of 32,000 x 8,192
+    # half of 68,451,041,280 weights at 4 bits, 2 bytes of scale and half a byte of zero point for each 128;
+    # one end of 32,000 x 8,192
     assert first.weight_terms["sharded"] == 17_112_760_320 + 534_773_760 + 133_693_440 + 524_288_000
     assert last.weight_terms["sharded"] == first.weight_terms["sharded"]
     # two norms a layer, and the last one before lm_head
@@ -71,8 +80,8 @@ def test_keys_and_values_of_each_stage_and_one_pool_for_both():
 
 def test_communication_buffers_as_expected():
     plan = make_plan("two_hosts")
-    # a base, and three communicators of two channels; a step of 64 tokens is received twice over and kept once while it is sent;
-    # the last stage's logits and sampler besides
+    # a base, and three communicators of two channels; a step of 64 tokens is received twice over and kept
+    # once while it is sent; the last stage's logits and sampler besides
     assert {s.per_gpu["nccl"] for s in plan.stages} == {(354 + 3 * 2 * 18) * MIB}
     assert [s.per_gpu["pipeline_buffers"] for s in plan.stages] == [64 * 32768, 2 * 64 * 32768 + 78 * MIB]
 
@@ -99,12 +108,15 @@ def test_what_passes_between_the_stages():
 
 def test_the_floor_is_the_whole_models_reading():
     two = make_plan("two_hosts")
-    # 17,782,538,240 and 18,306,842,624 bytes read; four of eight clients in each of two steps, which pass the slower stage in turn
+    # 17,782,538,240 and 18,306,842,624 bytes read; four of eight clients in each of two steps, which pass the
+    # slower stage in turn
     slower = 18_306_842_624 / 1.555e9 + 4 * 1152 * 163_840 / 1.555e9
     assert two.latency_ms.decode_floor == pytest.approx(2 * slower, abs=0.01)
     alone = make_plan("two_hosts", clients=1).latency_ms
     way = 32_768 / 2.94e6 + 0.06
-    assert alone.decode_floor == pytest.approx((17_782_538_240 + 18_306_842_624) / 1.555e9 + 1152 * 327_680 / 1.555e9 + way, abs=0.01)
+    assert alone.decode_floor == pytest.approx(
+        (17_782_538_240 + 18_306_842_624) / 1.555e9 + 1152 * 327_680 / 1.555e9 + way, abs=0.01
+    )
     assert alone.decode_floor > 1.9 * make_plan("low_mem", clients=1).latency_ms.decode_floor
 
 
@@ -112,7 +124,9 @@ def test_one_client_leaves_each_card_idle_half_of_the_time():
     pipeline = make_plan("two_hosts").pipeline
     assert pipeline is not None
     assert 0.55 < pipeline.idle_share_one_client < 0.57
-    four = make_plan("low_latency", hosts=4, network="ib", overrides={"pipeline_parallel_size": 4}, search=False).pipeline
+    four = make_plan(
+        "low_latency", hosts=4, network="ib", overrides={"pipeline_parallel_size": 4}, search=False
+    ).pipeline
     assert four is not None
     assert 0.75 < four.idle_share_one_client < 0.80
 
@@ -120,7 +134,9 @@ def test_one_client_leaves_each_card_idle_half_of_the_time():
 def test_a_prompts_steps_follow_one_another_through_the_stages():
     plan = make_plan("two_hosts", clients=1).latency_ms
     # sixteen steps of 64 tokens: fifteen at the pace of the slower stage, the last through both
-    assert plan.prefill_expected == pytest.approx(15 * plan.terms["chunk_step"] + 2 * plan.terms["chunk_step"], rel=0.05)
+    assert plan.prefill_expected == pytest.approx(
+        15 * plan.terms["chunk_step"] + 2 * plan.terms["chunk_step"], rel=0.05
+    )
     assert plan.prefill_expected < 0.6 * 16 * 2 * plan.terms["chunk_step"]
 
 
@@ -135,7 +151,12 @@ def test_the_link_that_the_limits_need_is_where_the_verdict_turns():
         (2.94, needs.most_round_trip_us, "fits"),
         (2.94, needs.most_round_trip_us * 1.02, "impossible"),
     ):
-        assert make_plan("two_hosts", network=links.load_link("25gbe", gb_per_s, round_trip), search=False).verdict == verdict
+        assert (
+            make_plan(
+                "two_hosts", network=links.load_link("25gbe", gb_per_s, round_trip), search=False
+            ).verdict
+            == verdict
+        )
 
 
 def test_a_link_too_slow_is_refused_with_the_one_that_would_do():
@@ -159,21 +180,42 @@ def test_a_limit_that_no_link_meets_is_not_the_links_fault():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"overrides": {"tensor_parallel_size": 2}}, "tensor_parallel_size=2 is more than the 1 card(s) of a host"),
-        ({"overrides": {"pipeline_parallel_size": 1}}, "pipeline_parallel_size=1 does not deal its stages evenly to 2 hosts"),
+        (
+            {"overrides": {"tensor_parallel_size": 2}},
+            "tensor_parallel_size=2 is more than the 1 card(s) of a host",
+        ),
+        (
+            {"overrides": {"pipeline_parallel_size": 1}},
+            "pipeline_parallel_size=1 does not deal its stages evenly to 2 hosts",
+        ),
         ({"overrides": {"pipeline_parallel_size": 4}}, "need 2 cards a host and there are 1"),
-        ({"overrides": {"pipeline_parallel_size": 64}, "count": 64, "model": "smollm2-135m"}, "is more than the 30 layers"),
+        (
+            {"overrides": {"pipeline_parallel_size": 64}, "count": 64, "model": "smollm2-135m"},
+            "is more than the 30 layers",
+        ),
         (
             {"environment": {"VLLM_PP_LAYER_PARTITION": "40,39"}},
             "VLLM_PP_LAYER_PARTITION='40,39' is not 2 numbers from 1 that add up to 80",
         ),
         ({"environment": {"VLLM_PP_LAYER_PARTITION": "40;40"}}, "VLLM_PP_LAYER_PARTITION='40;40'"),
-        ({"network": "token-ring"}, "network 'token-ring' is not in the table; use one of 10gbe, 25gbe, 100gbe, infiniband"),
+        (
+            {"network": "token-ring"},
+            "network 'token-ring' is not in the table; use one of 10gbe, 25gbe, 100gbe, infiniband",
+        ),
         ({"hosts": 0}, "hosts=0 is not from 1 to 64"),
-        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1"]}}, "nodes has 1 addresses and the server spans 2 host(s)"),
-        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "10.0.0.1"]}}, "nodes has 10.0.0.1 more than once; give each host its own address"),
+        (
+            {"deploy": {**DEPLOY, "nodes": ["10.0.0.1"]}},
+            "nodes has 1 addresses and the server spans 2 host(s)",
+        ),
+        (
+            {"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "10.0.0.1"]}},
+            "nodes has 10.0.0.1 more than once; give each host its own address",
+        ),
         ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "gpu-2"]}}, "nodes has 'gpu-2', which is no IP address"),
-        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "127.0.1.1"]}}, "nodes has 127.0.1.1, by which no other host reaches it"),
+        (
+            {"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "127.0.1.1"]}},
+            "nodes has 127.0.1.1, by which no other host reaches it",
+        ),
         ({"deploy": {**DEPLOY, "rank": 2}}, "rank=2 is no place among the 2 host(s) of the server"),
         ({"deploy": {**DEPLOY, "port": 29501}}, "port=29501 is the server's and master_port too"),
     ],
@@ -224,7 +266,9 @@ def test_each_host_has_the_same_plan_with_its_own_arguments():
     assert [plan.argv for plan in plans] == [node.argv for node in plans[0].nodes]
     assert [plan.environment for plan in plans] == [node.environment for node in plans[0].nodes]
     different = {"arguments", "environment", "deploy"}
-    assert plans[0].model_dump(exclude=different | {"argv"}) == plans[1].model_dump(exclude=different | {"argv"})
+    assert plans[0].model_dump(exclude=different | {"argv"}) == plans[1].model_dump(
+        exclude=different | {"argv"}
+    )
     # vLLM's own 600 s would be shorter than what the unit may take
     waits = [{v.name: v.value for v in plan.environment}.get("VLLM_ENGINE_READY_TIMEOUT_S") for plan in plans]
     assert waits == [str(plans[0].service.timeout_start_s), None]
@@ -240,7 +284,9 @@ def test_stages_inside_one_host_need_no_network():
 
 
 def test_a_host_with_two_cards_cuts_its_stage_in_two():
-    plan = make_plan("low_mem", hosts=2, network="25gbe", overrides={"pipeline_parallel_size": 2}, search=False)
+    plan = make_plan(
+        "low_mem", hosts=2, network="25gbe", overrides={"pipeline_parallel_size": 2}, search=False
+    )
     whole = make_plan("two_hosts", search=False)
     assert plan.device_count == 2
     assert plan.stages[0].weight_terms["sharded"] == whole.stages[0].weight_terms["sharded"] // 2
@@ -248,13 +294,18 @@ def test_a_host_with_two_cards_cuts_its_stage_in_two():
 
 
 def test_a_tied_embedding_is_on_both_ends():
-    plan = make_plan("demo_cpu", hosts=2, network="10gbe", overrides={"pipeline_parallel_size": 2}, search=False)
+    plan = make_plan(
+        "demo_cpu", hosts=2, network="10gbe", overrides={"pipeline_parallel_size": 2}, search=False
+    )
     first, last = plan.stages
     assert first.weight_terms["sharded"] == last.weight_terms["sharded"]
     assert first.weight_terms["sharded"] > make_plan("demo_cpu").weight_terms["sharded"] / 2
 
 
 def test_older_engines_and_types_that_are_not_modelled_are_refused():
-    assert any("use 0.32.0 or later" in r for r in make_plan("two_hosts", vllm_version="0.31.0", search=False).reasons)
+    assert any(
+        "use 0.32.0 or later" in r
+        for r in make_plan("two_hosts", vllm_version="0.31.0", search=False).reasons
+    )
     refused = make_plan("two_hosts", overrides={"kv_cache_dtype": "turboquant_4bit_nc"}, search=False)
     assert any("is not modelled with pipeline stages" in r for r in refused.reasons)

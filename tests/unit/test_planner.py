@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import profiles
 from lowmem.errors import BadInput
-from lowmem.planner import make_plan
+from lowmem.inputs import profiles
+from lowmem.plan.planner import make_plan
 from lowmem.schema import Plan
 from lowmem.units import GIB, MIB
 
@@ -38,10 +38,22 @@ def test_verdict_of_each_profile(name, verdict):
 
 @pytest.mark.parametrize("name", VERDICT)
 def test_golden_arguments(name):
-    """The argument vector, environment and terms as they were last reviewed; LOWMEM_UPDATE_GOLDEN=1 writes them anew."""
-    plan = make_plan(name, deploy={"model_path": "/srv/models/m", "served_model_name": "m", "host": "127.0.0.1", "port": 8000})
+    """The argument vector, environment and terms as they were last reviewed; LOWMEM_UPDATE_GOLDEN=1 writes
+    them anew.
+    """
+    plan = make_plan(
+        name,
+        deploy={"model_path": "/srv/models/m", "served_model_name": "m", "host": "127.0.0.1", "port": 8000},
+    )
     text = (
-        json.dumps({"argv": plan.argv, "environment": {v.name: v.value for v in plan.environment}, "per_gpu": plan.per_gpu}, indent=1)
+        json.dumps(
+            {
+                "argv": plan.argv,
+                "environment": {v.name: v.value for v in plan.environment},
+                "per_gpu": plan.per_gpu,
+            },
+            indent=1,
+        )
         + "\n"
     )
     file = GOLDEN / f"{name}.json"
@@ -99,12 +111,16 @@ def test_the_article_is_sent_to_a_profile_that_fits():
     plan = make_plan("article")
     assert plan.nearest == "low_mem"
     assert plan.reasons[0].startswith("unrecognized arguments: --max-batch-size")
-    assert any("No available memory for the cache blocks: Available KV cache memory: -1" in r for r in plan.reasons)
+    assert any(
+        "No available memory for the cache blocks: Available KV cache memory: -1" in r for r in plan.reasons
+    )
 
 
 def test_slow_names_term_and_excess():
     plan = make_plan("offload")
-    assert plan.latency_ms.terms["link_offload"] == pytest.approx(plan.weight_terms["offloaded"] / 25e9 * 1e3, rel=1e-3)
+    assert plan.latency_ms.terms["link_offload"] == pytest.approx(
+        plan.weight_terms["offloaded"] / 25e9 * 1e3, rel=1e-3
+    )
     assert "largest term link_offload" in plan.reasons[0]
     assert "over the limit of 200" in plan.reasons[0]
 
@@ -144,7 +160,9 @@ def test_a_cpu_plan_has_no_gpu_arguments():
     ],
 )
 def test_kv_bytes_per_token(dtype, bytes_per_token):
-    plan = make_plan("low_latency", device="h200", overrides={"kv_cache_dtype": dtype, "kv_cache_memory_bytes": 4 * GIB})
+    plan = make_plan(
+        "low_latency", device="h200", overrides={"kv_cache_dtype": dtype, "kv_cache_memory_bytes": 4 * GIB}
+    )
     assert plan.per_gpu["kv_cache"] == plan.kv_tokens * bytes_per_token
 
 
@@ -155,7 +173,12 @@ def test_uva_offload_takes_whole_parameters_in_order():
 
 
 def test_prefetch_offload_takes_the_last_layers_of_each_group():
-    knobs = {"cpu_offload_gb": 0, "offload_group_size": 2, "offload_num_in_group": 1, "offload_prefetch_step": 1}
+    knobs = {
+        "cpu_offload_gb": 0,
+        "offload_group_size": 2,
+        "offload_num_in_group": 1,
+        "offload_prefetch_step": 1,
+    }
     plan = make_plan("offload", overrides=knobs)
     layer = plan.weight_terms["offloaded"] // 40
     assert plan.weight_terms["offloaded"] == 40 * layer
@@ -164,7 +187,9 @@ def test_prefetch_offload_takes_the_last_layers_of_each_group():
 
 def test_machete_keeps_zero_points_in_16_bits_and_marlin_does_not():
     hopper = make_plan("low_latency", device="h200")
-    marlin = make_plan("low_latency", device="h200", environment={"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"})
+    marlin = make_plan(
+        "low_latency", device="h200", environment={"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+    )
     zeros = 68_451_041_280 // 128
     assert hopper.weight_terms["repacking"] == zeros * 2 - zeros // 2
     assert marlin.weight_terms["repacking"] == 0
@@ -178,7 +203,10 @@ def test_machete_keeps_zero_points_in_16_bits_and_marlin_does_not():
         ({"max_batch_size": 2}, ("no vLLM version has it", "--max-num-seqs")),
         ({"kv_cache_memory_bytes": 10 * MIB}, ("short by", "raise kv_cache_memory_bytes")),
         ({"gpu_memory_utilization": 1.0}, ("free memory at start",)),
-        ({"tensor_parallel_size": 1, "gpu_memory_utilization": 0.5}, ("No available memory for the cache blocks",)),
+        (
+            {"tensor_parallel_size": 1, "gpu_memory_utilization": 0.5},
+            ("No available memory for the cache blocks",),
+        ),
     ],
 )
 def test_what_cannot_run_is_impossible_and_says_why(overrides, words):
@@ -196,12 +224,18 @@ def test_weights_larger_than_the_card_are_out_of_memory():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"overrides": {"tensor_parallel_size": 3}, "count": 3}, "tensor_parallel_size=3 does not divide the 64 attention heads"),
+        (
+            {"overrides": {"tensor_parallel_size": 3}, "count": 3},
+            "tensor_parallel_size=3 does not divide the 64 attention heads",
+        ),
         ({"overrides": {"tensor_parallel_size": 4}}, "tensor_parallel_size=4 is more than the 2 card"),
         ({"count": 0}, "count=0"),
         ({"count": -2}, "count=-2"),
         ({"count": 65}, "count=65"),
-        ({"overrides": {"max_num_batched_tokens": 4}}, "max_num_batched_tokens=4 is less than max_num_seqs=8"),
+        (
+            {"overrides": {"max_num_batched_tokens": 4}},
+            "max_num_batched_tokens=4 is less than max_num_seqs=8",
+        ),
         ({"overrides": {"max_num_seqs": 0}}, "max_num_seqs=0 is below"),
         ({"overrides": {"max_num_seqs": "8.5"}}, "max_num_seqs='8.5' is not a whole number"),
         ({"overrides": {"gpu_memory_utilization": 0}}, "gpu_memory_utilization=0 is below"),
@@ -209,7 +243,10 @@ def test_weights_larger_than_the_card_are_out_of_memory():
         ({"overrides": {"gpu_memory_utilization": "inf"}}, "gpu_memory_utilization=inf"),
         ({"overrides": {"cpu_offload_gb": -1}}, "cpu_offload_gb=-1 is below"),
         ({"overrides": {"cpu_offload_gb": 5, "offload_group_size": 4}}, "two offload back ends"),
-        ({"overrides": {"offload_group_size": 4, "offload_num_in_group": 5}}, "offload_num_in_group=5 is more than"),
+        (
+            {"overrides": {"offload_group_size": 4, "offload_num_in_group": 5}},
+            "offload_num_in_group=5 is more than",
+        ),
         ({"overrides": {"offload_group_size": 4, "offload_prefetch_step": 0}}, "offload_prefetch_step=0"),
         ({"overrides": {"offload_backend": "prefetch"}}, "offload_backend=prefetch needs offload_group_size"),
         ({"overrides": {"max_model_len": 8192}}, "max_model_len=8192 is more than the 4096 positions"),
@@ -253,7 +290,9 @@ def test_a_quantization_knob_names_the_format_of_the_checkpoint_to_come():
 
 
 def test_loading_awq_needs_eight_and_a_half_bytes_a_weight_of_the_largest_linear():
-    plan = make_plan("low_mem", device="rtx-4090", overrides={"quantization": "awq"}, memory_limit_bytes=24 * GIB)
+    plan = make_plan(
+        "low_mem", device="rtx-4090", overrides={"quantization": "awq"}, memory_limit_bytes=24 * GIB
+    )
     largest = 8192 * 2 * 28672 // 2
     assert plan.verdict == "fits"
     small = make_plan("low_mem", device="a10", overrides={"quantization": "awq"}, memory_limit_bytes=22 * GIB)
@@ -268,7 +307,10 @@ def test_max_model_len_auto_is_what_the_pool_holds():
 
 
 def test_a_two_bit_awq_does_not_exist():
-    assert any("2-bit AWQ has no loader" in r for r in make_plan("extreme", overrides={"quantization": "awq"}).reasons)
+    assert any(
+        "2-bit AWQ has no loader" in r
+        for r in make_plan("extreme", overrides={"quantization": "awq"}).reasons
+    )
 
 
 @pytest.mark.parametrize(
@@ -276,10 +318,18 @@ def test_a_two_bit_awq_does_not_exist():
     [
         ("llama-2-70b", "a100-40g", 2, {}, 128),
         ("smollm2-135m", "a100-40g", 1, {}, 64),  # 576 inputs
-        ("qwen2.5-72b", "a100-80g", 2, {"tensor_parallel_size": 2}, 64),  # 29,568 inputs: 14,784 a card are 115.5 groups of 128
+        (
+            "qwen2.5-72b",
+            "a100-80g",
+            2,
+            {"tensor_parallel_size": 2},
+            64,
+        ),  # 29,568 inputs: 14,784 a card are 115.5 groups of 128
         ("qwen2.5-72b", "a100-80g", 1, {}, 128),
     ],
 )
-def test_the_group_size_fits_the_model_and_its_split(model: str, device: str, count: int, knobs: dict[str, int], group_size: int) -> None:
+def test_the_group_size_fits_the_model_and_its_split(
+    model: str, device: str, count: int, knobs: dict[str, int], group_size: int
+) -> None:
     plan = make_plan("low_latency", model=model, device=device, count=count, overrides=knobs)
     assert plan.quantization.group_size == group_size

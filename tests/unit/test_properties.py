@@ -5,14 +5,18 @@ from dataclasses import replace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lowmem import cards, devices, knobs
 from lowmem.errors import BadInput
-from lowmem.memory import card_memory, next_power_of_two, stored_bytes, weights
-from lowmem.planner import compute, gather, make_plan
+from lowmem.inputs import devices, model_cards
+from lowmem.plan import engine_config
+from lowmem.plan.compute import compute
+from lowmem.plan.memory import card_memory, next_power_of_two
+from lowmem.plan.planner import make_plan
+from lowmem.plan.request import gather
+from lowmem.plan.weights import stored_bytes, weights
 from lowmem.schema import Knob, Limits, Load, Plan, Profile, Quantization
 from lowmem.units import MIB
 
-MODELS = st.sampled_from(cards.names())
+MODELS = st.sampled_from(model_cards.names())
 GPUS = st.sampled_from([n for n in devices.names() if n != "cpu"])
 WIDTHS = st.sampled_from(
     [
@@ -49,7 +53,9 @@ def plan_of(model, device, count, quantization, load=None, **values) -> Plan:
 @given(MODELS, GPUS, WIDTHS, st.integers(1, 200), st.integers(1, 56))
 def test_more_sequences_never_need_less_memory(model, device, width, few, more):
     def peak_without_pool(n):
-        p = plan_of(model, device, 1, width, max_num_seqs=n, max_num_batched_tokens=2048, kv_cache_memory_bytes="1G")
+        p = plan_of(
+            model, device, 1, width, max_num_seqs=n, max_num_batched_tokens=2048, kv_cache_memory_bytes="1G"
+        )
         return p.peak_bytes - p.per_gpu["kv_cache"]
 
     assert peak_without_pool(few + more) >= peak_without_pool(few)
@@ -59,7 +65,14 @@ def test_more_sequences_never_need_less_memory(model, device, width, few, more):
 @given(MODELS, st.integers(1, 64), st.integers(0, 64))
 def test_more_clients_never_wait_less(model, few, more):
     def at(n):
-        return plan_of(model, "h200", 1, Quantization(), Load(clients=n, input_tokens=256, output_tokens=64), max_num_seqs=128).latency_ms
+        return plan_of(
+            model,
+            "h200",
+            1,
+            Quantization(),
+            Load(clients=n, input_tokens=256, output_tokens=64),
+            max_num_seqs=128,
+        ).latency_ms
 
     assert at(few + more).decode_expected >= at(few).decode_expected
     assert at(few + more).decode_floor >= at(few).decode_floor
@@ -78,12 +91,23 @@ def test_more_cards_never_raise_the_sharded_weights_of_one(model, width, tp):
 @FEW
 @given(MODELS, GPUS, WIDTHS, st.floats(0.05, 0.95), st.booleans(), st.floats(0, 40))
 def test_bytes_add_up_and_are_not_negative(model, device, width, utilization, eager, offload):
-    p = plan_of(model, device, 1, width, gpu_memory_utilization=utilization, enforce_eager=eager, cpu_offload_gb=offload)
+    p = plan_of(
+        model,
+        device,
+        1,
+        width,
+        gpu_memory_utilization=utilization,
+        enforce_eager=eager,
+        cpu_offload_gb=offload,
+    )
     assert sum(v for k, v in p.per_gpu.items() if k != "total") == p.per_gpu["total"]
     assert all(v >= 0 for v in p.per_gpu.values())
     assert p.peak_bytes == p.per_gpu["total"] + sum(p.load_growth.values())
     w = p.weight_terms
-    assert w["sharded"] + w["replicated"] + w["padding"] + w["repacking"] - w["offloaded"] == p.per_gpu["weights"]
+    assert (
+        w["sharded"] + w["replicated"] + w["padding"] + w["repacking"] - w["offloaded"]
+        == p.per_gpu["weights"]
+    )
     assert sum(p.host_ram.values()) == p.host_ram_bytes
     assert Plan.model_validate_json(p.model_dump_json()) == p
 
@@ -95,7 +119,15 @@ def test_the_chosen_pool_keeps_the_limit(model, device, width, limit):
     load = Load(clients=1, input_tokens=64, output_tokens=64)
     pool = {"kv_cache_memory_bytes": Knob(value="auto", why="")}
     profile = Profile(
-        name="p", summary="", device=device, device_count=1, model=model, quantization=width, limits=limits, load=load, knobs=pool
+        name="p",
+        summary="",
+        device=device,
+        device_count=1,
+        model=model,
+        quantization=width,
+        limits=limits,
+        load=load,
+        knobs=pool,
     )
     try:
         p = make_plan(profile, overrides={"max_model_len": 2048}, search=False)
@@ -119,7 +151,7 @@ def test_more_offload_frees_the_card_and_fills_the_host(model, some, more):
 @given(MODELS, st.floats(0.01, 100))
 def test_offload_takes_what_was_asked_or_all_layers(model, gb):
     p = plan_of(model, "a100-80g", 1, Quantization(), cpu_offload_gb=gb)
-    layered = sum(g.parameters for g in cards.load_card(model).groups if g.layered) * 2
+    layered = sum(g.parameters for g in model_cards.load_card(model).groups if g.layered) * 2
     assert p.weight_terms["offloaded"] >= min(int(gb * 2**30), layered)
     assert p.weight_terms["offloaded"] <= layered
 
@@ -133,9 +165,9 @@ def test_pinned_memory_is_less_than_twice_what_was_asked(n):
 @FEW
 @given(MODELS, WIDTHS)
 def test_fewer_bits_are_fewer_bytes(model, width):
-    card = cards.load_card(model)
+    card = model_cards.load_card(model)
     try:
-        assert stored_bytes(cards.quantized(card, width)) <= stored_bytes(card)
+        assert stored_bytes(model_cards.quantized(card, width)) <= stored_bytes(card)
     except BadInput:
         assume(False)
 
@@ -143,9 +175,11 @@ def test_fewer_bits_are_fewer_bytes(model, width):
 @FEW
 @given(MODELS, GPUS)
 def test_memory_is_a_function_of_its_arguments(model, device):
-    card, d = cards.load_card(model), devices.load_device(device)
-    engine = knobs.resolve({}, card, d, 1, "0.32.0", {})
-    assert card_memory(card, engine, d, 20 * 1024 * MIB) == card_memory(card, replace(engine), d, 20 * 1024 * MIB)
+    card, d = model_cards.load_card(model), devices.load_device(device)
+    engine = engine_config.resolve({}, card, d, 1, "0.32.0", {})
+    assert card_memory(card, engine, d, 20 * 1024 * MIB) == card_memory(
+        card, replace(engine), d, 20 * 1024 * MIB
+    )
     assert weights(card, engine) == weights(card, replace(engine))
 
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from reference_runs import load_receipts
 
 from benchmarks.fleet_two_replicas import compared
-from lowmem.explain import measured_effects
-from lowmem.planner import make_plan
-from lowmem.reference import load_receipts
+from lowmem.plan.explain import measured_effects
+from lowmem.plan.planner import make_plan
 from lowmem.units import MIB
 
 TOP = Path(__file__).parents[2]
@@ -43,7 +43,13 @@ def test_memory_within_two_percent(name):
 
 @pytest.mark.parametrize(
     ("name", "mean_ms"),
-    [("low_mem", 16.5), ("plain", 14.8), ("low_latency", 24.6), ("offload_prefetch", 407.5), ("extreme_uncapped", 26.3)],
+    [
+        ("low_mem", 16.5),
+        ("plain", 14.8),
+        ("low_latency", 24.6),
+        ("offload_prefetch", 407.5),
+        ("extreme_uncapped", 26.3),
+    ],
 )
 def test_decode_within_fifteen_percent(name, mean_ms):
     assert RUNS[name].plan.latency_ms.decode_expected == pytest.approx(mean_ms, rel=0.15)
@@ -55,11 +61,15 @@ def test_a_decode_step_over_the_link_within_a_twentieth(name, ms):
 
 
 def test_the_goal():
-    """20 GiB a card, 200 ms a token, at most 30 % less throughput than the engine's defaults; our target is 5 %."""
+    """20 GiB a card, 200 ms a token, at most 30 % less throughput than the engine's defaults; our target is 5
+    %.
+    """
     recipe, plain = RUNS["low_mem"].receipt, RUNS["plain"].receipt
     assert recipe.verdict == "passed"
     assert recipe.loads[0].tpot_ms.p99 == pytest.approx(17.66, abs=0.01)
-    assert recipe.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(0.961, abs=0.001)
+    assert recipe.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(
+        0.961, abs=0.001
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,9 @@ def test_memory_of_later_sessions_within_two_percent(runs, name, idle_mib, peak_
     assert run.plan.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
 
 
-@pytest.mark.parametrize(("name", "ms"), [("ll-kv_cache_dtype-int8", 20.04), ("ll-max_num_batched_tokens-2048", 19.07)])
+@pytest.mark.parametrize(
+    ("name", "ms"), [("ll-kv_cache_dtype-int8", 20.04), ("ll-max_num_batched_tokens-2048", 19.07)]
+)
 def test_a_decode_step_on_a_card_that_calibrated_nothing_within_fifteen_percent(name, ms):
     assert BLIND[name].receipt.loads[0].itl_ms.p50 == pytest.approx(ms, abs=0.01)
     assert BLIND[name].plan.latency_ms.terms["steady_step"] == pytest.approx(ms, rel=0.15)
@@ -123,13 +135,19 @@ def test_offload_keeps_its_limit_near_the_floor_of_the_link_and_the_receipt_prov
     floor_ms = run.receipt.engine_values["prefetch_offload"][0] / 55.3e9 * 1e3
     assert run.receipt.loads[0].itl_ms.p50 / floor_ms == pytest.approx(1.052, abs=0.001)
     assert run.receipt.engine_words["offloader"] == ("PrefetchOffloader",)
-    assert any("Initialized 46 modules. Total GPU memory saved: 20.4499 GB" in line for line in run.receipt.engine_log)
+    assert any(
+        "Initialized 46 modules. Total GPU memory saved: 20.4499 GB" in line
+        for line in run.receipt.engine_log
+    )
 
 
 def test_expandable_segments_leave_less_behind_and_take_more_while_loading():
     with_, without = RUNS_2026_11_24["extreme_expandable"], RUNS["extreme_uncapped"]
     assert round(without.idle_mib - with_.idle_mib) == 326
-    assert round(with_.plan.per_gpu["activations"] / MIB) == round(without.plan.per_gpu["activations"] / MIB) - 325
+    assert (
+        round(with_.plan.per_gpu["activations"] / MIB)
+        == round(without.plan.per_gpu["activations"] / MIB) - 325
+    )
     assert with_.plan.start_peak_bytes / MIB == pytest.approx(39260, rel=0.02)
     extreme = make_plan("extreme", search=False)
     assert extreme.verdict == "fits"
@@ -156,7 +174,13 @@ def test_four_bit_keys_and_values_on_cards_that_calibrated_nothing():
 def test_long_context_keeps_its_limit_under_load():
     run = FLAGS["long_context"].receipt
     (load,) = run.loads
-    assert (run.verdict, load.load.clients, load.load.input_tokens, load.requests, load.failed) == ("passed", 8, 3840, 16, 0)
+    assert (run.verdict, load.load.clients, load.load.input_tokens, load.requests, load.failed) == (
+        "passed",
+        8,
+        3840,
+        16,
+        0,
+    )
     assert load.tpot_ms.p99 == pytest.approx(40.2, abs=0.05)
 
 
@@ -167,7 +191,10 @@ def test_a_step_of_low_latency_takes_less_than_twice_the_floor():
 
 
 def test_flags_without_a_value_are_read_from_a_receipt():
-    assert FLAGS["low_mem-no-custom-all-reduce"].plan.per_gpu["nccl"] == RUNS_2026_11_26["low_mem"].plan.per_gpu["nccl"] - 24 * MIB
+    assert (
+        FLAGS["low_mem-no-custom-all-reduce"].plan.per_gpu["nccl"]
+        == RUNS_2026_11_26["low_mem"].plan.per_gpu["nccl"] - 24 * MIB
+    )
     argv = FLAGS["low_latency-no-async-scheduling"].plan.argv
     assert "--no-async-scheduling" in argv
 
@@ -188,8 +215,14 @@ def test_graphs_of_a_model_of_thirty_layers_and_fifty_one_sizes():
 def test_the_goal_with_more_clients_than_decode_together():
     run, plain = RUNS_2026_11_26["low_mem"].receipt, RUNS_2026_11_26["plain"].receipt
     assert run.verdict == "passed"
-    assert [(r.load.clients, r.failed, round(r.tpot_ms.p99, 1)) for r in run.loads] == [(8, 0, 17.3), (16, 0, 17.3), (32, 0, 17.3)]
-    assert run.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(0.966, abs=0.001)
+    assert [(r.load.clients, r.failed, round(r.tpot_ms.p99, 1)) for r in run.loads] == [
+        (8, 0, 17.3),
+        (16, 0, 17.3),
+        (32, 0, 17.3),
+    ]
+    assert run.loads[0].output_tokens_per_s / plain.loads[0].output_tokens_per_s == pytest.approx(
+        0.966, abs=0.001
+    )
 
 
 def test_extreme_keeps_its_limit():
@@ -199,8 +232,15 @@ def test_extreme_keeps_its_limit():
 
 
 def test_the_simulation_of_two_replicas_on_cards():
-    """From what one replica alone was measured at: throughput and the 99th percentiles within 5 %, the medians within 7 %."""
-    rows = [row for session in (FOUR_H200, FOUR_H100) for row in compared(session / "fleet") if row[0].endswith("clients")]
+    """From what one replica alone was measured at: throughput and the 99th percentiles within 5 %, the
+    medians within 7 %.
+    """
+    rows = [
+        row
+        for session in (FOUR_H200, FOUR_H100)
+        for row in compared(session / "fleet")
+        if row[0].endswith("clients")
+    ]
     assert list(dict.fromkeys(load for load, *_ in rows)) == ["4 clients", "8 clients", "16 clients"]
     for _, figure, real, simulated in rows:
         assert simulated == pytest.approx(real, rel=0.07 if "p50" in figure else 0.05)
@@ -224,9 +264,15 @@ def test_what_is_served_on_a_gpu_is_what_was_judged():
 
 
 def test_the_page_of_two_h100_quotes_the_peer():
-    page, load = (TWO_H100 / "README.md").read_text(), json.loads((TWO_H100 / "same-client-sglang.json").read_text())["loads"][0]
+    page, load = (
+        (TWO_H100 / "README.md").read_text(),
+        json.loads((TWO_H100 / "same-client-sglang.json").read_text())["loads"][0],
+    )
     assert f"8 clients {load['output_tokens_per_s']:.1f} tokens/s" in page
-    assert f"TPOT p50 {load['tpot_ms']['p50']:.1f}, p99 {load['tpot_ms']['p99']:.1f} ms, TTFT p50 {load['ttft_ms']['p50']:,.0f}" in page
+    assert (
+        f"TPOT p50 {load['tpot_ms']['p50']:.1f}, p99 {load['tpot_ms']['p99']:.1f} ms, TTFT p50"
+        f" {load['ttft_ms']['p50']:,.0f}" in page
+    )
 
 
 def test_the_page_of_one_card_quotes_its_files():
@@ -255,13 +301,27 @@ def test_pages_say_what_the_receipts_say(monkeypatch):
 
 def test_explain_quotes_what_was_measured():
     measured = measured_effects(TOP / "docs" / "measurements", "offload")
-    assert list(measured) == ["offload_group_size", "offload_prefetch_step", "enforce_eager", "offload_num_in_group"]
+    assert list(measured) == [
+        "offload_group_size",
+        "offload_prefetch_step",
+        "enforce_eager",
+        "offload_num_in_group",
+    ]
     assert "389.0 ms, 1.05 times the link's floor; 20,150 MiB under load" in measured["offload_num_in_group"]
-    assert "20,440 MiB idle" in measured_effects(TOP / "docs" / "measurements", "extreme")["kv_cache_memory_bytes"]
+    assert (
+        "20,440 MiB idle"
+        in measured_effects(TOP / "docs" / "measurements", "extreme")["kv_cache_memory_bytes"]
+    )
     assert "376.6 against 400.9 ms a decode step" in measured["offload_group_size"]
     assert round(RUNS["offload_prefetch"].receipt.loads[0].itl_ms.p50, 1) == 376.6
     one_card = measured_effects(TOP / "docs" / "measurements", "low_latency")
-    assert list(one_card) == ["max_num_seqs", "enforce_eager", "no_async_scheduling", "max_num_batched_tokens", "kv_cache_memory_bytes"]
+    assert list(one_card) == [
+        "max_num_seqs",
+        "enforce_eager",
+        "no_async_scheduling",
+        "max_num_batched_tokens",
+        "kv_cache_memory_bytes",
+    ]
     assert round(BLIND["ll-max_num_batched_tokens-2048"].peak_mib) - 39303 == 465
     assert 39303 - round(BLIND["ll-kv_cache_dtype-int8"].peak_mib) == 1603
     assert round(RUNS["offload_uva"].receipt.loads[0].itl_ms.p50, 1) == 400.9

@@ -1,20 +1,39 @@
-"""The plan against runs on a real GPU (tests/data/gpu_runs.json): two of them calibrated it, the others try it."""
+"""The plan against runs on a real GPU (tests/data/gpu_runs.json): two of them calibrated it, the others try
+it.
+"""
 
 from pathlib import Path
 
 import pytest
-
-from lowmem.reference import load_runs
+from reference_runs import load_runs
 
 RUNS = load_runs(Path(__file__).parents[1] / "data" / "gpu_runs.json")
 BY_NAME = {f"{r.name}-{r.vllm}": r for r in RUNS}
 STARTED = [name for name, r in BY_NAME.items() if r.idle_mib is not None]
 
 # Literal expectations, so that a change of the file or of its reader is seen too.
-IDLE_MIB = {"awq40-0.26.0": 40321, "awq40g-0.26.0": 40133, "awq40slow-0.26.0": 40321, "tp2-0.26.0": 22087, "uva20-0.32.0": 22873}
-TPOT_MS = {"awq40-0.26.0": 38.36, "awq40g-0.26.0": 24.58, "awq40slow-0.26.0": 35.98, "tp2-0.26.0": 55.38, "uva20-0.32.0": 495.99}
+IDLE_MIB = {
+    "awq40-0.26.0": 40321,
+    "awq40g-0.26.0": 40133,
+    "awq40slow-0.26.0": 40321,
+    "tp2-0.26.0": 22087,
+    "uva20-0.32.0": 22873,
+}
+TPOT_MS = {
+    "awq40-0.26.0": 38.36,
+    "awq40g-0.26.0": 24.58,
+    "awq40slow-0.26.0": 35.98,
+    "tp2-0.26.0": 55.38,
+    "uva20-0.32.0": 495.99,
+}
 LEFT_FOR_KV_GIB = {"seed-0.26.0": -17.32, "uva20-0.26.0": -15.82, "pre20-0.26.0": -15.33}
-LOADED_GIB = {"awq40-0.26.0": 34.91, "awq40g-0.26.0": 34.91, "tp2-0.26.0": 17.49, "uva20-0.32.0": 15.42, "seed-0.26.0": 34.91}
+LOADED_GIB = {
+    "awq40-0.26.0": 34.91,
+    "awq40g-0.26.0": 34.91,
+    "tp2-0.26.0": 17.49,
+    "uva20-0.32.0": 15.42,
+    "seed-0.26.0": 34.91,
+}
 
 
 def test_the_file_is_the_one_expected():

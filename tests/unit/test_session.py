@@ -3,22 +3,29 @@
 from pathlib import Path
 
 import pytest
+from reference_runs import load_session
 
-from lowmem.reference import load_session
 from lowmem.units import MIB
 
 RUNS = {r.name: r for r in load_session(Path(__file__).parents[1] / "data" / "gpu_session.json")}
 
 
 @pytest.mark.parametrize(
-    ("name", "mib"), [("low_latency_2048", 34990.1), ("tp2_tight", 17510.4), ("extreme_int4", 18370.6), ("low_mem_relaxed", 17480)]
+    ("name", "mib"),
+    [
+        ("low_latency_2048", 34990.1),
+        ("tp2_tight", 17510.4),
+        ("extreme_int4", 18370.6),
+        ("low_mem_relaxed", 17480),
+    ],
 )
 def test_loaded_weights_within_half_a_percent(name, mib):
     assert RUNS[name].plan.per_gpu["weights"] / MIB == pytest.approx(mib, rel=0.005)
 
 
 @pytest.mark.parametrize(
-    ("name", "mib"), [("low_latency_2048", 521), ("tp2_tight", 1053), ("extreme_int4", 521), ("low_mem_relaxed", 1053)]
+    ("name", "mib"),
+    [("low_latency_2048", 521), ("tp2_tight", 1053), ("extreme_int4", 521), ("low_mem_relaxed", 1053)],
 )
 def test_memory_at_the_first_reading_within_a_tenth(name, mib):
     assert RUNS[name].planned_before_start_mib == pytest.approx(mib, rel=0.1)
@@ -35,7 +42,7 @@ def test_highest_while_starting_within_three_percent(name, mib):
 
 def test_a_pool_that_did_not_fit_is_refused():
     """low_latency: 4,120 MiB of KV on 40,344 MiB: the engine died allocating it."""
-    from lowmem.planner import make_plan
+    from lowmem.plan.planner import make_plan
 
     plan = make_plan("low_latency", overrides={"kv_cache_memory_bytes": 4320133120})
     assert plan.verdict == "impossible"

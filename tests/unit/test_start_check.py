@@ -1,4 +1,6 @@
-"""What `lowmem start-check` refuses, line by line, with an NVML that says what the test wants; and what `lowmem ready` waits for."""
+"""What `lowmem start-check` refuses, line by line, with an NVML that says what the test wants; and what
+`lowmem ready` waits for.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,20 @@ from typing import Any
 
 import pytest
 
-from lowmem import manifest
-from lowmem.planner import make_plan
-from lowmem.ready import main_process_lives, wait
+from lowmem.checkpoint import manifest
+from lowmem.plan.planner import make_plan
 from lowmem.schema import Plan
-from lowmem.start_check import Card, Lasting, Passing, cards, cores_of, lasting_refusals, look_at_passing, passing_refusals
+from lowmem.service.ready import main_process_lives, wait
+from lowmem.service.start_check import (
+    Card,
+    Lasting,
+    Passing,
+    cards,
+    cores_of,
+    lasting_refusals,
+    look_at_passing,
+    passing_refusals,
+)
 
 MIB = 2**20
 DEPLOY = {"model_path": "/srv/models/llama", "served_model_name": "llama", "host": "127.0.0.1", "port": 8000}
@@ -45,7 +56,13 @@ def passing(plan: Plan, *seen: Card, **other: Any) -> list[str]:
 
 
 def lasting(plan: Plan, **other: Any) -> list[str]:
-    facts = {"vllm_version": "0.32.0", "memlock_unlimited": True, "cores": frozenset({0, 1}), "checkpoint": (), **other}
+    facts = {
+        "vllm_version": "0.32.0",
+        "memlock_unlimited": True,
+        "cores": frozenset({0, 1}),
+        "checkpoint": (),
+        **other,
+    }
     return list(lasting_refusals(plan, Lasting(**facts)))
 
 
@@ -59,19 +76,22 @@ def test_a_host_as_planned_is_not_refused(two_cards: Plan, on_cpu: Plan) -> None
 def test_a_stale_process_on_a_card(two_cards: Plan) -> None:
     held = a100(1, 20_000, holders=("pid 4242 (VLLM::Worker)",))
     assert passing(two_cards, a100(0), held) == [
-        "GPU 1 has 20,000 MiB free, held by pid 4242 (VLLM::Worker); the plan needs 20,452 MiB: stop what holds it, or wait for it to end"
+        "GPU 1 has 20,000 MiB free, held by pid 4242 (VLLM::Worker); the plan needs 20,452 MiB: stop what"
+        " holds it, or wait for it to end"
     ]
 
 
 def test_a_card_that_is_missing(two_cards: Plan) -> None:
-    assert passing(two_cards, a100(0)) == ["1 GPU may be opened here, the plan is for 2: look at vllm_service_cards and at nvidia-smi"]
+    assert passing(two_cards, a100(0)) == [
+        "1 GPU may be opened here, the plan is for 2: look at vllm_service_cards and at nvidia-smi"
+    ]
 
 
 def test_another_card_than_planned(two_cards: Plan) -> None:
     other = a100(1, name="NVIDIA A10", capability="8.6", total_bytes=23_028 * MIB)
     assert passing(two_cards, a100(0), other) == [
-        "GPU 1 is NVIDIA A10 (23,028 MiB, compute capability 8.6), the plan is for NVIDIA A100 40 GB SXM4 (40,960 MiB, 8.0): "
-        "set lowmem_device and run site.yml again"
+        "GPU 1 is NVIDIA A10 (23,028 MiB, compute capability 8.6), the plan is for NVIDIA A100 40 GB SXM4"
+        " (40,960 MiB, 8.0): set lowmem_device and run site.yml again"
     ]
 
 
@@ -92,21 +112,26 @@ def test_too_little_ram(on_cpu: Plan) -> None:
 
 def test_a_taken_port(on_cpu: Plan) -> None:
     assert passing(on_cpu, port_taken=True) == [
-        "port 8000 of 127.0.0.1 is taken: `ss -ltnp sport = :8000` says by whom; stop it, or choose another lowmem_port"
+        "port 8000 of 127.0.0.1 is taken: `ss -ltnp sport = :8000` says by whom; stop it, or choose another"
+        " lowmem_port"
     ]
 
 
 def test_what_does_not_pass_by_itself(two_cards: Plan, on_cpu: Plan) -> None:
-    assert lasting(two_cards, vllm_version="0.31.0") == ["the environment has vLLM 0.31.0, the plan is for 0.32.0: run site.yml again"]
+    assert lasting(two_cards, vllm_version="0.31.0") == [
+        "the environment has vLLM 0.31.0, the plan is for 0.32.0: run site.yml again"
+    ]
     assert lasting(two_cards, memlock_unlimited=False) == [
-        "the plan pins memory and this service may not lock as much as it needs: set LimitMEMLOCK=infinity (the unit has it)"
+        "the plan pins memory and this service may not lock as much as it needs: set LimitMEMLOCK=infinity"
+        " (the unit has it)"
     ]
     assert lasting(on_cpu, cores=frozenset({0})) == [
         "VLLM_CPU_OMP_THREADS_BIND is 0-1, and this service may not run on core 1: "
         "set it in vllm_service_extra_environment to cores that are there"
     ]
     assert lasting(on_cpu, checkpoint=("/m: model.safetensors: missing, /m does not have it",)) == [
-        "/m: model.safetensors: missing, /m does not have it; it is not served: run site.yml again, which makes the checkpoint anew"
+        "/m: model.safetensors: missing, /m does not have it; it is not served: run site.yml again, which"
+        " makes the checkpoint anew"
     ]
 
 
@@ -143,24 +168,36 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     module.nvmlInit = lambda: None
     module.nvmlDeviceGetCount = lambda: 2
     module.nvmlDeviceGetHandleByIndex = handle
-    module.nvmlDeviceGetMemoryInfo = lambda _handle, version: SimpleNamespace(total=40_960 * MIB, free=1_000 * MIB)
+    module.nvmlDeviceGetMemoryInfo = lambda _handle, version: SimpleNamespace(
+        total=40_960 * MIB, free=1_000 * MIB
+    )
     module.nvmlDeviceGetName = lambda _handle: b"NVIDIA A100-SXM4-40GB"
     module.nvmlDeviceGetCudaComputeCapability = lambda _handle: (8, 0)
-    module.nvmlDeviceGetComputeRunningProcesses = lambda _handle: [SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=2**22 + 1)]
+    module.nvmlDeviceGetComputeRunningProcesses = lambda _handle: [
+        SimpleNamespace(pid=os.getpid()),
+        SimpleNamespace(pid=2**22 + 1),
+    ]
     monkeypatch.setitem(sys.modules, "pynvml", module)
     return module
 
 
 def test_cards_are_those_that_may_be_opened(nvml: ModuleType) -> None:
     [card] = cards()
-    assert (card.index, card.name, card.capability, card.free_bytes) == (0, "NVIDIA A100-SXM4-40GB", "8.0", 1_000 * MIB)
+    assert (card.index, card.name, card.capability, card.free_bytes) == (
+        0,
+        "NVIDIA A100-SXM4-40GB",
+        "8.0",
+        1_000 * MIB,
+    )
     assert card.holders[0].startswith(f"pid {os.getpid()} (")
     assert card.holders[1] == f"pid {2**22 + 1}"
 
 
 def run(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lowmem", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables}, timeout=120)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **variables}, timeout=120
+    )
 
 
 def test_the_command_says_one_line_each(on_cpu: Plan, tmp_path: Path) -> None:
@@ -188,7 +225,10 @@ def test_a_plan_without_a_deployment_is_bad_input(tmp_path: Path) -> None:
     for command in (["start-check"], ["ready", "--env-file", "/dev/null"]):
         done = run(*command, "--plan", str(plan))
         assert done.returncode == 1
-        assert done.stderr == f"lowmem: --plan {plan} names no port and model: give the plan.json of a deployment\n"
+        assert (
+            done.stderr
+            == f"lowmem: --plan {plan} names no port and model: give the plan.json of a deployment\n"
+        )
 
 
 class Answers:
@@ -200,7 +240,7 @@ class Answers:
 
 
 def test_ready_waits_for_tokens_and_no_longer_than_there_is_hope(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowmem.ready.PAUSE_S", 0)
+    monkeypatch.setattr("lowmem.service.ready.PAUSE_S", 0)
     assert wait(Answers("nothing", "nothing", "tokens"), lambda: True, 60) == ""  # type: ignore[arg-type]
     assert wait(Answers("nothing"), lambda: False, 60) == "the server has ended"  # type: ignore[arg-type]
     assert wait(Answers("refused"), lambda: True, 60) == "the server refuses this deployment's key or model"  # type: ignore[arg-type]
@@ -244,8 +284,10 @@ def test_a_start_beside_a_stale_process_is_refused(two_cards: Plan, tmp_path: Pa
     done = run("start-check", "--plan", str(plan), "--wait-s", "0", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if "GPU" in line]
-    assert line == (
-        "start-check: GPU 1 has 20,000 MiB free, held by pid 4242424; the plan needs 20,452 MiB: stop what holds it, or wait for it to end"
+    assert (
+        line
+        == "start-check: GPU 1 has 20,000 MiB free, held by pid 4242424; the plan needs 20,452 MiB: stop what"
+        " holds it, or wait for it to end"
     )
     fault.saw(f"refused: {line.removeprefix('start-check: ')}")
 
@@ -262,7 +304,11 @@ def test_one_of_several_hosts_is_asked_for_its_own() -> None:
     assert other.deploy is not None
     with socket.create_server(("127.0.0.1", 0)) as api, socket.create_server(("0.0.0.0", 0)) as meeting:
         ports = {"port": api.getsockname()[1], "master_port": meeting.getsockname()[1], "nodes": nodes}
-        here, there = (plan.model_copy(update={"deploy": plan.deploy.model_copy(update=ports)}) for plan in (first, other) if plan.deploy)
+        here, there = (
+            plan.model_copy(update={"deploy": plan.deploy.model_copy(update=ports)})
+            for plan in (first, other)
+            if plan.deploy
+        )
         seen = list(passing_refusals(here, look_at_passing(here)))
         # the other host listens at neither
         assert list(passing_refusals(there, look_at_passing(there))) == []
@@ -271,4 +317,6 @@ def test_one_of_several_hosts_is_asked_for_its_own() -> None:
         f"port {ports['master_port']}, where the hosts of this server meet, is taken",
     ]
     [line] = passing_refusals(other, look_at_passing(other))
-    assert line.startswith("10.0.0.2 is no address of this host, by which the others of this server would reach it")
+    assert line.startswith(
+        "10.0.0.2 is no address of this host, by which the others of this server would reach it"
+    )

@@ -1,6 +1,8 @@
-"""Stands in for the product's progress_command: makes an environment of a few files where build_env.py would build one, refuses all else.
+"""Stands in for the product's progress_command: makes an environment of a few files where build_env.py would
+build one, refuses all else.
 
-PLAYBOOK_SCALE_ENVIRONMENT names the environment of `make demo`, whose packages the stub reaches by a .pth file.
+PLAYBOOK_SCALE_ENVIRONMENT names the environment of `make demo`, whose packages the stub reaches by a .pth
+file.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ CONSOLES = {
     "pip": ("pip._internal.cli.main", "main"),
     "supervisord": ("supervisor.supervisord", "main"),
     "supervisorctl": ("supervisor.supervisorctl", "main"),
-    "lowmem.real": ("lowmem.cli", "app"),
+    "lowmem.real": ("lowmem.cli.main", "app"),
 }
 
 
@@ -32,8 +34,13 @@ def make(env: Path, stamp: dict[str, Any], python: str, packages: Path) -> None:
     subprocess.run([python, "-m", "venv", "--without-pip", str(env)], check=True)
     [site] = env.glob("lib/python*/site-packages")
     (site / "demo.pth").write_text(f"{REPOSITORY}\n{packages}\n")
-    scripts = {name: CONSOLE.format(python=env / "bin/python", module=module, name=entry) for name, (module, entry) in CONSOLES.items()}
-    scripts |= {stub.name: stub.read_text().replace("#!python", f"#!{env}/bin/python") for stub in BIN.iterdir()}
+    scripts = {
+        name: CONSOLE.format(python=env / "bin/python", module=module, name=entry)
+        for name, (module, entry) in CONSOLES.items()
+    }
+    scripts |= {
+        stub.name: stub.read_text().replace("#!python", f"#!{env}/bin/python") for stub in BIN.iterdir()
+    }
     for name, text in scripts.items():
         (env / "bin" / name).write_text(text)
         (env / "bin" / name).chmod(0o755)

@@ -68,7 +68,10 @@ class CallbackModule(CallbackBase):
         ends = [task["at_s"] for task in self.tasks[1:]] + [self._now()]
         for task, end in zip(self.tasks, ends, strict=True):
             task["wall_s"] = round(end - task.pop("at_s"), 4)
-        total = {name: sum(stats.summarize(host)[name] for host in stats.processed) for name in ("changed", "failures", "unreachable")}
+        total = {
+            name: sum(stats.summarize(host)[name] for host in stats.processed)
+            for name in ("changed", "failures", "unreachable")
+        }
         written = {
             "tasks": self.tasks, "hosts": self.hosts, "totals": total,
             "main_cpu_s": own.ru_utime + own.ru_stime, "children_cpu_s": workers.ru_utime + workers.ru_stime,

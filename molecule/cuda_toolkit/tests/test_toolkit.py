@@ -10,7 +10,10 @@ def test_nvcc_is_the_version_asked_for(host):
 
 def test_a_c_and_a_cxx_compiler_work(host):
     source = "int main(void) { return 42; }"
-    host.check_output(f"echo '{source}' >/tmp/answer.c && gcc -o /tmp/answer /tmp/answer.c && g++ -x c++ -o /tmp/answer++ /tmp/answer.c")
+    host.check_output(
+        f"echo '{source}' >/tmp/answer.c && gcc -o /tmp/answer /tmp/answer.c && g++ -x c++ -o /tmp/answer++"
+        " /tmp/answer.c"
+    )
     assert host.run("/tmp/answer").rc == 42
     assert host.run("/tmp/answer++").rc == 42
 

@@ -1,4 +1,6 @@
-"""Real driver packages: what the role asked for is there, the module was built from its source, and nothing upgrades it."""
+"""Real driver packages: what the role asked for is there, the module was built from its source, and nothing
+upgrades it.
+"""
 
 import re
 
@@ -8,7 +10,12 @@ TRIXIE, NOBLE = "distribution-trixie", "distribution-noble"
 BRANCH = {TRIXIE: "550", NOBLE: "580"}
 PACKAGES = {
     TRIXIE: ["libcuda1", "nvidia-kernel-dkms", "nvidia-persistenced", "nvidia-smi"],
-    NOBLE: ["libnvidia-compute-580-server", "nvidia-compute-utils-580-server", "nvidia-dkms-580-server", "nvidia-utils-580-server"],
+    NOBLE: [
+        "libnvidia-compute-580-server",
+        "nvidia-compute-utils-580-server",
+        "nvidia-dkms-580-server",
+        "nvidia-utils-580-server",
+    ],
 }
 
 
@@ -37,8 +44,13 @@ def test_dkms_built_the_real_module(host, name, kernel):
     """For the newest kernel that the distribution has, and found as the running one's (prepare.yml)."""
     running = host.check_output("/usr/bin/uname -r")
     module = {TRIXIE: "nvidia-current", NOBLE: "nvidia"}[name]
-    assert re.search(rf"nvidia.*({re.escape(kernel)}|{re.escape(running)}).*installed", host.check_output("/usr/sbin/dkms status"))
-    assert re.match(rf"{BRANCH[name]}\.\d+", host.check_output("/usr/sbin/modinfo -k %s -F version %s", running, module))
+    assert re.search(
+        rf"nvidia.*({re.escape(kernel)}|{re.escape(running)}).*installed",
+        host.check_output("/usr/sbin/dkms status"),
+    )
+    assert re.match(
+        rf"{BRANCH[name]}\.\d+", host.check_output("/usr/sbin/modinfo -k %s -F version %s", running, module)
+    )
     assert host.check_output("/usr/sbin/modinfo -k %s -F vermagic %s", running, module).split()[0] == kernel
     assert host.check_output("/usr/sbin/modinfo -k %s -F license %s", running, module) == "NVIDIA"
     host.check_output("/usr/sbin/modinfo -k %s %s-uvm", running, module)
@@ -57,9 +69,14 @@ def test_the_drop_in_is_the_persistence_daemons(host):
 
 
 def test_unattended_upgrades_leave_it_alone(host):
-    assert 'Package-Blacklist:: "nvidia-";' in host.check_output("apt-config dump Unattended-Upgrade::Package-Blacklist")
+    assert 'Package-Blacklist:: "nvidia-";' in host.check_output(
+        "apt-config dump Unattended-Upgrade::Package-Blacklist"
+    )
 
 
 def test_uvm_and_nouveau(host):
-    assert host.file("/etc/modules-load.d/vllm-lowmem-nvidia.conf").content_string.splitlines()[-1] == "nvidia-uvm"
+    assert (
+        host.file("/etc/modules-load.d/vllm-lowmem-nvidia.conf").content_string.splitlines()[-1]
+        == "nvidia-uvm"
+    )
     assert "blacklist nouveau" in host.file("/etc/modprobe.d/vllm-lowmem-nouveau.conf").content_string

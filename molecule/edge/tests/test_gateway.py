@@ -42,7 +42,9 @@ def healthy(host, client):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_units_run_and_start_at_boot(host, unit):
-    assert host.check_output("systemctl is-active %s", unit) == "active", host.run("journalctl -u %s -n 40 --no-pager", unit).stdout
+    assert host.check_output("systemctl is-active %s", unit) == "active", host.run(
+        "journalctl -u %s -n 40 --no-pager", unit
+    ).stdout
     assert host.run("systemctl is-enabled %s", unit).stdout.strip() == "enabled"
 
 
@@ -79,12 +81,18 @@ asyncio.run(main())
 
 def open_ports(client, ports=None):
     script = SCAN if ports is None else SCAN.replace("range(1, 65536)", repr(ports))
-    return [int(word) for word in client.shell.check_output(f"python3 -c {shlex.quote(script)} {client.address}").split()]
+    return [
+        int(word)
+        for word in client.shell.check_output(f"python3 -c {shlex.quote(script)} {client.address}").split()
+    ]
 
 
 def test_from_another_host_two_ports_are_open(host, client):
     """All of them are tried, and above all those that something of the host listens on."""
-    listening = {int(line.split()[3].rsplit(":", 1)[1]) for line in host.check_output("ss --no-header -ltn").splitlines()}
+    listening = {
+        int(line.split()[3].rsplit(":", 1)[1])
+        for line in host.check_output("ss --no-header -ltn").splitlines()
+    }
     assert {22, 443, 8000, 9444} <= listening
     assert len(listening) > 5, "the engine's own listeners are among them"
     assert open_ports(client) == [22, 443]
@@ -99,7 +107,9 @@ time.sleep(300)
 
 
 def test_a_listener_of_torch_is_hidden_though_it_takes_every_interface(host, client):
-    """torch's own TCPStore as several cards have one, run by the service's user; with the rules, and without them."""
+    """torch's own TCPStore as several cards have one, run by the service's user; with the rules, and without
+    them.
+    """
     unit = "edge-tcpstore"
     host.run("systemctl stop %s; rm -f /run/edge-tcpstore", unit)
     start = [
@@ -114,11 +124,15 @@ def test_a_listener_of_torch_is_hidden_though_it_takes_every_interface(host, cli
     try:
         until(lambda: host.run("cat /run/edge-tcpstore").stdout.strip(), 300, "a TCPStore")
         port = int(host.file("/run/edge-tcpstore").content_string)
-        assert re.search(rf"(\*|0\.0\.0\.0|\[::\]):{port}\b", host.check_output("ss --no-header -ltn")), "it listens on every interface"
+        assert re.search(rf"(\*|0\.0\.0\.0|\[::\]):{port}\b", host.check_output("ss --no-header -ltn")), (
+            "it listens on every interface"
+        )
         assert host.run(f"timeout 5 bash -c '</dev/tcp/127.0.0.1/{port}'").rc == 0
         assert open_ports(client, [port]) == []
         host.check_output("systemctl stop vllm-gateway-firewall@main.service")
-        assert open_ports(client, [port]) == [port], "without the rules it is reachable: that is what they are for"
+        assert open_ports(client, [port]) == [port], (
+            "without the rules it is reachable: that is what they are for"
+        )
         host.check_output("systemctl start vllm-gateway-firewall@main.service")
         assert open_ports(client, [port]) == []
     finally:
@@ -127,8 +141,13 @@ def test_a_listener_of_torch_is_hidden_though_it_takes_every_interface(host, cli
 
 def routes_of(host):
     """Every method and path that this server says it has: in its own OpenAPI, and in its log at the start."""
-    text = host.check_output("curl --silent --fail http://127.0.0.1:8000/openapi.json -H %s", f"Authorization: Bearer {KEYS['alice']}")
-    found = {(method.upper(), path) for path, methods in json.loads(text)["paths"].items() for method in methods}
+    text = host.check_output(
+        "curl --silent --fail http://127.0.0.1:8000/openapi.json -H %s",
+        f"Authorization: Bearer {KEYS['alice']}",
+    )
+    found = {
+        (method.upper(), path) for path, methods in json.loads(text)["paths"].items() for method in methods
+    }
     log = host.check_output("grep -oE 'Route: \\S+, Methods: .*' /opt/vllm-lowmem/log/vllm.log").splitlines()
     for line in log:
         path, methods = re.match(r"Route: (\S+), Methods: (.*)", line).groups()
@@ -152,7 +171,11 @@ def test_only_what_is_listed_reaches_the_server(host, client):
             assert status in (200, 400, 422), (method, path, status, text)
         else:
             assert status in (404, 405), (method, path, status, text)
-            assert "x-answered-by: gateway" in text.lower() if method == "HEAD" else json.loads(text)["error"]["code"] == status
+            assert (
+                "x-answered-by: gateway" in text.lower()
+                if method == "HEAD"
+                else json.loads(text)["error"]["code"] == status
+            )
     for path in ("/health", "/metrics", "/openapi.json", "/tokenize"):
         assert client.ask("GET", path)[0] == 404
 
@@ -170,28 +193,49 @@ def test_a_completion_with_each_key_and_none_without(client):
 
 def renew(host, client, name):
     """Puts another pair where the certificate lies, as a site's own tool does."""
-    make = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 -keyout key.new -out new"
+    make = (
+        "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 90 -keyout key.new"
+        " -out new"
+    )
     names = f"-subj /CN={name} -addext subjectAltName=DNS:edge-one,IP:{client.address}"
-    command = f"cd {CERTIFICATE.rsplit('/', 1)[0]} && {make} {names} && mv key.new key.pem && mv new certificate.pem"
+    command = (
+        f"cd {CERTIFICATE.rsplit('/', 1)[0]} && {make} {names} && mv key.new key.pem && mv new"
+        " certificate.pem"
+    )
     host.check_output(f"sh -c {shlex.quote(command)} 2>/dev/null")
 
 
 def test_a_stream_outlives_a_renewed_certificate(host, client):
-    """The certificate on the disk is another one while a stream runs: new connections get it, and the stream ends whole."""
+    """The certificate on the disk is another one while a stream runs: new connections get it, and the stream
+    ends whole.
+    """
     body = {**COMPLETION, "max_tokens": 300, "stream": True}
     client.ask("GET", "/v1/models", KEYS["alice"])
     command = ["curl", "--silent", "--no-buffer", "--max-time", "1800", "--cacert", "/tmp/before.pem"]
-    command += ["--header", f"Authorization: Bearer {KEYS['alice']}", "--header", "Content-Type: application/json"]
+    command += [
+        "--header",
+        f"Authorization: Bearer {KEYS['alice']}",
+        "--header",
+        "Content-Type: application/json",
+    ]
     command += ["--data", json.dumps(body), f"https://{client.address}/v1/completions"]
     before = served(client)
-    client.shell.run(f"rm -f /tmp/stream; cp /tmp/gateway.pem /tmp/before.pem; {shlex.join(command)} >/tmp/stream 2>&1 &")
+    client.shell.run(
+        f"rm -f /tmp/stream; cp /tmp/gateway.pem /tmp/before.pem; {shlex.join(command)} >/tmp/stream 2>&1 &"
+    )
     until(lambda: "data: {" in client.shell.run("head -c 300 /tmp/stream").stdout, 300, "the first token")
     renew(host, client, "streaming")
     host.check_output("systemctl start vllm-gateway-look@main.service")
-    assert "[DONE]" not in client.shell.run("tail -c 300 /tmp/stream").stdout, "the stream ended before the reload: nothing was proven"
+    assert "[DONE]" not in client.shell.run("tail -c 300 /tmp/stream").stdout, (
+        "the stream ended before the reload: nothing was proven"
+    )
     assert served(client) not in ("", before)
     assert client.ask("GET", "/v1/models", KEYS["bob"])[0] == 200
-    until(lambda: "data: [DONE]" in client.shell.run("tail -c 300 /tmp/stream").stdout, 1800, "the end of the stream")
+    until(
+        lambda: "data: [DONE]" in client.shell.run("tail -c 300 /tmp/stream").stdout,
+        1800,
+        "the end of the stream",
+    )
     assert client.shell.check_output("grep -c '^data: {' /tmp/stream").strip() == "300"
 
 
@@ -202,26 +246,39 @@ def test_a_renewed_certificate_is_noticed(host, client):
     assert client.ask("GET", "/v1/models", KEYS["bob"])[0] == 200
     figures = host.check_output("curl --silent --fail http://127.0.0.1:9444/metrics")
     assert "\nlowmem_gateway_configuration_loaded 1\n" in figures
-    left = float(re.search(r"\nlowmem_gateway_certificate_not_after_seconds (\d+)\n", figures)[1]) - float(host.check_output("date +%s"))
+    left = float(re.search(r"\nlowmem_gateway_certificate_not_after_seconds (\d+)\n", figures)[1]) - float(
+        host.check_output("date +%s")
+    )
     assert 89 * 86400 < left <= 90 * 86400
 
 
 def served(client):
-    return client.shell.run(f"timeout 10 python3 -c 'import ssl; print(ssl.get_server_certificate((\"{client.address}\", 443)))'").stdout
+    return client.shell.run(
+        f"timeout 10 python3 -c 'import ssl; print(ssl.get_server_certificate((\"{client.address}\", 443)))'"
+    ).stdout
 
 
 def test_a_key_that_does_not_fit_is_not_loaded_and_is_told(host, client):
     key = CERTIFICATE.replace("certificate", "key")
-    host.check_output(f"cp {key} /root/key.kept && openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out {key} 2>/dev/null")
+    host.check_output(
+        f"cp {key} /root/key.kept && openssl genpkey -algorithm EC -pkeyopt ec_paramgen_curve:P-256 -out"
+        f" {key} 2>/dev/null"
+    )
     try:
         assert host.run("systemctl start vllm-gateway-look@main.service").rc != 0
-        assert "nginx refuses what lies on the disk" in host.check_output("journalctl -u vllm-gateway-look@main.service -n 20 --no-pager")
-        assert "\nlowmem_gateway_configuration_loaded 0\n" in host.check_output("curl --silent http://127.0.0.1:9444/metrics")
+        assert "nginx refuses what lies on the disk" in host.check_output(
+            "journalctl -u vllm-gateway-look@main.service -n 20 --no-pager"
+        )
+        assert "\nlowmem_gateway_configuration_loaded 0\n" in host.check_output(
+            "curl --silent http://127.0.0.1:9444/metrics"
+        )
         assert client.ask("GET", "/v1/models", KEYS["alice"])[0] == 200
     finally:
         host.check_output(f"mv /root/key.kept {key}")
     host.check_output("systemctl start vllm-gateway-look@main.service")
-    assert "\nlowmem_gateway_configuration_loaded 1\n" in host.check_output("curl --silent http://127.0.0.1:9444/metrics")
+    assert "\nlowmem_gateway_configuration_loaded 1\n" in host.check_output(
+        "curl --silent http://127.0.0.1:9444/metrics"
+    )
 
 
 @needs_minutes
@@ -259,10 +316,13 @@ def test_the_log_names_keys_and_holds_none(host, client):
     assert (last["key"], last["path"], last["status"]) == ("bob", "/v1/models", 200)
     place = host.check_output("readlink -f /etc/vllm-gateway/main") + "/keys.conf"
     for name, key in KEYS.items():
-        # as it is, as a pattern, and as a browser sends it; the journal holds this test's own commands, which sudo notes
+        # as it is, as a pattern, and as a browser sends it; the journal holds this test's own commands, which
+        # sudo notes
         forms = (key, re.escape(key), base64.b64encode(f"{name}:{key}".encode()).decode())
         words = " ".join(f"-e {shlex.quote(form)}" for form in forms)
-        assert host.run(f"grep -rlF --exclude-dir=journal {words} /var/log /run /etc 2>/dev/null").stdout.split() == [place]
+        assert host.run(
+            f"grep -rlF --exclude-dir=journal {words} /var/log /run /etc 2>/dev/null"
+        ).stdout.split() == [place]
     assert host.file("/etc/vllm-gateway/main/keys.conf").mode == 0o600
     assert host.run("logrotate --debug /etc/logrotate.d/vllm-gateway-main").rc == 0
 

@@ -1,4 +1,6 @@
-"""The real Prometheus and exporters beside the real engine: what is scraped, what the rules make of the plan, and an alert that fires."""
+"""The real Prometheus and exporters beside the real engine: what is scraped, what the rules make of the plan,
+and an alert that fires.
+"""
 
 import json
 import time
@@ -25,7 +27,9 @@ def as_root(host):
 
 
 def api(host, path):
-    answer = json.loads(host.check_output("curl --silent --show-error --max-time 30 http://127.0.0.1:9090/api/v1/%s", path))
+    answer = json.loads(
+        host.check_output("curl --silent --show-error --max-time 30 http://127.0.0.1:9090/api/v1/%s", path)
+    )
     assert answer["status"] == "success", answer
     return answer["data"]
 
@@ -45,7 +49,13 @@ def until(seen, longest_s, every_s=3):
 
 
 def serving(host):
-    return host.run("timeout 600 sh -c 'until [ \"$(systemctl is-active vllm@main.service)\" = active ]; do sleep 1; done'").rc == 0
+    return (
+        host.run(
+            'timeout 600 sh -c \'until [ "$(systemctl is-active vllm@main.service)" = active ]; do sleep 1;'
+            " done'"
+        ).rc
+        == 0
+    )
 
 
 def health(host):
@@ -76,7 +86,9 @@ def test_every_rule_is_evaluated(host):
 
     until(lambda: all(rule["health"] == "ok" for rule in rules()), 120)
     assert [(rule["name"], rule.get("lastError")) for rule in rules() if rule["health"] != "ok"] == []
-    assert {"EngineDown", "TpotOverLimit", "XidError", "CertificateEnds"} <= {rule["name"] for rule in rules()}
+    assert {"EngineDown", "TpotOverLimit", "XidError", "CertificateEnds"} <= {
+        rule["name"] for rule in rules()
+    }
 
 
 @pytest.mark.parametrize(
@@ -96,7 +108,9 @@ def test_limits_are_the_deployed_plans(host, series, of_plan):
 
 def test_what_the_engine_does_is_seen(host):
     assert serving(host)
-    before = sum(float(sample["value"][1]) for sample in until(lambda: query(host, "vllm:generation_tokens_total"), 60))
+    before = sum(
+        float(sample["value"][1]) for sample in until(lambda: query(host, "vllm:generation_tokens_total"), 60)
+    )
     host.check_output("bash -c %s", COMPLETION)
     [sample] = until(lambda: query(host, f"vllm:generation_tokens_total >= {before + 8}"), 60)
     assert sample["metric"]["deployment"] == "main"
@@ -107,23 +121,44 @@ def test_the_unit_is_seen(host):
     assert serving(host)
     wanted = 'node_systemd_unit_state{name="vllm@main.service",state="active"} == 1'
     assert len(until(lambda: query(host, wanted), 60)) == 1
-    assert len(until(lambda: query(host, 'node_systemd_service_restart_total{name="vllm@main.service"}'), 60)) == 1
+    assert (
+        len(until(lambda: query(host, 'node_systemd_service_restart_total{name="vllm@main.service"}'), 60))
+        == 1
+    )
 
 
 def test_the_host_is_read_in_its_sandbox(host):
     assert host.check_output("systemctl is-active vllm-host-metrics.timer") == "active"
-    until(lambda: "Result=success" in host.check_output("systemctl show vllm-host-metrics.service --property=Result"), 60)
+    until(
+        lambda: (
+            "Result=success"
+            in host.check_output("systemctl show vllm-host-metrics.service --property=Result")
+        ),
+        60,
+    )
     said = host.check_output("systemctl show vllm-host-metrics.service --property=Result,ExecMainStatus")
     assert set(said.splitlines()) == {"Result=success", "ExecMainStatus=0"}
-    assert float(host.check_output("date +%s")) - host.file("/var/lib/prometheus/node-exporter/vllm_lowmem.prom").mtime.timestamp() < 180
-    [sample] = until(lambda: query(host, 'time() - node_textfile_mtime_seconds{file=~".*vllm_lowmem.prom"}'), 60)
+    assert (
+        float(host.check_output("date +%s"))
+        - host.file("/var/lib/prometheus/node-exporter/vllm_lowmem.prom").mtime.timestamp()
+        < 180
+    )
+    [sample] = until(
+        lambda: query(host, 'time() - node_textfile_mtime_seconds{file=~".*vllm_lowmem.prom"}'), 60
+    )
     assert float(sample["value"][1]) < 180
     assert query(host, "node_textfile_scrape_error")[0]["value"][1] == "0"
 
 
 def test_all_of_it_listens_on_loopback_only(host):
-    listening = {line.split()[3] for line in host.check_output("ss --no-header --listening --tcp --numeric").splitlines()}
-    assert {address for address in listening if address.endswith((":9090", ":9100"))} == {"127.0.0.1:9090", "127.0.0.1:9100"}
+    listening = {
+        line.split()[3]
+        for line in host.check_output("ss --no-header --listening --tcp --numeric").splitlines()
+    }
+    assert {address for address in listening if address.endswith((":9090", ":9100"))} == {
+        "127.0.0.1:9090",
+        "127.0.0.1:9100",
+    }
 
 
 def test_what_is_kept_is_bounded(host):
@@ -132,7 +167,11 @@ def test_what_is_kept_is_bounded(host):
 
 
 def firing(host):
-    return {alert["labels"]["alertname"]: alert for alert in api(host, "alerts")["alerts"] if alert["state"] == "firing"}
+    return {
+        alert["labels"]["alertname"]: alert
+        for alert in api(host, "alerts")["alerts"]
+        if alert["state"] == "firing"
+    }
 
 
 @needs_minutes

@@ -1,4 +1,6 @@
-"""The status page on a host: kept fresh by its timer, with the engine's own numbers, for those with a key; and `lowmem top` there."""
+"""The status page on a host: kept fresh by its timer, with the engine's own numbers, for those with a key;
+and `lowmem top` there.
+"""
 
 import datetime as dt
 import json
@@ -41,7 +43,9 @@ def since_start(page):
 
 def metric(host, name):
     text = host.check_output("curl --silent --fail http://127.0.0.1:8000/metrics")
-    return sum(float(value) for value in re.findall(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", text, re.MULTILINE))
+    return sum(
+        float(value) for value in re.findall(rf"^{re.escape(name)}{{[^}}]*}} (\S+)$", text, re.MULTILINE)
+    )
 
 
 def test_the_timer_writes_it_by_itself(host):
@@ -54,7 +58,9 @@ def test_the_timer_writes_it_by_itself(host):
     while written(host.file(f"{FOLDER}/index.html").content_string) == first and time.monotonic() < until:
         time.sleep(2)
     second = written(host.file(f"{FOLDER}/index.html").content_string)
-    assert second > first, host.run("systemctl status %s %s; journalctl -u %s -n 30 --no-pager", TIMER, UNIT, UNIT).stdout
+    assert second > first, host.run(
+        "systemctl status %s %s; journalctl -u %s -n 30 --no-pager", TIMER, UNIT, UNIT
+    ).stdout
 
 
 def test_the_page_has_the_numbers_of_a_known_load(host):

@@ -1,4 +1,6 @@
-"""The state after a first install, and again after a reboot. The expectations are written out; nothing is read from the role."""
+"""The state after a first install, and again after a reboot. The expectations are written out; nothing is
+read from the role.
+"""
 
 import json
 import re
@@ -9,8 +11,21 @@ import pytest
 TWO, EIGHT = "gpu-driver-two", "gpu-driver-eight"
 VERSION = {TWO: "580.95.05", EIGHT: "580.159.04"}
 HELD = {
-    TWO: ["libcuda1", "nvidia-driver-cuda", "nvidia-kernel-open-dkms", "nvidia-modprobe", "nvidia-persistenced"],
-    EIGHT: ["libcuda1", "nvidia-driver-cuda", "nvidia-fabricmanager", "nvidia-kernel-dkms", "nvidia-modprobe", "nvidia-persistenced"],
+    TWO: [
+        "libcuda1",
+        "nvidia-driver-cuda",
+        "nvidia-kernel-open-dkms",
+        "nvidia-modprobe",
+        "nvidia-persistenced",
+    ],
+    EIGHT: [
+        "libcuda1",
+        "nvidia-driver-cuda",
+        "nvidia-fabricmanager",
+        "nvidia-kernel-dkms",
+        "nvidia-modprobe",
+        "nvidia-persistenced",
+    ],
 }
 
 
@@ -31,18 +46,27 @@ def test_nouveau_is_gone(host):
 
 def test_uvm_is_there_and_comes_back_at_boot(host):
     assert host.file("/sys/module/nvidia_uvm").is_directory
-    assert host.file("/etc/modules-load.d/vllm-lowmem-nvidia.conf").content_string.splitlines()[-1] == "nvidia-uvm"
+    assert (
+        host.file("/etc/modules-load.d/vllm-lowmem-nvidia.conf").content_string.splitlines()[-1]
+        == "nvidia-uvm"
+    )
 
 
 def test_the_module_is_built_for_every_installed_kernel(host, name):
-    kernels = {TWO: ["6.1.0-99-amd64", host.check_output("uname -r")], EIGHT: [host.check_output("uname -r")]}[name]
+    kernels = {
+        TWO: ["6.1.0-99-amd64", host.check_output("uname -r")],
+        EIGHT: [host.check_output("uname -r")],
+    }[name]
     for kernel in kernels:
         assert host.package(f"linux-headers-{kernel}").is_installed
         assert host.check_output("/usr/sbin/modinfo -k %s -F version nvidia", kernel) == VERSION[name]
 
 
 def test_the_kind_of_modules_is_the_one_asked_for(host, name):
-    assert host.check_output("/usr/sbin/modinfo -F license nvidia") == {TWO: "Dual MIT/GPL", EIGHT: "NVIDIA"}[name]
+    assert (
+        host.check_output("/usr/sbin/modinfo -F license nvidia")
+        == {TWO: "Dual MIT/GPL", EIGHT: "NVIDIA"}[name]
+    )
 
 
 def test_packages_are_held(host, name):

@@ -27,4 +27,6 @@ def test_fstab_names_it_once(host):
 
 
 def test_the_user_may_lock_memory(host):
-    assert host.file("/etc/security/limits.d/60-vllm-lowmem.conf").content_string == "vllm - memlock unlimited\n"
+    assert (
+        host.file("/etc/security/limits.d/60-vllm-lowmem.conf").content_string == "vllm - memlock unlimited\n"
+    )

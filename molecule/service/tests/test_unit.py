@@ -35,7 +35,9 @@ def shown(host, unit, *names):
 
 def until_started(host, unit):
     """It is `activating` until it answers; the play waits for that, a reboot does not."""
-    host.run("timeout 600 sh -c 'while [ \"$(systemctl is-active %s)\" = activating ]; do sleep 1; done'", unit)
+    host.run(
+        "timeout 600 sh -c 'while [ \"$(systemctl is-active %s)\" = activating ]; do sleep 1; done'", unit
+    )
 
 
 def test_it_runs_starts_at_boot_and_answers(host, instance):
@@ -43,8 +45,17 @@ def test_it_runs_starts_at_boot_and_answers(host, instance):
     unit = f"vllm@{instance}.service"
     until_started(host, unit)
     seen = shown(host, unit, "ActiveState", "UnitFileState", "User", "KillMode", "Type", "NRestarts")
-    wanted = {"ActiveState": "active", "UnitFileState": "enabled", "User": "vllm", "KillMode": "mixed", "Type": "exec", "NRestarts": "0"}
-    assert seen == wanted, host.run("tail -n 60 %s/log/vllm.log; journalctl -u %s -n 30 --no-pager", root, unit).stdout
+    wanted = {
+        "ActiveState": "active",
+        "UnitFileState": "enabled",
+        "User": "vllm",
+        "KillMode": "mixed",
+        "Type": "exec",
+        "NRestarts": "0",
+    }
+    assert seen == wanted, host.run(
+        "tail -n 60 %s/log/vllm.log; journalctl -u %s -n 30 --no-pager", root, unit
+    ).stdout
     answer = json.loads(host.check_output("bash -c %s", COMPLETION.format(root=root, port=port)))
     assert answer["usage"]["completion_tokens"] == 8
 
@@ -63,10 +74,22 @@ def test_the_watchdog_runs_beside_it(host, instance):
 def test_limits_are_the_plans(host, instance):
     root, _ = INSTANCES[instance]
     plan = json.loads(host.file(f"{root}/etc/plan.json").content_string)
-    seen = shown(host, f"vllm@{instance}.service", "MemoryMax", "TimeoutStartUSec", "TimeoutStopUSec", "StartLimitBurst", "OOMPolicy")
+    seen = shown(
+        host,
+        f"vllm@{instance}.service",
+        "MemoryMax",
+        "TimeoutStartUSec",
+        "TimeoutStopUSec",
+        "StartLimitBurst",
+        "OOMPolicy",
+    )
     assert seen["MemoryMax"] == str(plan["service"]["memory_max_bytes"])
     assert seconds(seen["TimeoutStartUSec"]) == plan["service"]["timeout_start_s"]
-    assert seconds(seen["TimeoutStopUSec"]) == plan["service"]["timeout_stop_s"] == plan["service"]["drain_s"] + 30
+    assert (
+        seconds(seen["TimeoutStopUSec"])
+        == plan["service"]["timeout_stop_s"]
+        == plan["service"]["drain_s"] + 30
+    )
     assert (seen["StartLimitBurst"], seen["OOMPolicy"]) == ("3", "kill")
     argv = plan["argv"]
     assert argv[argv.index("--shutdown-timeout") + 1] == str(plan["service"]["drain_s"])
@@ -86,12 +109,18 @@ def test_the_sandbox_holds(host, instance):
         assert float(re.search(r"Overall exposure level for \S+: (\d+\.\d)", said)[1]) <= 2.0, said
         assert host.run("systemd-analyze verify --man=no %s", name).stderr == ""
     pid = shown(host, unit, "MainPID")["MainPID"]
-    status = dict(line.split(":\t", 1) for line in host.file(f"/proc/{pid}/status").content_string.splitlines() if ":\t" in line)
+    status = dict(
+        line.split(":\t", 1)
+        for line in host.file(f"/proc/{pid}/status").content_string.splitlines()
+        if ":\t" in line
+    )
     assert {status["CapEff"], status["CapBnd"]} == {"0000000000000000"}
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     inside = ["nsenter", "--target", pid, "--mount"]
     for path in ("/usr", "/etc", INSTANCES[instance][0]):
-        assert "ro" in host.check_output(f"{' '.join(inside)} findmnt --noheadings --output OPTIONS --target {path}").split(","), path
+        assert "ro" in host.check_output(
+            f"{' '.join(inside)} findmnt --noheadings --output OPTIONS --target {path}"
+        ).split(","), path
     assert host.run(f"{' '.join(inside)} ls /home/ops").rc != 0
     devices = host.check_output(f"{' '.join(inside)} ls /dev").split()
     assert "null" in devices
@@ -108,7 +137,10 @@ def test_another_user_cannot_read_the_key_or_the_cache(host, instance):
 
 
 def test_each_listens_where_its_plan_says_and_nowhere_else(host):
-    listening = {line.split()[3] for line in host.check_output("ss --no-header --listening --tcp --numeric").splitlines()}
+    listening = {
+        line.split()[3]
+        for line in host.check_output("ss --no-header --listening --tcp --numeric").splitlines()
+    }
     assert {"0.0.0.0:8000", "127.0.0.1:8001"} <= listening
     other = {address.rsplit(":", 1)[0] for address in listening if not address.endswith((":22", ":8000"))}
     assert other <= {"127.0.0.1", "[::1]"}, listening

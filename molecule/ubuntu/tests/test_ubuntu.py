@@ -1,4 +1,6 @@
-"""The state of an Ubuntu host after a first install, and again after a reboot; written out, nothing is read from the roles."""
+"""The state of an Ubuntu host after a first install, and again after a reboot; written out, nothing is read
+from the roles.
+"""
 
 import pytest
 
@@ -19,7 +21,10 @@ def name(host):
 
 
 def test_it_is_the_ubuntu_of_the_scenario(host, name):
-    assert f'VERSION_ID="{ {JAMMY: "22.04", NOBLE: "24.04"}[name] }"' in host.file("/etc/os-release").content_string
+    assert (
+        f'VERSION_ID="{ {JAMMY: "22.04", NOBLE: "24.04"}[name] }"'
+        in host.file("/etc/os-release").content_string
+    )
 
 
 def test_the_installed_driver_is_the_loaded_one(host, name):
@@ -34,7 +39,9 @@ def test_packages_have_ubuntus_names_and_are_held(host, name):
 
 
 def test_the_packages_are_the_repositorys_and_not_ubuntus_own(host, name):
-    """Ubuntu has packages of the same names and of branch 580; those of NVIDIA's repository end in -1ubuntu1."""
+    """Ubuntu has packages of the same names and of branch 580; those of NVIDIA's repository
+    end in -1ubuntu1.
+    """
     package = {JAMMY: "nvidia-dkms-580", NOBLE: "nvidia-dkms-580-open"}[name]
     table = host.check_output("apt-cache policy %s", package)
     assert "restricted" in table, "Ubuntu has no such package any more: this test proves nothing"
@@ -43,7 +50,10 @@ def test_the_packages_are_the_repositorys_and_not_ubuntus_own(host, name):
 
 
 def test_the_module_is_built_for_every_installed_kernel(host, name):
-    kernels = {JAMMY: ["6.8.0-99-generic", host.check_output("uname -r")], NOBLE: [host.check_output("uname -r")]}[name]
+    kernels = {
+        JAMMY: ["6.8.0-99-generic", host.check_output("uname -r")],
+        NOBLE: [host.check_output("uname -r")],
+    }[name]
     for kernel in kernels:
         assert host.package(f"linux-headers-{kernel}").is_installed
         assert host.check_output("/usr/sbin/modinfo -k %s -F version nvidia", kernel) == VERSION[name]
@@ -88,7 +98,10 @@ def test_memory(host, name):
         assert host.sysctl("vm.swappiness") == 10
         swap = host.file("/swap-ubuntu-noble")
         assert (swap.size, swap.mode) == (1073741824, 0o600)
-        assert host.file("/etc/security/limits.d/60-vllm-lowmem.conf").content_string == "vllm - memlock unlimited\n"
+        assert (
+            host.file("/etc/security/limits.d/60-vllm-lowmem.conf").content_string
+            == "vllm - memlock unlimited\n"
+        )
 
 
 def test_nothing_was_ever_unloaded(host):

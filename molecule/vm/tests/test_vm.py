@@ -14,7 +14,10 @@ def test_kernel_parameters(host):
 
 
 def test_swap_of_fstab_is_in_use(host):
-    assert host.check_output("/usr/sbin/swapon --show=NAME,SIZE --bytes --noheadings --raw") == "/swapfile 1073737728"
+    assert (
+        host.check_output("/usr/sbin/swapon --show=NAME,SIZE --bytes --noheadings --raw")
+        == "/swapfile 1073737728"
+    )
     assert host.file("/etc/fstab").content_string.split() == ["/swapfile", "none", "swap", "sw", "0", "0"]
 
 
@@ -27,15 +30,24 @@ def test_the_driver_is_loaded_by_the_kernel(host):
 
 def engine(host, what):
     """The unit, started anew with an engine that takes this; its properties when it holds it or was ended."""
-    host.check_output("sudo sh -c %s", f"echo {what} >/opt/vllm-lowmem/etc/engine.txt; : >/opt/vllm-lowmem/log/vllm.log")
+    host.check_output(
+        "sudo sh -c %s", f"echo {what} >/opt/vllm-lowmem/etc/engine.txt; : >/opt/vllm-lowmem/log/vllm.log"
+    )
     host.check_output(
         "sudo sh -c %s",
-        f"systemctl daemon-reload; systemctl stop {UNIT}; systemctl reset-failed {UNIT} || true; systemctl start --no-block {UNIT}",
+        f"systemctl daemon-reload; systemctl stop {UNIT}; systemctl reset-failed {UNIT} || true; systemctl"
+        f" start --no-block {UNIT}",
     )
     for _ in range(120):
-        said = host.check_output(f"systemctl show {UNIT} --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup")
+        said = host.check_output(
+            f"systemctl show {UNIT}"
+            " --property=ActiveState,MemoryMax,MemoryCurrent,MemorySwapCurrent,ControlGroup"
+        )
         now = dict(line.split("=", 1) for line in said.splitlines())
-        if now["ActiveState"] == "failed" or "holds" in host.file("/opt/vllm-lowmem/log/vllm.log").content_string:
+        if (
+            now["ActiveState"] == "failed"
+            or "holds" in host.file("/opt/vllm-lowmem/log/vllm.log").content_string
+        ):
             return now
         time.sleep(1)
     raise AssertionError(now)

@@ -25,11 +25,15 @@ def quantizer(say: Say) -> type[AwqQuantizer]:
             say(f"quantizing layer {Quantizer.done} of {len(self.modules)}")
             return super()._get_input_feat(layer, named_linears)
 
-        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module2inspect: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-            # 0.2.9 keeps the weights it is about to change with `.cpu()`. On a CPU that is no copy, the search then works on
-            # weights it has already spoiled, and the model comes out as noise.
+        def _compute_best_scale(
+            self, x: Any, w_mean: Any, x_mean: Any, module2inspect: torch.nn.Module, *args: Any, **kwargs: Any
+        ) -> Any:
+            # 0.2.9 keeps the weights it is about to change with `.cpu()`. On a CPU that is no copy, the
+            # search then works on weights it has already spoiled, and the model comes out as noise.
             original = module2inspect.state_dict
-            module2inspect.state_dict = lambda *a, **k: {name: tensor.clone() for name, tensor in original(*a, **k).items()}
+            module2inspect.state_dict = lambda *a, **k: {
+                name: tensor.clone() for name, tensor in original(*a, **k).items()
+            }
             try:
                 return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *args, **kwargs)
             finally:

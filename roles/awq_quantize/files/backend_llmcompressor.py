@@ -34,15 +34,18 @@ SAY: list[Say] = [lambda line: None]
 
 
 def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str, Any], say: Say) -> None:
-    """Write the quantized checkpoint of `model` to the folder `out`; samples: token ids of each calibration passage."""
+    """Write the quantized checkpoint of `model` to the folder `out`; samples: token ids of each calibration
+    passage.
+    """
     if not torch.accelerator.is_available():
         # 0.14 pins memory for the way to an accelerator, and pinning fails where there is none
         IntermediatesCache.pin_memory = lambda self, *args, **kwargs: None
     SAY[0] = say
     network = AutoModelForCausalLM.from_pretrained(
         model,
-        # half precision has no fast kernels on a CPU; and on a GPU 0.14 sums the squared errors of a whole sample in the model's own type,
-        # which passes float16's 65,504 ("No finite loss was found", H100, SmolLM2) and never bfloat16's range
+        # half precision has no fast kernels on a CPU; and on a GPU 0.14 sums the squared errors of a whole
+        # sample in the model's own type, which passes float16's 65,504 ("No finite loss was found", H100,
+        # SmolLM2) and never bfloat16's range
         dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
     )
     weights = {
@@ -57,7 +60,9 @@ def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str,
         dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in samples]),
         recipe=[
             ReportingAWQ(),
-            QuantizationModifier(ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}),
+            QuantizationModifier(
+                ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}
+            ),
         ],
         max_seq_length=recipe["sample_tokens"],
         num_calibration_samples=len(samples),

@@ -1,6 +1,8 @@
-"""Read checkpoint folders: config, tensor shapes, group size, and 4-bit weights as the floating-point matrices they stand for.
+"""Read checkpoint folders: config, tensor shapes, group size, and 4-bit weights as the floating-point
+matrices they stand for.
 
-Stdlib only until a tensor is asked for, so that a host without torch can still say what is wrong with a folder.
+Stdlib only until a tensor is asked for, so that a host without torch can still say what is wrong with a
+folder.
 """
 
 from __future__ import annotations
@@ -49,22 +51,30 @@ def shards(folder: Path) -> list[Path]:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t["shape"]) for path in shards(folder) for name, t in safetensors_header(path).items()}
+    return {
+        name: tuple(t["shape"]) for path in shards(folder) for name, t in safetensors_header(path).items()
+    }
 
 
 def linear_inputs(tensor_shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
-    """Input dimension of each weight that is quantized: the matrices inside the layers. Embeddings and lm_head stay 16-bit."""
+    """Input dimension of each weight that is quantized: the matrices inside the layers. Embeddings and
+    lm_head stay 16-bit.
+    """
     return {
         name: shape[1]
         for name, shape in tensor_shapes.items()
-        if ".layers." in name and name.endswith(".weight") and len(shape) == 2 and not name.endswith(".gate.weight")
+        if ".layers." in name
+        and name.endswith(".weight")
+        and len(shape) == 2
+        and not name.endswith(".gate.weight")
     }
 
 
 def choose_group_size(inputs: dict[str, int], wanted: int | None = None) -> int:
     """The largest of 128, 64 and 32 that divides every input dimension, or `wanted` if that divides them all.
 
-    Larger groups cost less memory, smaller ones less quality. CheckpointError names the tensor that stands in the way.
+    Larger groups cost less memory, smaller ones less quality. CheckpointError names the tensor that stands in
+    the way.
     """
     if not inputs:
         raise CheckpointError("no linear layer to quantize: no 2-dimensional '.layers.*.weight' tensor")
@@ -79,7 +89,9 @@ def choose_group_size(inputs: dict[str, int], wanted: int | None = None) -> int:
 
 
 def unpack(words: torch.Tensor, dim: int, order: tuple[int, ...] = PLAIN_ORDER) -> torch.Tensor:
-    """int32 words of eight 4-bit values along `dim` to values 0..15; nibble i of a word is element order[i] of its eight."""
+    """int32 words of eight 4-bit values along `dim` to values 0..15; nibble i of a word is element order[i]
+    of its eight.
+    """
     import torch
 
     words = words.movedim(dim, -1)
@@ -90,10 +102,11 @@ def unpack(words: torch.Tensor, dim: int, order: tuple[int, ...] = PLAIN_ORDER) 
 
 
 def dequantize(part: dict[str, torch.Tensor]) -> torch.Tensor:
-    """float32 [out, in] of one linear layer as stored; `part` maps the last word of each tensor name to the tensor.
+    """float32 [out, in] of one linear layer as stored; `part` maps the last word of each tensor name to the
+    tensor.
 
-    Understands AutoAWQ (qweight, qzeros, scales) and compressed-tensors pack-quantized (weight_packed, weight_scale,
-    weight_zero_point). w = (q - zero) * scale, scale and zero shared by a group of inputs.
+    Understands AutoAWQ (qweight, qzeros, scales) and compressed-tensors pack-quantized (weight_packed,
+    weight_scale, weight_zero_point). w = (q - zero) * scale, scale and zero shared by a group of inputs.
     """
     if "qweight" in part:
         scale = part["scales"].float().t()
@@ -113,7 +126,9 @@ def dequantize(part: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 class Tensors:
-    """The weights of a checkpoint folder by their unquantized names, read from disk one at a time, float32."""
+    """The weights of a checkpoint folder by their unquantized names, read from disk one at
+    a time, float32.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.files = {name: path for path in shards(folder) for name in safetensors_header(path)}

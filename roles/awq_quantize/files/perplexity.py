@@ -1,8 +1,8 @@
 """Perplexity of a checkpoint folder as it is stored, one decoder layer in memory at a time.
 
-A quantized folder is judged by its own bytes: the 4-bit weights are dequantized here, independently of the library that wrote
-them, so a checkpoint that was saved wrong shows. Any model of transformers with the usual Llama layout (model.embed_tokens,
-model.layers, model.norm, lm_head) works, whatever its size.
+A quantized folder is judged by its own bytes: the 4-bit weights are dequantized here, independently of the
+library that wrote them, so a checkpoint that was saved wrong shows. Any model of transformers with the usual
+Llama layout (model.embed_tokens, model.layers, model.norm, lm_head) works, whatever its size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 
 def windows(tokens: list[int], length: int) -> torch.Tensor:
-    """The text cut into rows of `length` tokens, int64 [rows, length]; a rest too short for a row is left out."""
+    """The text cut into rows of `length` tokens, int64 [rows, length]; a rest too short for a row is left
+    out.
+    """
     rows = max(1, len(tokens) // length)
     length = min(length, len(tokens))
     if length < 2:
@@ -48,13 +50,17 @@ def perplexity(folder: Path, text: str, window: int = 256) -> float:
         module.load_state_dict(weights, strict=True, assign=True)
         return module
 
-    tokens = windows(AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"], window).to(device)
+    tokens = windows(
+        AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"], window
+    ).to(device)
     embedding = fill(core.embed_tokens, "model.embed_tokens")
     hidden = embedding(tokens)
     positions = torch.arange(tokens.shape[1], device=device).unsqueeze(0)
     rotary = type(core.rotary_emb)(config=config).to(device)(hidden, positions)
     for i, layer in enumerate(core.layers):
-        out = fill(layer, f"model.layers.{i}")(hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary)
+        out = fill(layer, f"model.layers.{i}")(
+            hidden, attention_mask=None, position_ids=positions, position_embeddings=rotary
+        )
         hidden = out[0] if isinstance(out, tuple) else out
         layer.to("meta")
     hidden = fill(core.norm, "model.norm")(hidden)

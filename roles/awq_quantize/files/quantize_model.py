@@ -1,7 +1,7 @@
 """AWQ-quantize a checkpoint: `quantize_model.py quantize SPEC`.
 
-`state SPEC` says on stderr, with status 1, why there is something to do; `preflight SPEC` why it cannot be done. Both read only and
-need the standard library only.
+`state SPEC` says on stderr, with status 1, why there is something to do; `preflight SPEC` why it cannot be
+done. Both read only and need the standard library only.
 
 SPEC is a JSON object:
   models             folder that has `<source_name>/` and its manifest, and gets `<name>/` and `<name>.manifest.json`
@@ -34,14 +34,15 @@ import checkpoint
 import manifest
 
 GIB = 2**30
-# Seen on SmolLM2-135M (float32 on a CPU): AutoAWQ 1.23 GiB with 3,840 calibration tokens, llm-compressor 1.74 GiB with 1,024. What is
-# not the model and its activations is the libraries themselves.
+# Seen on SmolLM2-135M (float32 on a CPU): AutoAWQ 1.23 GiB with 3,840 calibration tokens, llm-compressor 1.74
+# GiB with 1,024. What is not the model and its activations is the libraries themselves.
 LIBRARIES_BYTES = 5 * GIB // 4
 # float32 on a CPU: the model, one layer's copy for the search, and the packed result beside the last layers
 BYTES_PER_PARAMETER = 5
 # activations of the calibration text that are alive at once, in units of the widest layer's float32 inputs
 LIVE_ACTIVATIONS = 12
-# 4-bit weights with their scales and zeros, and the 16-bit copy of embeddings and head, never exceed this share of a 16-bit model
+# 4-bit weights with their scales and zeros, and the 16-bit copy of embeddings and head, never exceed this
+# share of a 16-bit model
 OUTPUT_SHARE = 0.75
 
 
@@ -50,7 +51,9 @@ class Refused(RuntimeError):
 
 
 class Progress:
-    """The real stdout, for lines meant for the operator. The libraries write to both streams; all of theirs goes to stderr."""
+    """The real stdout, for lines meant for the operator. The libraries write to both streams; all of theirs
+    goes to stderr.
+    """
 
     def __init__(self) -> None:
         self.stream: TextIO = sys.stdout
@@ -74,7 +77,9 @@ def passages(path: Path) -> list[str]:
 
         texts = pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()
     elif path.suffix == ".jsonl":
-        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [
+            json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     else:
         texts = path.read_text(encoding="utf-8").split("\n\n")
     texts = [text.strip() for text in texts if text and text.strip()]
@@ -84,9 +89,11 @@ def passages(path: Path) -> list[str]:
 
 
 def blocks(passages_tokens: list[list[int]], sample_tokens: int, total_tokens: int) -> list[list[int]]:
-    """Passages from the whole file, `total_tokens` of them together, run together and cut into rows of `sample_tokens`.
+    """Passages from the whole file, `total_tokens` of them together, run together and cut into rows of
+    `sample_tokens`.
 
-    Full rows make the search several times as quick as one passage at a time. A shorter rest is left out, unless it is all there is.
+    Full rows make the search several times as quick as one passage at a time. A shorter rest is left out,
+    unless it is all there is.
     """
     text = [ids for ids in passages_tokens if ids]
     wanted = max(1, round(len(text) * min(1.0, total_tokens / sum(map(len, text)))))
@@ -99,19 +106,28 @@ def blocks(passages_tokens: list[list[int]], sample_tokens: int, total_tokens: i
 def needs(parameters: int, widest: int, calibration_tokens: int) -> tuple[int, int]:
     """Bytes of RAM and of disk that quantizing takes; an upper estimate.
 
-    parameters: of the whole model; widest: largest input dimension of a layer; see the constants for where they come from.
+    parameters: of the whole model; widest: largest input dimension of a layer; see the constants for where
+    they come from.
     """
-    ram = LIBRARIES_BYTES + BYTES_PER_PARAMETER * parameters + LIVE_ACTIVATIONS * calibration_tokens * widest * 4
+    ram = (
+        LIBRARIES_BYTES
+        + BYTES_PER_PARAMETER * parameters
+        + LIVE_ACTIVATIONS * calibration_tokens * widest * 4
+    )
     return ram, math.ceil(2 * parameters * OUTPUT_SHARE)
 
 
 def available_ram_bytes() -> int:
     """MemAvailable, or what the control group still allows if that is less."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    )
     available = int(fields["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     try:
-        limit, used = ((group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current"))
+        limit, used = (
+            (group / f"memory.{name}").read_text(encoding="ascii").strip() for name in ("max", "current")
+        )
     except OSError:
         return available
     return available if limit == "max" else min(available, int(limit) - int(used))
@@ -135,7 +151,9 @@ def full_recipe(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_half(folder: Path, dtype: str) -> None:
-    """Store every float tensor (embeddings, norms, scales) in `dtype`, the source's own 16 bits, whatever the library worked in."""
+    """Store every float tensor (embeddings, norms, scales) in `dtype`, the source's own 16 bits, whatever the
+    library worked in.
+    """
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -148,7 +166,9 @@ def to_half(folder: Path, dtype: str) -> None:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         half = {name: t.to(wanted) if t.is_floating_point() else t for name, t in tensors.items()}
-        bad = next((name for name, t in half.items() if t.is_floating_point() and not t.isfinite().all()), None)
+        bad = next(
+            (name for name, t in half.items() if t.is_floating_point() and not t.isfinite().all()), None
+        )
         if bad:
             raise Refused(f"{path.name}: tensor {bad} has values that {dtype} cannot hold")
         beside = path.with_suffix(".half")
@@ -170,14 +190,22 @@ def judge(before: float, after: float, limit_ratio: float) -> dict[str, float]:
     ratio = after / before
     if not ratio <= limit_ratio:
         raise Refused(
-            f"perplexity rose from {before:.2f} to {after:.2f}, {ratio:.3f} times; the limit is {limit_ratio:.3f}: "
-            "the result was thrown away. Use a smaller awq_quantize_group_size or more calibration text, or raise awq_quantize_limit_ratio"
+            f"perplexity rose from {before:.2f} to {after:.2f}, {ratio:.3f} times; the limit is"
+            f" {limit_ratio:.3f}: the result was thrown away. Use a smaller awq_quantize_group_size or more"
+            " calibration text, or raise awq_quantize_limit_ratio"
         )
-    return {"before": round(before, 4), "after": round(after, 4), "increase_ratio": round(ratio, 5), "limit_ratio": limit_ratio}
+    return {
+        "before": round(before, 4),
+        "after": round(after, 4),
+        "increase_ratio": round(ratio, 5),
+        "limit_ratio": limit_ratio,
+    }
 
 
 def state(spec: dict[str, Any]) -> list[str]:
-    """Why the result has to be made (again); empty when it is there, as its manifest has it and by this recipe."""
+    """Why the result has to be made (again); empty when it is there, as its manifest has it and by this
+    recipe.
+    """
     models, name = Path(spec["models"]), spec["name"]
     path = models / f"{name}.manifest.json"
     try:
@@ -196,19 +224,29 @@ def require_accepted(spec: dict[str, Any]) -> None:
 
 
 def preflight(spec: dict[str, Any]) -> None:
-    """Refused, or a ValueError of the checkpoint, when quantizing cannot work; nothing is said of a source that is yet to come."""
+    """Refused, or a ValueError of the checkpoint, when quantizing cannot work; nothing is said of a source
+    that is yet to come.
+    """
     models, recipe = Path(spec["models"]), spec["recipe"]
     if recipe["group_size"] not in (0, *checkpoint.GROUP_SIZES):
-        raise Refused(f"awq_quantize_group_size {recipe['group_size']} is none of 0 (chosen from the model), 32, 64 and 128")
+        raise Refused(
+            f"awq_quantize_group_size {recipe['group_size']} is none of 0 (chosen from the model), 32, 64"
+            " and 128"
+        )
     if recipe["sample_tokens"] < 16 or recipe["calibration_tokens"] < recipe["sample_tokens"]:
         raise Refused(
             f"awq_quantize_sample_tokens {recipe['sample_tokens']} must be at least 16 and at most "
             f"awq_quantize_calibration_tokens {recipe['calibration_tokens']}"
         )
     if not spec["limit_ratio"] >= 1:
-        raise Refused(f"awq_quantize_limit_ratio {spec['limit_ratio']} must be at least 1: quantizing does not make a model better")
+        raise Refused(
+            f"awq_quantize_limit_ratio {spec['limit_ratio']} must be at least 1: quantizing does not make a"
+            " model better"
+        )
     if spec["name"] == spec["source_name"]:
-        raise Refused(f"awq_quantize_name {spec['name']!r} is the source's own name; the result needs another")
+        raise Refused(
+            f"awq_quantize_name {spec['name']!r} is the source's own name; the result needs another"
+        )
     if not (models / f"{spec['source_name']}.manifest.json").exists():
         return
     if not state(spec):
@@ -221,7 +259,9 @@ def require_resources(models: Path, source_name: str, recipe: dict[str, Any]) ->
     tensor_shapes = checkpoint.shapes(models / source_name)
     widest = max(checkpoint.linear_inputs(tensor_shapes).values())
     ram, disk = needs(checkpoint.parameter_count(tensor_shapes), widest, recipe["calibration_tokens"])
-    require("RAM", ram, available_ram_bytes(), "stop other programs, take less calibration text or a larger host")
+    require(
+        "RAM", ram, available_ram_bytes(), "stop other programs, take less calibration text or a larger host"
+    )
     require(f"disk in {models}", disk, shutil.disk_usage(models).free, "make room or move the root")
 
 
@@ -241,7 +281,10 @@ def work(spec: dict[str, Any], recipe: dict[str, Any], recipe_sha256: str) -> No
     samples = blocks(tokens, recipe["sample_tokens"], recipe["calibration_tokens"])
     held_back = Path(spec["perplexity"]).read_text(encoding="utf-8")
     before = perplexity(source, held_back)
-    say(f"{spec['source_name']}: perplexity {before:.2f}; groups of {recipe['group_size']}; {sum(map(len, samples))} calibration tokens")
+    say(
+        f"{spec['source_name']}: perplexity {before:.2f}; groups of {recipe['group_size']};"
+        f" {sum(map(len, samples))} calibration tokens"
+    )
 
     staging = models / f".{name}.{os.getpid()}.partial"
     staging.mkdir()
@@ -280,7 +323,10 @@ def work(spec: dict[str, Any], recipe: dict[str, Any], recipe_sha256: str) -> No
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     size = sum(file.size_bytes for file in files)
-    say(f"{name}: {size / 2**20:.0f} MiB in place after {time.monotonic() - started:.0f} s, peak RAM {peak / GIB:.2f} GiB")
+    say(
+        f"{name}: {size / 2**20:.0f} MiB in place after {time.monotonic() - started:.0f} s, peak RAM"
+        f" {peak / GIB:.2f} GiB"
+    )
 
 
 def quantize(spec: dict[str, Any]) -> None:

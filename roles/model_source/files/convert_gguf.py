@@ -1,6 +1,8 @@
-"""GGUF file to a Hugging Face checkpoint folder: safetensors in float16, tokenizer, chat template. No torch needed.
+"""GGUF file to a Hugging Face checkpoint folder: safetensors in float16, tokenizer, chat template. No torch
+needed.
 
-For the llama architecture with a byte-level BPE tokenizer, as SmolLM2 has them; anything else is refused by name.
+For the llama architecture with a byte-level BPE tokenizer, as SmolLM2 has them; anything else is refused by
+name.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ PRE_TOKENIZERS = {"smollm": True, "gpt-2": False, "default": False}
 
 
 def checkpoint_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; ValueError for a tensor that has no place."""
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; ValueError for a tensor that has no
+    place.
+    """
     if gguf_name in OUTER:
         return OUTER[gguf_name]
     match gguf_name.split("."):
@@ -50,7 +54,9 @@ def checkpoint_name(gguf_name: str) -> str:
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Undo llama.cpp's interleaving of the two rotary halves of each head; weight [heads * head_dim, in], same shape back."""
+    """Undo llama.cpp's interleaving of the two rotary halves of each head; weight [heads * head_dim, in],
+    same shape back.
+    """
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
@@ -80,7 +86,9 @@ def read_tensors(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, np.
     return tensors
 
 
-def model_config(get: Callable[..., Any], tokens: dict[str, int], vocab_size: int, tied: bool) -> dict[str, Any]:
+def model_config(
+    get: Callable[..., Any], tokens: dict[str, int], vocab_size: int, tied: bool
+) -> dict[str, Any]:
     """config.json; `get` reads one key of the architecture's own metadata."""
     heads, hidden = int(get("attention.head_count")), int(get("embedding_length"))
     # stored as float32: 1e-05 comes back as 9.999999747378752e-06
@@ -109,20 +117,32 @@ def model_config(get: Callable[..., Any], tokens: dict[str, int], vocab_size: in
 
 def build_tokenizer(texts: list[str], types: list[int], merges: list[str], split_digits: bool) -> Tokenizer:
     """Byte-level BPE; tokens of the control type are special and never split."""
-    tokenizer = Tokenizer(BPE(vocab={text: i for i, text in enumerate(texts)}, merges=[tuple(merge.split(" ")) for merge in merges]))
+    tokenizer = Tokenizer(
+        BPE(
+            vocab={text: i for i, text in enumerate(texts)},
+            merges=[tuple(merge.split(" ")) for merge in merges],
+        )
+    )
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of]) if split_digits else bytes_of
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), bytes_of])
+        if split_digits
+        else bytes_of
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(text, special=True, normalized=False) for text, kind in zip(texts, types, strict=True) if kind == CONTROL_TOKEN]
+        [
+            AddedToken(text, special=True, normalized=False)
+            for text, kind in zip(texts, types, strict=True)
+            if kind == CONTROL_TOKEN
+        ]
     )
     return tokenizer
 
 
 def convert(source: Path, folder: Path) -> int:
-    """Write the checkpoint of the GGUF file `source` into `folder`, which must exist; returns the number of tensors.
+    """Write the checkpoint of the GGUF file `source` into `folder`, which must exist; returns the number of
+    tensors.
 
     ValueError, naming the part, for a model that this cannot convert faithfully.
     """
@@ -132,7 +152,9 @@ def convert(source: Path, folder: Path) -> int:
     if architecture != ARCHITECTURE:
         raise ValueError(f"architecture {architecture!r}: only {ARCHITECTURE!r} can be converted")
     if meta["tokenizer.ggml.model"] != "gpt2":
-        raise ValueError(f"tokenizer {meta['tokenizer.ggml.model']!r}: only byte-level BPE ('gpt2') can be converted")
+        raise ValueError(
+            f"tokenizer {meta['tokenizer.ggml.model']!r}: only byte-level BPE ('gpt2') can be converted"
+        )
     pre = meta.get("tokenizer.ggml.pre", "default")
     if pre not in PRE_TOKENIZERS:
         raise ValueError(f"pre-tokenizer {pre!r} is none of {', '.join(PRE_TOKENIZERS)}")
@@ -149,15 +171,18 @@ def convert(source: Path, folder: Path) -> int:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     texts = meta["tokenizer.ggml.tokens"]
-    ids = {f"{name}_token_id": int(meta[f"tokenizer.ggml.{key}_token_id"]) for name, key in (("bos", "bos"), ("eos", "eos"))}
+    ids = {
+        f"{name}_token_id": int(meta[f"tokenizer.ggml.{key}_token_id"])
+        for name, key in (("bos", "bos"), ("eos", "eos"))
+    }
     ids["pad_token_id"] = int(meta.get("tokenizer.ggml.padding_token_id", ids["eos_token_id"]))
     tied = "lm_head.weight" not in tensors
     write_json(folder / "config.json", model_config(get, ids, len(texts), tied))
     write_json(folder / "generation_config.json", ids)
 
-    build_tokenizer(texts, meta["tokenizer.ggml.token_type"], meta["tokenizer.ggml.merges"], PRE_TOKENIZERS[pre]).save(
-        str(folder / "tokenizer.json")
-    )
+    build_tokenizer(
+        texts, meta["tokenizer.ggml.token_type"], meta["tokenizer.ggml.merges"], PRE_TOKENIZERS[pre]
+    ).save(str(folder / "tokenizer.json"))
     special = {key.removesuffix("_id"): texts[number] for key, number in ids.items()}
     special["unk_token"] = texts[int(meta.get("tokenizer.ggml.unknown_token_id", ids["eos_token_id"]))]
     write_json(folder / "special_tokens_map.json", special)

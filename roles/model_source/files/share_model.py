@@ -1,8 +1,10 @@
-"""Let peers take a checkpoint from this host for a while: `share_model.py MANIFEST FOLDER ADDRESS PORT LIMIT_S IDLE_S`.
+"""Let peers take a checkpoint from this host for a while: `share_model.py MANIFEST FOLDER ADDRESS PORT
+LIMIT_S IDLE_S`.
 
-Prints one line, {"port", "token", "manifest_sha256"}, and goes on in the background: files of the manifest, and no others, by GET with
-ranges to whoever has the token, which is made here and dies with this process. It ends when told to (DELETE / with the token), after
-IDLE_S without a request, or after LIMIT_S at the latest. Standard library only: it is run from stdin, and leaves no file behind.
+Prints one line, {"port", "token", "manifest_sha256"}, and goes on in the background: files of the manifest,
+and no others, by GET with ranges to whoever has the token, which is made here and dies with this process. It
+ends when told to (DELETE / with the token), after IDLE_S without a request, or after LIMIT_S at the latest.
+Standard library only: it is run from stdin, and leaves no file behind.
 """
 
 import hashlib
@@ -67,7 +69,9 @@ class Handler(BaseHTTPRequestHandler):
             threading.Thread(target=lambda: (time.sleep(0.2), os._exit(0))).start()
 
     def known(self) -> bool:
-        if hmac.compare_digest(self.headers.get("Authorization", "").encode(), f"Bearer {self.server.token}".encode()):
+        if hmac.compare_digest(
+            self.headers.get("Authorization", "").encode(), f"Bearer {self.server.token}".encode()
+        ):
             return True
         self.reply(401, b"")
         return False
@@ -105,11 +109,18 @@ def main() -> None:
     try:
         family, _, _, _, place = socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)[0]
         if ipaddress.ip_address(place[0]).is_unspecified:
-            sys.exit(f"model_source_peer_address {address} is every address of this host; name the one in the cluster's network")
+            sys.exit(
+                f"model_source_peer_address {address} is every address of this host; name the one in the"
+                " cluster's network"
+            )
         server = Share(Path(manifest), Path(folder), place, family)
     except OSError as error:
         sys.exit(f"model_source_peer_address {address} port {port} cannot be listened on: {error}")
-    said = {"port": server.server_address[1], "token": server.token, "manifest_sha256": hashlib.sha256(server.manifest).hexdigest()}
+    said = {
+        "port": server.server_address[1],
+        "token": server.token,
+        "manifest_sha256": hashlib.sha256(server.manifest).hexdigest(),
+    }
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
     if os.fork():

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""What no exporter says of this host, for node exporter's textfile collector: what NVIDIA's driver reports of its cards, the ends that the
-watchdog made, the memory of vLLM's units, and how long certificates hold.
+"""What no exporter says of this host, for node exporter's textfile collector: what NVIDIA's driver reports of
+its cards, the ends that the watchdog made, the memory of vLLM's units, and how long certificates hold.
 
-Standard library only, for the host's own Python (3.10 or later); `gpu_report.py` of this repository lies beside it and reads the cards.
-What cannot be read is left out and said on stderr; the file is replaced whole.
+Standard library only, for the host's own Python (3.10 or later); `gpu_report.py` of this repository lies
+beside it and reads the cards. What cannot be read is left out and said on stderr; the file is replaced whole.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ Sample = tuple[str, dict[str, str], float]
 
 HELP = {
     "lowmem_gpu_cards": "NVIDIA cards by where they are seen: on_bus (PCI), answering (nvidia-smi).",
-    "lowmem_gpu_ecc_uncorrected_errors": "Uncorrected memory errors: volatile since the driver was loaded, aggregate ever.",
+    "lowmem_gpu_ecc_uncorrected_errors": (
+        "Uncorrected memory errors: volatile since the driver was loaded, aggregate ever."
+    ),
     "lowmem_gpu_row_remap": "1 where the card's row remapping is pending or has failed.",
     "lowmem_gpu_slowed": "1 for each reason that holds the card's clocks down now.",
     "lowmem_gpu_xid_errors": "Xid errors in the kernel log of this boot, the last 50 lines of them.",
     "lowmem_gpu_xid_last_timestamp_seconds": "When the last of them was logged.",
     "lowmem_watchdog_ends": "Engines that the watchdog ended since boot.",
     "lowmem_watchdog_last_end_timestamp_seconds": "When it ended the last one.",
-    "lowmem_service_memory_bytes": "Memory of the unit's control group: anon, file_mapped and shmem as in memory.stat, swap.",
+    "lowmem_service_memory_bytes": (
+        "Memory of the unit's control group: anon, file_mapped and shmem as in memory.stat, swap."
+    ),
     "lowmem_certificate_readable": "0 where the certificate cannot be read.",
     "lowmem_certificate_not_after_timestamp_seconds": "When the certificate ends.",
 }
@@ -41,7 +45,9 @@ def run(*command: str) -> str:
     """Standard output; empty where the program fails or is not there, which is said."""
     code, out, error = gpu_report.output(*command)
     if code != 0:
-        sys.stderr.write(f"{' '.join(command[:3])}: {' '.join(error.split())[:300] or f'exit status {code}'}\n")
+        sys.stderr.write(
+            f"{' '.join(command[:3])}: {' '.join(error.split())[:300] or f'exit status {code}'}\n"
+        )
         return ""
     return out
 
@@ -78,8 +84,17 @@ def cards() -> Iterator[Sample]:
 
 
 def watchdog() -> Iterator[Sample]:
-    """`watchdog: no sign of the engine for 180 s: ended 12 (VLLM::EngineCor), …`, as lowmem.watchdog says it."""
-    words = ("journalctl", "--unit=vllm-watchdog@*.service", "--boot", "--no-pager", "--quiet", "--output=json")
+    """`watchdog: no sign of the engine for 180 s: ended 12 (VLLM::EngineCor), …`, as
+    lowmem.watchdog says it.
+    """
+    words = (
+        "journalctl",
+        "--unit=vllm-watchdog@*.service",
+        "--boot",
+        "--no-pager",
+        "--quiet",
+        "--output=json",
+    )
     ends: dict[str, list[float]] = {}
     for line in run(*words, "--output-fields=_SYSTEMD_UNIT,MESSAGE").splitlines():
         entry = json.loads(line)
@@ -91,7 +106,9 @@ def watchdog() -> Iterator[Sample]:
 
 
 def service_memory(groups: Path = Path("/sys/fs/cgroup")) -> Iterator[Sample]:
-    for block in run("systemctl", "show", "--property=Id,ControlGroup", "vllm@*.service").strip().split("\n\n"):
+    for block in (
+        run("systemctl", "show", "--property=Id,ControlGroup", "vllm@*.service").strip().split("\n\n")
+    ):
         unit = dict(line.split("=", 1) for line in block.splitlines() if "=" in line)
         if not unit.get("ControlGroup"):  # it does not run
             continue
@@ -112,7 +129,11 @@ def certificates(paths: list[str]) -> Iterator[Sample]:
         said = run("openssl", "x509", "-noout", "-enddate", "-in", path)
         yield "lowmem_certificate_readable", {"path": path}, said.startswith("notAfter=")
         if said.startswith("notAfter="):
-            yield "lowmem_certificate_not_after_timestamp_seconds", {"path": path}, ssl.cert_time_to_seconds(said.strip().split("=", 1)[1])
+            yield (
+                "lowmem_certificate_not_after_timestamp_seconds",
+                {"path": path},
+                ssl.cert_time_to_seconds(said.strip().split("=", 1)[1]),
+            )
 
 
 def text(samples: list[Sample]) -> str:
@@ -131,8 +152,12 @@ def text(samples: list[Sample]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the file, *.prom in the textfile collector's folder")
-    parser.add_argument("--certificate", action="append", default=[], help="a certificate in PEM; may be given again")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the file, *.prom in the textfile collector's folder"
+    )
+    parser.add_argument(
+        "--certificate", action="append", default=[], help="a certificate in PEM; may be given again"
+    )
     options = parser.parse_args()
     samples = [*cards(), *watchdog(), *service_memory(), *certificates(options.certificate)]
     beside = options.out.with_name(options.out.name + ".new")

@@ -1,14 +1,16 @@
 """Build a virtual environment from locks with hashes, or bring a broken one back.
 
-build_env.py ENV SPEC: the folder to make, and a JSON object {stamp, lock, torch_lock, torch_index, wheels}. Run it with the Python
-that the environment is to have. Progress goes to stdout, the noise of pip to stderr. Standard library only.
-build_env.py ENV: the stamp of a complete environment, or null; changes nothing.
+build_env.py ENV SPEC: the folder to make, and a JSON object {stamp, lock, torch_lock, torch_index, wheels}.
+Run it with the Python that the environment is to have. Progress goes to stdout, the noise of pip to stderr.
+Standard library only. build_env.py ENV: the stamp of a complete environment, or null; changes nothing.
 
-An environment is never changed once it is complete: other wheels are another folder, so that whoever runs in the old one keeps it. The new
-one is then made of hard links to an old one with the same lock, in seconds and without room of its own.
+An environment is never changed once it is complete: other wheels are another folder, so that whoever runs in
+the old one keeps it. The new one is then made of hard links to an old one with the same lock, in seconds and
+without room of its own.
 
-The environment counts as complete when its `.complete` file exists, which is written last: an interrupted build leaves none and is
-begun again. Two runs at once are kept apart by a lock; the second finds the work done.
+The environment counts as complete when its `.complete` file exists, which is written last: an interrupted
+build leaves none and is begun again. Two runs at once are kept apart by a lock; the second finds the work
+done.
 """
 
 from __future__ import annotations
@@ -36,7 +38,11 @@ def say(line: str) -> None:
 def select(lock: str, names: tuple[str, ...]) -> str:
     """The requirements of these names, with their hashes, out of the text of a lock."""
     blocks = re.split(r"\n(?=[A-Za-z0-9])", lock)
-    return "".join(block.rstrip() + "\n" for block in blocks if re.split(r"[=\s;\[]", block, maxsplit=1)[0].lower() in names)
+    return "".join(
+        block.rstrip() + "\n"
+        for block in blocks
+        if re.split(r"[=\s;\[]", block, maxsplit=1)[0].lower() in names
+    )
 
 
 def pip(env: Path, *arguments: str) -> None:
@@ -63,7 +69,16 @@ def build(env: Path, spec: dict[str, Any]) -> None:
     lock = Path(spec["lock"])
     if spec["torch_lock"]:
         say(f"{env.name}: installing torch")
-        pip(env, "--require-hashes", "--only-binary", ":all:", "--index-url", spec["torch_index"], "-r", spec["torch_lock"])
+        pip(
+            env,
+            "--require-hashes",
+            "--only-binary",
+            ":all:",
+            "--index-url",
+            spec["torch_index"],
+            "-r",
+            spec["torch_lock"],
+        )
     text = lock.read_text(encoding="utf-8")
     say(f"{env.name}: installing {len(re.findall(r'^[A-Za-z0-9].*==', text, re.M))} locked packages")
     if tools := select(text, BUILD_TOOLS):
@@ -83,7 +98,9 @@ def install_wheels(env: Path, wheels: list[str]) -> None:
 
 
 def home(env: Path) -> Path | None:
-    """The folder that its scripts start their Python from: not `env` where that was reached by a link when it was built, or moved since."""
+    """The folder that its scripts start their Python from: not `env` where that was reached by a link when it
+    was built, or moved since.
+    """
     try:
         start = (env / "bin/pip").read_bytes()[:1000]
     except OSError:
@@ -94,25 +111,42 @@ def home(env: Path) -> Path | None:
 
 
 def works(env: Path) -> bool:
-    """Whether its Python starts, which it does not when the system's own was upgraded away, and whether its scripts start that one."""
+    """Whether its Python starts, which it does not when the system's own was upgraded away, and whether its
+    scripts start that one.
+    """
     named = home(env)
     if named is None or named.resolve() != env.resolve():
         return False
-    return subprocess.run([str(env / "bin/python"), "-c", "import pip"], capture_output=True, check=False).returncode == 0
+    return (
+        subprocess.run(
+            [str(env / "bin/python"), "-c", "import pip"], capture_output=True, check=False
+        ).returncode
+        == 0
+    )
 
 
 def stamp_of(env: Path) -> dict[str, Any] | None:
-    """What a complete environment was built from; None where it is not complete, or its Python does not start."""
+    """What a complete environment was built from; None where it is not complete, or its Python does not
+    start.
+    """
     mark = env / ".complete"
-    stamp: dict[str, Any] | None = json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and works(env) else None
+    stamp: dict[str, Any] | None = (
+        json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and works(env) else None
+    )
     return stamp
 
 
 def donor(env: Path, wanted: dict[str, Any]) -> Path | None:
-    """A complete environment beside this one that differs in local wheels only, and has no package that the new one is not to have."""
+    """A complete environment beside this one that differs in local wheels only, and has no package that the
+    new one is not to have.
+    """
     for other in sorted(env.parent.glob("*/.complete")):
         stamp = stamp_of(other.parent) if other.parent != env else None
-        if stamp and {**stamp, "wheels": []} == {**wanted, "wheels": []} and packages(stamp) <= packages(wanted):
+        if (
+            stamp
+            and {**stamp, "wheels": []} == {**wanted, "wheels": []}
+            and packages(stamp) <= packages(wanted)
+        ):
             return other.parent
     return None
 
@@ -135,7 +169,9 @@ def clone(old: Path, env: Path) -> None:
     # where the old folder is reached by a link, its scripts name either path
     names = b"|".join(re.escape(os.fsencode(path)) for path in (home(old) or old, old, old.resolve()))
     named = re.compile(rb"(?:" + names + rb")(?![\w.-])")
-    shutil.copytree(old.resolve(), env, symlinks=True, copy_function=link, ignore=shutil.ignore_patterns(".complete"))
+    shutil.copytree(
+        old.resolve(), env, symlinks=True, copy_function=link, ignore=shutil.ignore_patterns(".complete")
+    )
     for path in [env / "pyvenv.cfg", *(env / "bin").iterdir()]:
         content = b"" if path.is_symlink() or not path.is_file() else path.read_bytes()
         if named.search(content):
@@ -176,7 +212,10 @@ def main() -> int:
         # by its real path, which its scripts then name: a link on the way to it may go
         ensure(Path(sys.argv[1]).resolve(), json.loads(sys.argv[2]))
     except subprocess.CalledProcessError as error:
-        sys.stderr.write(f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status {error.returncode}\n")
+        sys.stderr.write(
+            f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status"
+            f" {error.returncode}\n"
+        )
         return 1
     return 0
 

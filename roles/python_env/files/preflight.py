@@ -1,4 +1,5 @@
-"""Whether an environment can be built here: `preflight.py ENV NEED_BYTES LOCKED_TAGS`, run by the Python it is to have.
+"""Whether an environment can be built here: `preflight.py ENV NEED_BYTES LOCKED_TAGS`, run by the Python it
+is to have.
 
 Says what is wrong in one line on stderr, with status 1. Changes nothing. Standard library only.
 """
@@ -15,13 +16,18 @@ OLDEST = (3, 11)
 
 
 def trouble(env: Path, need_bytes: int, tags: list[str]) -> str | None:
-    """LOCKED_TAGS: the Pythons and machines that the torch lock has hashes for, as cp311-x86_64; empty: all."""
+    """LOCKED_TAGS: the Pythons and machines that the torch lock has hashes for, as
+    cp311-x86_64; empty: all.
+    """
     version = ".".join(map(str, sys.version_info[:2]))
     tag = f"cp{version.replace('.', '')}-{platform.machine()}"
     if sys.version_info[:2] < OLDEST:
         return f"python_env_python {sys.executable} is Python {version}; 3.11 or later is needed"
     if find_spec("venv") is None or find_spec("ensurepip") is None:
-        return f"python_env_python {sys.executable} cannot make environments: install the package python{version}-venv"
+        return (
+            f"python_env_python {sys.executable} cannot make environments: install the package"
+            f" python{version}-venv"
+        )
     if tags and tag not in tags:
         return (
             f"python_env_python {sys.executable} is {tag}; the torch lock has hashes for {', '.join(tags)}: "

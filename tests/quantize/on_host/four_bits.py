@@ -1,4 +1,6 @@
-"""Runs in a quantization environment: both 4-bit formats dequantized by checkpoint.py and, nibble by nibble, here."""
+"""Runs in a quantization environment: both 4-bit formats dequantized by checkpoint.py and, nibble by nibble,
+here.
+"""
 
 import json
 
@@ -32,7 +34,9 @@ def tensor(rows: list[list[int]]) -> torch.Tensor:
 
 
 def along_columns(rows: list[list[int]], nibble: dict[int, int]) -> torch.Tensor:
-    return tensor([[word({nibble[i]: row[8 * c + i] for i in range(8)}) for c in range(len(row) // 8)] for row in rows])
+    return tensor(
+        [[word({nibble[i]: row[8 * c + i] for i in range(8)}) for c in range(len(row) // 8)] for row in rows]
+    )
 
 
 plain = {i: i for i in range(8)}
@@ -45,14 +49,21 @@ awq = {
 compressed = {
     "weight_packed": along_columns(q, plain),
     "weight_scale": torch.tensor(scale).half(),
-    "weight_zero_point": along_columns([list(column) for column in zip(*zero, strict=True)], plain).t().contiguous(),
+    "weight_zero_point": (
+        along_columns([list(column) for column in zip(*zero, strict=True)], plain).t().contiguous()
+    ),
 }
 print(
     json.dumps(
         {
             "awq": checkpoint.dequantize(awq).tolist() == expected,
             "compressed": checkpoint.dequantize(compressed).tolist() == expected,
-            "symmetric": checkpoint.dequantize({k: v for k, v in compressed.items() if k != "weight_zero_point"}).tolist() == symmetric,
+            "symmetric": (
+                checkpoint.dequantize(
+                    {k: v for k, v in compressed.items() if k != "weight_zero_point"}
+                ).tolist()
+                == symmetric
+            ),
         }
     )
 )

@@ -1,4 +1,6 @@
-"""Runs in the model-source environment: a small GGUF written here, converted, and compared with what was written."""
+"""Runs in the model-source environment: a small GGUF written here, converted, and compared with what was
+written.
+"""
 
 import json
 import sys
@@ -15,7 +17,9 @@ TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "1", "2
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp does to q and k, written out row by row: halves h0..h3 h4..h7 of a head become h0 h4 h1 h5 ..."""
+    """What llama.cpp does to q and k, written out row by row: halves h0..h3 h4..h7 of a head become h0 h4 h1
+    h5 ...
+    """
     rows = []
     for head in range(heads):
         first = head * HEAD_DIM
@@ -25,7 +29,9 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def write(path: Path, architecture: str = "llama", pre: str = "smollm") -> dict[str, np.ndarray]:
-    """The weights by checkpoint name, as they should come out: q and k not interleaved, Q8_0 rounding included."""
+    """The weights by checkpoint name, as they should come out: q and k not interleaved, Q8_0 rounding
+    included.
+    """
     random = np.random.default_rng(0)
     writer = GGUFWriter(path, architecture)
     writer.add_block_count(LAYERS)
@@ -63,7 +69,12 @@ def write(path: Path, architecture: str = "llama", pre: str = "smollm") -> dict[
         layer = f"model.layers.{i}"
         add(f"blk.{i}.attn_norm.weight", f"{layer}.input_layernorm.weight", (HIDDEN,))
         add(f"blk.{i}.attn_q.weight", f"{layer}.self_attn.q_proj.weight", (HEADS * HEAD_DIM, HIDDEN), HEADS)
-        add(f"blk.{i}.attn_k.weight", f"{layer}.self_attn.k_proj.weight", (KV_HEADS * HEAD_DIM, HIDDEN), KV_HEADS)
+        add(
+            f"blk.{i}.attn_k.weight",
+            f"{layer}.self_attn.k_proj.weight",
+            (KV_HEADS * HEAD_DIM, HIDDEN),
+            KV_HEADS,
+        )
         add(f"blk.{i}.attn_v.weight", f"{layer}.self_attn.v_proj.weight", (KV_HEADS * HEAD_DIM, HIDDEN))
         add(f"blk.{i}.attn_output.weight", f"{layer}.self_attn.o_proj.weight", (HIDDEN, HIDDEN))
         add(f"blk.{i}.ffn_norm.weight", f"{layer}.post_attention_layernorm.weight", (HIDDEN,))
@@ -104,7 +115,11 @@ print(
             "differ": [name for name, weight in expected.items() if not np.array_equal(stored[name], weight)],
             "dtypes": sorted({str(weight.dtype) for weight in stored.values()}),
             "ids": tokenizer.encode("<|im_start|>ab12 a").ids,
-            "refusals": [refusal(folder / "n.gguf", architecture="qwen2"), refusal(folder / "n.gguf", pre="llama-bpe"), beyond],
+            "refusals": [
+                refusal(folder / "n.gguf", architecture="qwen2"),
+                refusal(folder / "n.gguf", pre="llama-bpe"),
+                beyond,
+            ],
         }
     )
 )

@@ -1,4 +1,6 @@
-"""Runs in a quantization environment: float tensors come out in the source's type; and why a GPU works in bfloat16."""
+"""Runs in a quantization environment: float tensors come out in the source's type; and why a GPU works in
+bfloat16.
+"""
 
 import json
 import sys
@@ -21,7 +23,10 @@ manifest.write_json(folder / "config.json", {"torch_dtype": "float32"})
 
 
 def stored() -> dict[str, str]:
-    return {name: tensor["dtype"] for name, tensor in manifest.safetensors_header(folder / "model.safetensors").items()}
+    return {
+        name: tensor["dtype"]
+        for name, tensor in manifest.safetensors_header(folder / "model.safetensors").items()
+    }
 
 
 answer: dict[str, object] = {}
@@ -37,5 +42,7 @@ except Refused as refusal:
 # llm-compressor's loss of one sample of 512 tokens of SmolLM2, each output off by a half
 for kind in (torch.float16, torch.bfloat16):
     exact = torch.zeros(512, 576, dtype=kind)
-    answer[f"loss in {kind}"] = torch.nn.functional.mse_loss(exact, exact + 0.5, reduction="sum").isfinite().item()
+    answer[f"loss in {kind}"] = (
+        torch.nn.functional.mse_loss(exact, exact + 0.5, reduction="sum").isfinite().item()
+    )
 print(json.dumps(answer))

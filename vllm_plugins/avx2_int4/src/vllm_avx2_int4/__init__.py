@@ -1,8 +1,9 @@
 """vLLM plugin: 4-bit linear layers (AWQ, GPTQ, compressed-tensors) on CPUs without AVX-512.
 
-vLLM 0.32.0 compiles its own CPU kernel, `torch.ops._C.cpu_gemm_wna16`, into its AVX-512 library only. On an AVX2 machine the
-server starts, `/health` answers, and the first request ends the engine. This plugin puts a kernel before it that keeps the
-weights in 4 bits and calls `aten::_weight_int4pack_mm_for_cpu`, which PyTorch builds for AVX2 as well.
+vLLM 0.32.0 compiles its own CPU kernel, `torch.ops._C.cpu_gemm_wna16`, into its AVX-512 library only. On an
+AVX2 machine the server starts, `/health` answers, and the first request ends the engine. This plugin puts a
+kernel before it that keeps the weights in 4 bits and calls `aten::_weight_int4pack_mm_for_cpu`, which PyTorch
+builds for AVX2 as well.
 """
 
 import logging
@@ -11,7 +12,9 @@ log = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """Entry point of `vllm.general_plugins`; called once in every vLLM process, and free to be called again."""
+    """Entry point of `vllm.general_plugins`; called once in every vLLM process, and free to
+    be called again.
+    """
     import torch
     from vllm.platforms import current_platform
 

@@ -1,7 +1,10 @@
 """The kernel itself, and the repacking from vLLM's checkpoint layout to PyTorch's."""
 
 import torch
-from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import MPLinearKernel, MPLinearLayerConfig
+from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+)
 from vllm.model_executor.layers.quantization.utils import replace_parameter
 from vllm.scalar_type import scalar_types
 
@@ -24,7 +27,9 @@ def unpack(words: torch.Tensor, dim: int) -> torch.Tensor:
     return ((words.unsqueeze(-1) >> shifts) & 15).flatten(-2).movedim(-1, dim)
 
 
-def pack(values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def pack(
+    values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """To the layout of `aten::_weight_int4pack_mm_for_cpu`, so that w = (values - zeros) * scales.
 
     values: int32 [out, in], 0..15; scales and zeros: [out, groups]; zeros None: MIDPOINT everywhere.
@@ -49,7 +54,10 @@ class Int4PackLinearKernel(MPLinearKernel):
         if c.group_size not in GROUP_SIZES:
             return False, f"group size {c.group_size} is none of {GROUP_SIZES}"
         if inputs % c.group_size or outputs % ROWS_PER_BLOCK:
-            return False, f"{inputs} inputs, {outputs} outputs: no multiples of {c.group_size} and {ROWS_PER_BLOCK}"
+            return (
+                False,
+                f"{inputs} inputs, {outputs} outputs: no multiples of {c.group_size} and {ROWS_PER_BLOCK}",
+            )
         return True, None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -67,7 +75,9 @@ class Int4PackLinearKernel(MPLinearKernel):
         if zeros is not None:
             setattr(layer, self.w_zp_name, None)
 
-    def apply_weights(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply_weights(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         weight, scales_and_offsets, _ = self._get_weight_params(layer)
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(
             x.reshape(-1, x.shape[-1]).to(torch.bfloat16), weight, self.config.group_size, scales_and_offsets

@@ -1,4 +1,6 @@
-"""STUB of an engine: takes as much memory as the file beside it says, `ordinary MIB` or `locked MIB`, and keeps it."""
+"""STUB of an engine: takes as much memory as the file beside it says, `ordinary MIB` or `locked MIB`, and
+keeps it.
+"""
 
 import ctypes
 import mmap

@@ -1,0 +1,224 @@
+"""The manifest of a checkpoint folder: which bytes were put there, so that only those are served.
+
+The manifest lies beside the folder, as `<name>.manifest.json`. Hashing 40 GB takes half a minute, so a full
+look is remembered in `<name>.seen.json`: a file whose size, inode, modification and change times are as they
+were is not read again. The change time cannot be set back by a program, so an altered file is read again even
+when its modification time was restored.
+
+Standard library only: this file is also copied to hosts by itself, and is a command there: `python
+manifest.py MANIFEST FOLDER`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import struct
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+SCHEMA = 1
+CHUNK_BYTES = 2**22
+
+Trouble = Literal["missing", "truncated", "altered", "extra"]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a folder; `path` is relative to it."""
+
+    path: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One file that is not as the manifest has it."""
+
+    path: str
+    problem: Trouble
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}, {self.detail}"
+
+
+class ManifestError(ValueError):
+    """The manifest itself cannot be used; the message names it."""
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON value, the same for the same content whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def scan(folder: Path) -> list[File]:
+    """Every file below `folder`, hashed."""
+    paths = files_in(folder)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = list(pool.map(sha256_of, paths))
+    return [
+        File(path.relative_to(folder).as_posix(), path.stat().st_size, sha)
+        for path, sha in zip(paths, hashes, strict=True)
+    ]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: written beside, then moved."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def read(manifest: Path) -> dict[str, Any]:
+    """ManifestError when the file is not there, is no JSON, or is of another schema."""
+    try:
+        value = json.loads(manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(f"{manifest}: no such manifest") from None
+    except ValueError as error:
+        raise ManifestError(f"{manifest}: not valid JSON ({error})") from None
+    if (
+        not isinstance(value, dict)
+        or value.get("schema") != SCHEMA
+        or not isinstance(value.get("files"), list)
+    ):
+        raise ManifestError(f"{manifest}: not a manifest of schema {SCHEMA}")
+    return value
+
+
+def check(manifest: Path, folder: Path, full: bool = False) -> list[Problem]:
+    """What of `folder` is not as the manifest has it; empty when all is well. `full` hashes
+    every file again.
+    """
+    wanted = {entry["path"]: File(**entry) for entry in read(manifest)["files"]}
+    present = (
+        {path.relative_to(folder).as_posix(): path for path in files_in(folder)} if folder.is_dir() else {}
+    )
+    problems = [
+        Problem(path, "missing", f"{folder} does not have it") for path in wanted.keys() - present.keys()
+    ]
+    problems += [
+        Problem(path, "extra", "the manifest does not have it") for path in present.keys() - wanted.keys()
+    ]
+    to_read: dict[str, list[int]] = {}
+    seen_path = manifest.with_name(manifest.name.removesuffix(".manifest.json") + ".seen.json")
+    seen = {} if full else _read_seen(seen_path)
+    for name in wanted.keys() & present.keys():
+        stat = present[name].stat()
+        if stat.st_size != wanted[name].size_bytes:
+            problems.append(
+                Problem(
+                    name,
+                    "truncated" if stat.st_size < wanted[name].size_bytes else "altered",
+                    _sizes(stat.st_size, wanted[name]),
+                )
+            )
+            continue
+        mark = [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+        if seen.get(name) != [wanted[name].sha256, *mark]:
+            to_read[name] = mark
+    with ThreadPoolExecutor(4) as pool:
+        hashes = dict(zip(to_read, pool.map(sha256_of, (present[name] for name in to_read)), strict=True))
+    for name, sha in hashes.items():
+        if sha == wanted[name].sha256:
+            seen[name] = [sha, *to_read[name]]
+        else:
+            seen.pop(name, None)
+            problems.append(
+                Problem(name, "altered", f"SHA-256 {sha[:12]}…, the manifest has {wanted[name].sha256[:12]}…")
+            )
+    if hashes:
+        _write_seen(seen_path, seen)
+    return sorted(problems, key=lambda problem: problem.path)
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file; ManifestError when its length
+    belies its header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise ManifestError(f"{path}: truncated, {size} bytes do not hold its header")
+        try:
+            tensors: dict[str, dict[str, Any]] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ManifestError(f"{path}: its header is not valid JSON ({error})") from None
+    tensors.pop("__metadata__", None)
+    end = 8 + length + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    if end != size:
+        raise ManifestError(
+            f"{path}: {'truncated' if size < end else 'altered'}, {size} bytes where its header says {end}"
+        )
+    return tensors
+
+
+def entries(files: Iterable[File]) -> list[dict[str, Any]]:
+    return [asdict(file) for file in files]
+
+
+def _sizes(size: int, wanted: File) -> str:
+    return f"{size} bytes, the manifest has {wanted.size_bytes}"
+
+
+def _read_seen(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _write_seen(path: Path, seen: dict[str, Any]) -> None:
+    try:
+        write_json(path, seen)
+    except OSError as error:  # the service's user, or its sandbox, may look and need not remember
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+
+
+def main() -> int:
+    """Exit status 1 and one line on stderr for each file that is not as it should be."""
+    parser = argparse.ArgumentParser(description="Check a checkpoint folder against its manifest.")
+    parser.add_argument("manifest", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--full", action="store_true", help="hash every file, also those seen before")
+    parser.add_argument("--recipe", help="the SHA-256 of the recipe that the folder must have been made by")
+    arguments = parser.parse_args()
+    try:
+        if arguments.recipe not in (None, read(arguments.manifest).get("recipe_sha256")):
+            raise ManifestError(f"{arguments.manifest}: made by another recipe")
+        problems = check(arguments.manifest, arguments.folder, arguments.full)
+    except ManifestError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    for problem in problems:
+        sys.stderr.write(f"{problem}\n")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

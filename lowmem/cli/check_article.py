@@ -1,0 +1,35 @@
+"""The `lowmem check-article` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from lowmem.plan.claims import claims, goal, markdown
+
+
+def check_article(
+    json_: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
+    markdown_: Annotated[bool, typer.Option("--markdown", help="the page docs/claims.md on stdout")] = False,
+) -> None:
+    """Go through the source article's claims with numbers computed on the spot."""
+    if markdown_:
+        sys.stdout.write(markdown())
+        return
+    found = [*claims(), goal()]
+    if json_:
+        sys.stdout.write(json.dumps([asdict(c) for c in found], indent=2) + "\n")
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    out = Console(highlight=False)
+    for c in found:
+        colour = {"by plan": "yellow", "barely": "yellow"}.get(c.holds, "red")
+        out.print(f"[bold]{escape(c.claim)}[/]  [{colour}]{c.holds}[/]", soft_wrap=True)
+        out.print(f"    {escape(c.truth)}", soft_wrap=True)
+        out.print(f"    [cyan]recipe:[/] {escape(c.recipe)}", soft_wrap=True)

@@ -1,0 +1,35 @@
+"""Defines the command `lowmem doctor`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.errors import BadInput
+from lowmem.status.doctor import lines, overall, triage
+
+
+def doctor(
+    report: Annotated[
+        Path,
+        typer.Argument(help="JSON with the keys gpu, memory and plan, as playbooks/doctor.yml writes it."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: verdict and findings.")] = False,
+) -> None:
+    """Say what is wrong with a host, one verdict a line. Exit status 0: nothing is bad; 2: something is."""
+    try:
+        data = json.loads(report.read_text(encoding="utf-8"))
+        findings = triage(data["gpu"], data["memory"], data["plan"])
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise BadInput(
+            f"{report} is no report of playbooks/doctor.yml ({error!r}): run the playbook again"
+        ) from error
+    verdict = overall(findings)
+    if as_json:
+        typer.echo(json.dumps({"verdict": verdict, "findings": [f.model_dump() for f in findings]}, indent=2))
+    else:
+        typer.echo("\n".join([*lines(findings), f"verdict: {verdict}"]))
+    raise typer.Exit(2 if verdict == "bad" else 0)

@@ -1,0 +1,81 @@
+"""The `lowmem explain` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.plan.explain import effects, inputs_for, measured_effects
+from lowmem.plan.knobs import flag_of, parse_assignments
+
+
+def explain(
+    profile: Annotated[str, typer.Argument(help="name in profiles/, or a YAML file")],
+    model: Annotated[
+        str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="name in the device table")] = None,
+    count: Annotated[int | None, typer.Option(help="cards on the host")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
+    measurements: Annotated[Path, typer.Option(help="folder with ablations.yml")] = Path("docs/measurements"),
+) -> None:
+    """Print each flag of a profile: why it is there, what it costs or saves in bytes and milliseconds for
+    this model and device.
+    """
+    from rich.console import Console
+    from rich.markup import escape
+
+    inputs = inputs_for(profile, model, device, count, overrides=parse_assignments(set_ or []))
+    out = Console(highlight=False)
+    out.print(f"[bold]{inputs.profile.name}[/]: {escape(inputs.profile.summary)}")
+    each = (
+        f"{inputs.hosts} hosts with {inputs.count} x {inputs.device.title} each"
+        if inputs.hosts > 1
+        else f"{inputs.count} x {inputs.device.title}"
+    )
+    out.print(f"{inputs.card.name} on {each}; differences are against the engine's default, computed\n")
+    measured = measured_effects(measurements, inputs.profile.name)
+
+    def quote(sentence: str) -> None:
+        if sentence:
+            out.print(f"    [green]measured: {escape(sentence)}[/]", soft_wrap=True)
+
+    for e in effects(inputs, measured):
+        out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
+        out.print(f"    {escape(e.why)}", soft_wrap=True)
+        if (
+            e.peak_mib is not None
+            and e.kv_tokens is not None
+            and e.decode_ms is not None
+            and e.prefill_ms is not None
+        ):
+            shown = [
+                f"{value:+,.{digits}f} {unit}"
+                for value, digits, unit in (
+                    (e.peak_mib, 0, "MiB a card under load"),
+                    (e.kv_tokens, 0, "KV tokens"),
+                    (e.decode_ms, 1, "ms a token"),
+                    (e.prefill_ms, 0, "ms a prompt"),
+                )
+                if abs(value) >= 0.5 * 10**-digits
+            ]
+            out.print(
+                f"    [dim]{', '.join(shown) or 'the same as the default in memory and time'}[/]",
+                soft_wrap=True,
+            )
+        quote(e.measured)
+        if e.remark:
+            out.print(f"    [yellow]{escape(e.remark)}[/]", soft_wrap=True)
+    for name, knob in inputs.environment.items():
+        out.print(f"[bold cyan]{name}[/]={escape(str(knob.value))}")
+        out.print(f"    {escape(knob.why)}", soft_wrap=True)
+        quote(measured.get(name, ""))
+    if left := [name for name in measured if name not in inputs.knobs and name not in inputs.environment]:
+        out.print("left as the engine has them:")
+    for name in left:
+        out.print(f"[bold cyan]{flag_of(name)}[/]")
+        quote(measured[name])
+    for note in inputs.profile.notes:
+        out.print(f"note: {escape(note)}", soft_wrap=True)

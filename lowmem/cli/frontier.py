@@ -1,0 +1,151 @@
+"""The `lowmem frontier` command: memory against latency, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.errors import BadInput
+from lowmem.inputs.devices import load_device
+from lowmem.plan.search import Option, frontier, needed_bytes, pareto
+from lowmem.schema import VLLM_VERSION, Load
+from lowmem.units import GIB
+
+_COLOURS = {
+    "16-bit": "#4c566a",
+    "8-bit": "#2f7ebc",
+    "4-bit": "#1b9e5a",
+    "3-bit": "#d98c00",
+    "2-bit": "#c43d3d",
+    "as stored": "#1b9e5a",
+}
+
+_MARKS = {1: "o", 2: "s", 4: "^", 8: "D"}
+
+
+def frontier_command(
+    model: Annotated[
+        str, typer.Option(help="built-in name, checkpoint directory or Hugging Face id")
+    ] = "llama-2-70b",
+    device: Annotated[str, typer.Option(help="name in the device table")] = "a100-40g",
+    count: Annotated[int, typer.Option(help="cards on the host")] = 2,
+    out: Annotated[Path, typer.Option(help="picture to write; .png or .svg")] = Path("frontier.png"),
+    clients: Annotated[int, typer.Option(help="closed-loop clients")] = 8,
+    input_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = 1024,
+    output_tokens: Annotated[int, typer.Option(help="tokens of an answer")] = 256,
+    memory_limit_gib: Annotated[float, typer.Option(help="limit line, GiB per card")] = 20.0,
+    latency_limit_ms: Annotated[float, typer.Option(help="limit line, ms a token")] = 200.0,
+    vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,
+) -> None:
+    """Draw memory per card against time a token for every weight width, card split, KV type and offload share
+    of a model and device.
+    """
+    if out.suffix not in (".png", ".svg"):
+        raise BadInput(f"--out {str(out)!r} does not end in .png or .svg")
+    if not out.resolve().parent.is_dir():
+        raise BadInput(f"--out {str(out)!r}: its folder does not exist; make it first")
+    for name, value in (
+        ("clients", clients),
+        ("input_tokens", input_tokens),
+        ("output_tokens", output_tokens),
+    ):
+        if not 1 <= value <= 100_000:
+            raise BadInput(f"{name}={value} is not from 1 to 100,000; correct it")
+    load = Load(clients=clients, input_tokens=input_tokens, output_tokens=output_tokens)
+    points = frontier(model, device, count, load, vllm_version)
+    if not points:
+        raise BadInput(f"no setting of {model} starts on {count} x {device}; use more or larger cards")
+    draw(points, load_device(device).title, count, load, memory_limit_gib, latency_limit_ms, out)
+    best = [o for weights in _COLOURS for o in pareto(points, weights)]
+    typer.echo(f"{out}: {len(points)} settings, {len(best)} on the frontier of their weight width")
+    for o in best:
+        typer.echo(
+            f"  {needed_bytes(o.plan) / GIB:6.1f} GiB a card  {o.plan.latency_ms.decode_expected:8.1f} ms a"
+            f" token  {o.label}"
+        )
+
+
+def draw(
+    points: list[Option],
+    title: str,
+    count: int,
+    load: Load,
+    memory_limit_gib: float,
+    latency_limit_ms: float,
+    out: Path,
+) -> None:
+    """Write the picture; needs matplotlib."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    plt.rcParams.update({"font.size": 10, "svg.hashsalt": "lowmem"})
+    fig, ax = plt.subplots(figsize=(9, 5.6), layout="constrained")
+    x = [needed_bytes(o.plan) / GIB for o in points]
+    y = [o.plan.latency_ms.decode_expected for o in points]
+    ax.set_yscale("log")
+    low, high = min(y) / 1.5, max([*y, latency_limit_ms]) * 1.5
+    ax.set_ylim(low, high)
+    right = max([*x, memory_limit_gib]) * 1.05
+    ax.set_xlim(0, right)
+    ax.fill_between([0, memory_limit_gib], low, latency_limit_ms, color="#1b9e5a", alpha=0.07, lw=0)
+    ax.axvline(memory_limit_gib, color="#888888", lw=0.9, ls="--")
+    ax.axhline(latency_limit_ms, color="#888888", lw=0.9, ls="--")
+    inside = f"within {memory_limit_gib:g} GiB and {latency_limit_ms:g} ms"
+    ax.text(0.02, 0.02, inside, transform=ax.transAxes, color="#14713f", fontsize=9)
+    for weights, colour in _COLOURS.items():
+        edge = pareto(points, weights)
+        at = [needed_bytes(o.plan) / GIB for o in edge], [o.plan.latency_ms.decode_expected for o in edge]
+        ax.step(*at, where="post", color=colour, lw=1.2, alpha=0.55, zorder=1)
+    for o, a, b in zip(points, x, y, strict=True):
+        streamed = "cpu_offload_gb" in o.knobs
+        colour = _COLOURS[o.weights]
+        ax.scatter(
+            a,
+            b,
+            s=46,
+            marker=_MARKS[o.plan.tensor_parallel_size],
+            zorder=3,
+            linewidths=1.3,
+            edgecolors=colour,
+            facecolors="white" if streamed else colour,
+            alpha=0.9,
+        )
+    ax.set_xlabel(
+        f"GiB per card under load, {load.clients} requests of {load.input_tokens + load.output_tokens:,}"
+        " tokens held"
+    )
+    ax.set_ylabel(f"ms a token expected at {load.clients} clients")
+    ax.set_title(f"{points[0].plan.model} on up to {count} x {title}", loc="left", fontsize=11)
+    ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
+    ax.grid(True, which="major", color="#dddddd", lw=0.6)
+    ax.set_axisbelow(True)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    used = [w for w in _COLOURS if any(o.weights == w for o in points)]
+    splits = sorted({o.plan.tensor_parallel_size for o in points})
+    handles = [Line2D([], [], ls="", marker="o", color=_COLOURS[w], label=f"{w} weights") for w in used]
+    handles += [
+        Line2D([], [], ls="", marker=_MARKS[n], color="#555555", label=f"{n} card{'s' if n > 1 else ''}")
+        for n in splits
+    ]
+    handles += [
+        Line2D(
+            [], [], ls="", marker="o", mfc="white", mec="#555555", label="hollow: weights streamed from RAM"
+        )
+    ]
+    handles += [
+        Line2D([], [], ls="-", color="#555555", label="best of each width"),
+        Line2D([], [], ls="", label="beside one another: 16, 8, 4-bit KV"),
+    ]
+    ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    metadata = {"Date": None} if out.suffix == ".svg" else {"Software": None}
+    fig.savefig(out, dpi=150, metadata=metadata)
+    plt.close(fig)

@@ -1,0 +1,45 @@
+"""Defines the command `lowmem gateway-health`."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.artefacts import read_plan
+from lowmem.errors import BadInput
+from lowmem.service.gateway_health import Health, serve
+from lowmem.service.server import VllmServer
+
+
+def gateway_health(
+    plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
+    env_file: Annotated[Path, typer.Option(help="vllm.env of the deployment, which holds the API key")],
+    socket: Annotated[Path, typer.Option(help="socket to answer on")],
+    stale_s: Annotated[
+        float, typer.Option(min=4, help="seconds without a sign of the engine after which the answer is no")
+    ] = 60,
+    figures: Annotated[
+        Path | None, typer.Option(help="file in Prometheus's text format that /metrics ends with")
+    ] = None,
+    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2,
+) -> None:
+    """Answer on a socket whether a deployed server can complete a request; for the gateway."""
+    planned = read_plan(plan)
+    if planned.deploy is None:
+        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    health = Health(VllmServer(planned, env_file), stale_s)
+    server = serve(health, socket, figures)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    said = None
+    while True:
+        health.look(time.monotonic())
+        if health.reason != said:
+            said = health.reason
+            sys.stdout.write(f"gateway-health: {said or 'can complete'}\n")
+            sys.stdout.flush()
+        time.sleep(every_s)

@@ -1,0 +1,140 @@
+"""Defines the command `lowmem measure`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.artefacts import read_environment, read_plan
+from lowmem.errors import BadInput
+from lowmem.measure.load import say
+from lowmem.measure.session import Options, run
+from lowmem.schema import Load
+
+
+def parse_clients(text: str) -> list[int]:
+    try:
+        counts = [int(word) for word in text.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise BadInput(
+            f"--clients {text}: a comma-separated list of whole numbers of at least 1 is wanted, such as"
+            " 8,1,4"
+        )
+    return counts
+
+
+def measure(
+    plan: Annotated[Path, typer.Option(help="plan.json, as `lowmem plan --json` writes it")],
+    out: Annotated[Path, typer.Option(help="receipt to write")],
+    start: Annotated[
+        Path | None, typer.Option(help="launcher to start and stop, as rendered (low_mem.sh)")
+    ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option(
+            help="start `vllm serve` with the plan's own arguments and environment; no launcher is needed"
+        ),
+    ] = False,
+    url: Annotated[
+        str | None, typer.Option(help="a running service instead, such as http://127.0.0.1:8000")
+    ] = None,
+    pid: Annotated[
+        int | None,
+        typer.Option(help="with --url: the service's main process; else the one that listens there"),
+    ] = None,
+    pid_file: Annotated[Path | None, typer.Option(help="with --url: file with that number")] = None,
+    log: Annotated[
+        Path | None,
+        typer.Option(
+            help="the engine's log: written with --start, read with --url (default beside the receipt)"
+        ),
+    ] = None,
+    env_file: Annotated[
+        Path | None, typer.Option(help="environment file (default: vllm.env beside the launcher)")
+    ] = None,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(help="one more argument for `vllm serve`, repeatable: --arg=--load-format --arg=dummy"),
+    ] = None,
+    clients: Annotated[
+        str | None,
+        typer.Option(help="closed-loop clients, a list runs one load after the other (default: the plan's)"),
+    ] = None,
+    input_tokens: Annotated[int | None, typer.Option(min=1, help="per request (default: the plan's)")] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=1, help="per request (default: the plan's)")
+    ] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="per load (default: four per client)")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="for the prompts (default: the served model's folder)")
+    ] = None,
+    interval_ms: Annotated[
+        int | None, typer.Option(min=10, help="between memory samples (default: 100 on a GPU, 250 on a CPU)")
+    ] = None,
+    start_timeout_s: Annotated[
+        int | None, typer.Option(min=1, help="for the first completion (default: the plan's)")
+    ] = None,
+    debug: Annotated[
+        bool, typer.Option(help="VLLM_LOGGING_LEVEL=DEBUG: the engine prints its memory profile (slower)")
+    ] = False,
+) -> None:
+    """Start a service as planned (or find it running), load it, and write a receipt: memory, latency,
+    verdict.
+
+    Exit 0: within the plan's limits. 2: not, or did not start. 1: bad input.
+    """
+    plan_ = read_plan(plan)
+    env_file = _check_words(start, serve, url, env_file)
+    variables = {v.name: v.value for v in plan_.environment} if serve else {}
+    variables |= read_environment(env_file) if env_file else {}
+    variables |= {"VLLM_LOGGING_LEVEL": "DEBUG"} if debug else {}
+    options = Options(
+        plan=plan_,
+        out=out,
+        launcher=start,
+        url=url,
+        pid=pid if pid or not pid_file else int(pid_file.read_text()),
+        log=log,
+        variables=variables,
+        extra=tuple(arg or ()),
+        loads=tuple(
+            Load(
+                clients=c,
+                input_tokens=input_tokens or plan_.load.input_tokens,
+                output_tokens=output_tokens or plan_.load.output_tokens,
+            )
+            for c in parse_clients(clients or str(plan_.load.clients))
+        ),
+        requests=requests,
+        tokenizer=tokenizer,
+        interval_s=(interval_ms or (100 if plan_.device_kind == "cuda" else 250)) / 1000,
+        start_timeout_s=start_timeout_s or plan_.service.timeout_start_s,
+    )
+    receipt = run(options)
+    say(f"{receipt.verdict}: {out}")
+    for finding in receipt.findings:
+        say(f"  {finding}")
+    raise typer.Exit(0 if receipt.verdict == "passed" else 2)
+
+
+def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Path | None) -> Path | None:
+    """Refuses what does not go together; returns the environment file to read."""
+    modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
+    if len(modes) != 1:
+        raise BadInput(
+            f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given"
+        )
+    if url is not None and not re.fullmatch(r"https?://[^/:]+:\d+/?", url):
+        raise BadInput(f"--url {url}: http://HOST:PORT is wanted")
+    if start is not None and not start.is_file():
+        raise BadInput(f"--start {start}: no such file")
+    if env_file is None and start is not None and (start.parent / "vllm.env").is_file():
+        return start.parent / "vllm.env"
+    if env_file is not None and not env_file.is_file():
+        raise BadInput(f"--env-file {env_file}: no such file")
+    return env_file

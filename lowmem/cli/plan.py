@@ -1,0 +1,140 @@
+"""`lowmem plan`: read names from the command line, print the plan, exit by its verdict."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from lowmem.errors import BadInput
+from lowmem.inputs.links import load_link
+from lowmem.inputs.profiles import load_profile
+from lowmem.plan.knobs import parse_assignments
+from lowmem.plan.planner import make_plan
+from lowmem.schema import VLLM_VERSION, Deploy
+from lowmem.units import parse_bytes
+
+EXIT = {"fits": 0, "slow": 3, "impossible": 2}
+
+
+def plan(
+    profile: Annotated[str, typer.Option(help="name in profiles/, or a YAML file")] = "low_mem",
+    model: Annotated[
+        str | None,
+        typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's"),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="name in the device table, or auto; default: the profile's")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
+    hosts: Annotated[
+        int | None, typer.Option(help="hosts that one server spans; default: the profile's")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="link between the hosts, a name of the link table; default: the profile's"),
+    ] = None,
+    network_gb_per_s: Annotated[
+        float | None, typer.Option(help="its bandwidth as measured, one direction")
+    ] = None,
+    network_round_trip_us: Annotated[float | None, typer.Option(help="its round trip as measured")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
+    env: Annotated[
+        list[str] | None, typer.Option("--env", help="NAME=value of the service's environment")
+    ] = None,
+    clients: Annotated[int | None, typer.Option(help="closed-loop clients of the load")] = None,
+    input_tokens: Annotated[int | None, typer.Option(help="tokens of a prompt")] = None,
+    output_tokens: Annotated[int | None, typer.Option(help="tokens of an answer")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
+    ] = None,
+    vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,
+    model_path: Annotated[
+        str | None, typer.Option(help="checkpoint on the host, for a deployment's arguments")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="name clients ask for")] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+    node: Annotated[
+        list[str] | None, typer.Option(help="address of a host of one server that spans several, in order")
+    ] = None,
+    interface: Annotated[
+        str, typer.Option(help="network interface that joins the hosts, the same on each")
+    ] = "",
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="list the options that meet the limits, best first")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Say what will fit and how fast it can be, before a host is touched. Exit 0 fits, 3 slow, 2 impossible,
+    1 bad input.
+    """
+    deploy = None
+    if model_path is not None or served_model_name is not None:
+        path = model_path or model or profile
+        deploy = Deploy(
+            model_path=path,
+            served_model_name=served_model_name or path.rstrip("/").rsplit("/", 1)[-1],
+            host=host,
+            port=port,
+            nodes=tuple(node or ()),
+            interface=interface,
+        )
+    elif node or interface:
+        raise BadInput("--node and --interface are of a deployment: give --model-path too")
+    named = network or load_profile(profile).network
+    if named is None and (network_gb_per_s is not None or network_round_trip_us is not None):
+        raise BadInput(
+            "--network-gb-per-s and --network-round-trip-us need --network, which says what kind of link"
+            " it is"
+        )
+    try:
+        limit = parse_bytes(memory_limit) if memory_limit is not None else None
+    except ValueError as e:
+        raise BadInput(f"--memory-limit: {e}") from None
+    result = make_plan(
+        profile,
+        model,
+        device,
+        count,
+        parse_assignments(set_ or []),
+        deploy,
+        clients=clients,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        memory_limit_bytes=limit,
+        environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
+        vllm_version=vllm_version,
+        hosts=hosts,
+        network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+    )
+    if suggest:
+        from lowmem.plan.render import show_suggestions
+        from lowmem.plan.search import suggestions
+
+        found = suggestions(
+            model or result.model,
+            result.device,
+            result.device_count,
+            result.limits,
+            result.load,
+            vllm_version,
+        )
+        if json_:
+            rows = [
+                {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")}
+                for o in found
+            ]
+            sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+        else:
+            show_suggestions(found, result)
+        raise typer.Exit(0 if found else 2)
+    if json_:
+        sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+    else:
+        from lowmem.plan.render import show_plan
+
+        show_plan(result)
+    raise typer.Exit(EXIT[result.verdict])

@@ -1,0 +1,39 @@
+"""Defines the command `lowmem start-check`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.artefacts import read_plan
+from lowmem.errors import BadInput
+from lowmem.service.start_check import lasting_refusals, look_at_lasting, look_at_passing, passing_refusals
+
+
+def start_check(
+    plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
+    wait_s: Annotated[
+        float,
+        typer.Option(
+            min=0, help="seconds to wait for what passes: memory or a port that is being given back"
+        ),
+    ] = 20,
+) -> None:
+    """Say what is in the way of a start, one line each; exit status 1 where something is."""
+    planned = read_plan(plan)
+    if planned.deploy is None:
+        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    refused = list(lasting_refusals(planned, look_at_lasting(planned)))
+    deadline = time.monotonic() + (0 if refused else wait_s)
+    while (
+        passing := list(passing_refusals(planned, look_at_passing(planned)))
+    ) and time.monotonic() < deadline:
+        time.sleep(1)
+    for line in refused + passing:
+        sys.stderr.write(f"start-check: {line}\n")
+    if refused or passing:
+        raise typer.Exit(1)

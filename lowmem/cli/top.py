@@ -1,0 +1,91 @@
+"""Defines the command `lowmem top`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, RenderableType
+from rich.live import Live
+
+from lowmem.errors import BadInput
+from lowmem.status.probe import DEFAULT_PLAN, deployed
+from lowmem.status.status import Status
+from lowmem.status.top import Watcher, line, screen
+
+
+def top(
+    plan: Annotated[Path, typer.Option(help="plan.json of a deployment on this host")] = DEFAULT_PLAN,
+    every_s: Annotated[float, typer.Option(min=0.2, help="seconds between two looks")] = 2,
+    window_s: Annotated[
+        float, typer.Option(min=0.2, help="seconds that rates and percentiles are over")
+    ] = 30,
+    once: Annotated[bool, typer.Option("--once", help="two looks --every-s apart, told once")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="a JSON object a line in place of the view")
+    ] = False,
+) -> None:
+    """Watch a running server: requests, KV cache, tokens per second, latency percentiles, memory against the
+    plan. Ctrl-C ends it.
+
+    In a pipe it prints a line for each look. Exit 1 where the server cannot be reached at the start.
+    """
+    watcher = Watcher(deployed(plan), window_s)
+    first, _ = watcher.look()
+    if first.running is None and first.state != "starting":
+        raise BadInput(f"{first.trouble}: the server of {plan} does not serve; docs/runbooks/service-down.md")
+    with _ended_quietly():
+        time.sleep(every_s)
+        if once:
+            seen, since = watcher.look()
+            if as_json:
+                typer.echo(seen.model_dump_json())
+            else:
+                console = Console(highlight=False)
+                console.print(screen(watcher.host.plan, seen, since, watcher.rates, console.width))
+        elif as_json or not sys.stdout.isatty():
+            for seen, _ in _looks(watcher, every_s):
+                typer.echo(seen.model_dump_json() if as_json else line(seen))
+        else:
+            _watch(watcher, every_s)
+
+
+def _looks(watcher: Watcher, every_s: float) -> Iterator[tuple[Status, Status]]:
+    while True:
+        began = time.monotonic()
+        yield watcher.look()
+        time.sleep(max(0.0, every_s - (time.monotonic() - began)))
+
+
+def _watch(watcher: Watcher, every_s: float) -> None:
+    """Draws until it is interrupted; the last view stays in the terminal."""
+    console = Console(highlight=False)
+    seen, since = watcher.look()
+
+    def view() -> RenderableType:
+        return screen(watcher.host.plan, seen, since, list(watcher.rates), console.width)
+
+    try:
+        with Live(get_renderable=view, console=console, screen=True, refresh_per_second=4):
+            for seen, since in _looks(watcher, every_s):  # noqa: B007 - `view` reads them
+                pass
+    finally:
+        console.print(view())
+
+
+@contextlib.contextmanager
+def _ended_quietly() -> Iterator[None]:
+    """Ctrl-C, and a reader that has read enough (`| head`), are ends and no errors."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except BrokenPipeError:
+        # nothing more can be written, also by the interpreter's own flush at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

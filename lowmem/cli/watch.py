@@ -1,0 +1,58 @@
+"""Defines the command `lowmem watch`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowmem.artefacts import read_plan
+from lowmem.errors import BadInput
+from lowmem.service.members import Bond, MemberHosts
+from lowmem.service.server import VllmServer
+from lowmem.service.watchdog import Look, MemberLook, ServerLook, Watch, say, silence_limit_s
+
+
+def watch(
+    plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
+    env_file: Annotated[Path, typer.Option(help="vllm.env of the deployment, which holds the API key")],
+    silence_s: Annotated[
+        float, typer.Option(help="seconds that a ready engine may say nothing; 0: from the plan")
+    ] = 0,
+    every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 5,
+    report_s: Annotated[
+        float, typer.Option(min=0, help="seconds that a server has to answer open requests with an error")
+    ] = 15,
+) -> None:
+    """Watch a deployed server, and end it where its engine hangs; its service manager starts it again."""
+    planned = read_plan(plan)
+    if planned.deploy is None:
+        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    if silence_s < 0:
+        raise BadInput(f"--silence-s {silence_s:g} must be 0 (from the plan) or more")
+    server = VllmServer(planned, env_file)
+    looks: list[Look] = []
+    if planned.hosts > 1:
+        looks.append(MemberLook(Bond(MemberHosts(planned.deploy)), server, planned.deploy))
+    if planned.deploy.rank == 0:
+        state = Watch(server, silence_s or silence_limit_s(planned), planned.service.timeout_start_s)
+        say(
+            f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.start_s:g} s to the"
+            " first completion"
+        )
+        looks.append(ServerLook(state))
+    while True:
+        for look in looks:
+            if why := look.trouble(time.monotonic()):
+                ended = server.end(report_s)
+                say(
+                    f"{why}: ended {', '.join(ended)}"
+                    if ended
+                    else f"{why}, and no server of this plan to end"
+                )
+                for other in looks:
+                    other.ended(time.monotonic())
+                break
+        time.sleep(every_s)

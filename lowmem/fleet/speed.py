@@ -1,0 +1,109 @@
+"""Reads the speed of one host from a plan or a receipt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowmem.errors import BadInput
+from lowmem.schema import Plan, Receipt
+
+WARM_SHARE = 0.2
+"""Part of the first requests that is not counted: the queue of an empty fleet is not the one
+that users meet.
+"""
+
+FULL_SHARE = 0.9
+"""Part of a full batch's throughput that a fleet is planned for. Decided: nearer to it a queue grows for
+longer than a simulation runs.
+"""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One host: milliseconds of a step by requests decoded together, and how much longer a step with a whole
+    chunk of a prompt takes.
+    """
+
+    steps_ms: dict[int, float]
+    chunk_extra_ms: float
+    chunk_tokens: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    kv_tokens: int
+    async_scheduling: bool
+
+    def step_ms(self, decoding: int, prompt_tokens: int) -> float:
+        """Between the batch sizes known in a straight line, outside them the nearest; a shorter chunk costs
+        its share.
+        """
+        known = sorted(self.steps_ms)
+        size = min(max(decoding, known[0]), known[-1])
+        above = next(n for n in known if n >= size)
+        below = max((n for n in known if n <= size), default=above)
+        share = (size - below) / (above - below) if above > below else 0.0
+        steady = self.steps_ms[below] + share * (self.steps_ms[above] - self.steps_ms[below])
+        return steady + self.chunk_extra_ms * prompt_tokens / self.chunk_tokens
+
+
+def _number(plan: Plan, flag: str) -> int:
+    """The plan's own value of a flag, which every profile sets."""
+    argv = plan.argv
+    if flag not in argv:
+        raise BadInput(
+            f"profile {plan.profile} does not set {flag}, and without it a step's size is not known: set it"
+            " with --set"
+        )
+    return int(argv[argv.index(flag) + 1])
+
+
+def _async(plan: Plan) -> bool:
+    """0.32.0 turns it on where nothing forbids it, and off on a CPU (platforms/cpu.py)."""
+    return plan.device_kind == "cuda" and "--no-async-scheduling" not in plan.argv
+
+
+def planned(plan: Plan) -> Speed:
+    """From the plan's expectation; what a smaller batch saves is the reading of its keys and values."""
+    terms, load = plan.latency_ms.terms, plan.load
+    batched = _number(plan, "--max-num-batched-tokens")
+    together = min(load.clients, _number(plan, "--max-num-seqs"), plan.max_requests or 1)
+    alone = terms["steady_step"] - terms["hbm_kv"] * (1 - 1 / together)
+    return Speed(
+        steps_ms={1: alone, together: terms["steady_step"]},
+        chunk_extra_ms=terms["chunk_step"] - terms.get("slot_step", terms["steady_step"]),
+        chunk_tokens=min(batched, load.input_tokens),
+        max_num_batched_tokens=batched,
+        max_num_seqs=_number(plan, "--max-num-seqs"),
+        kv_tokens=plan.kv_tokens,
+        async_scheduling=_async(plan),
+    )
+
+
+def measured(receipt: Receipt) -> Speed:
+    """From a receipt: the median gap between two tokens is a step without a prompt, the first token of a lone
+    request its prompt's steps.
+
+    BadInput where no load of one client was measured.
+    """
+    plan = receipt.plan
+    alone = next((r for r in receipt.loads if r.load.clients == 1), None)
+    if alone is None:
+        raise BadInput(
+            "the receipt has no load of one client, which tells what a prompt costs: measure with"
+            " --clients 8,1"
+        )
+    seats = _number(plan, "--max-num-seqs")
+    batched = _number(plan, "--max-num-batched-tokens")
+    chunk = min(batched, alone.load.input_tokens)
+    chunks = alone.load.input_tokens / chunk
+    steps = {
+        min(r.load.clients, seats): r.itl_ms.p50 for r in sorted(receipt.loads, key=lambda r: -r.load.clients)
+    }
+    return Speed(
+        steps_ms=dict(sorted(steps.items())),
+        chunk_extra_ms=alone.ttft_ms.p50 / chunks - steps[1],
+        chunk_tokens=chunk,
+        max_num_batched_tokens=batched,
+        max_num_seqs=seats,
+        kv_tokens=plan.kv_tokens,
+        async_scheduling=_async(plan),
+    )

@@ -1,0 +1,83 @@
+"""The device table (data/devices.yml), and the device of this machine."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from functools import cache
+
+from lowmem.data import load_yaml
+from lowmem.errors import BadInput
+from lowmem.schema import Device
+
+
+def names() -> list[str]:
+    """Devices of the table, without aliases."""
+    return list(load_yaml("devices.yml"))
+
+
+def this_machine() -> Device:
+    """The first GPU as NVML names it, with its memory; without a GPU the CPU with this machine's RAM.
+    BadInput for an unknown GPU.
+    """
+    try:
+        pynvml = importlib.import_module("pynvml")
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        said, total = (
+            str(pynvml.nvmlDeviceGetName(handle)),
+            int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20,
+        )
+    except Exception:  # no package, no driver or no GPU: all mean that this machine serves on its CPU
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+        source = {
+            **load_device("cpu").source,
+            "nvml_total_mib": "read from this machine",
+            "torch_total_mib": "read from this machine",
+        }
+        return load_device("cpu").model_copy(
+            update={"nvml_total_mib": ram, "torch_total_mib": ram, "source": source}
+        )
+    return by_nvml_name(said, total)
+
+
+def by_nvml_name(said: str, total_mib: int) -> Device:
+    """The table's device for a name such as `NVIDIA A100-SXM4-40GB` and its memory in MiB, to 3 %. BadInput
+    when there is none.
+    """
+    words = set(re.split(r"[^a-z0-9]+", said.lower()))
+    for name in names():
+        device = load_device(name)
+        if device.kind != "cuda" or (
+            name.split("-")[0] not in words and name.replace("-", " ") not in said.lower()
+        ):
+            continue
+        if abs(device.nvml_total_mib - total_mib) <= 0.03 * total_mib and ("pcie" in name) == (
+            "pcie" in words
+        ):
+            usable = device.torch_total_mib - device.nvml_total_mib + total_mib
+            source = {**device.source, "nvml_total_mib": "read by NVML on this machine"}
+            return device.model_copy(
+                update={"nvml_total_mib": total_mib, "torch_total_mib": usable, "source": source}
+            )
+    raise BadInput(
+        f"this machine's {said} with {total_mib} MiB is not in the device table; name the nearest of"
+        f" {', '.join(names())}"
+    )
+
+
+def load_device(name: str) -> Device:
+    """A device by name or alias, any case; `auto` is this machine's. BadInput with the list of names
+    otherwise.
+    """
+    return this_machine() if name == "auto" else _of_table(name)
+
+
+@cache
+def _of_table(name: str) -> Device:
+    wanted = name.lower().replace("_", "-")
+    for key, entry in load_yaml("devices.yml").items():
+        if wanted in (key, *entry.get("aliases", ())):
+            return Device(name=key, **{k: v for k, v in entry.items() if k != "aliases"})
+    raise BadInput(f"device {name!r} is not in the table; use one of {', '.join(names())}")

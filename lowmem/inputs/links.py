@@ -1,0 +1,35 @@
+"""The table of links between hosts (data/links.yml)."""
+
+from __future__ import annotations
+
+from lowmem.data import load_yaml
+from lowmem.errors import BadInput
+from lowmem.schema import Link
+
+
+def names() -> list[str]:
+    """Links of the table, without aliases."""
+    return list(load_yaml("links.yml"))
+
+
+def load_link(name: str, gb_per_s: float | None = None, round_trip_us: float | None = None) -> Link:
+    """A link by name or alias, any case, with the figures that were measured in place of the table's.
+    BadInput otherwise.
+    """
+    for key, entry in load_yaml("links.yml").items():
+        if name.lower() in (key, *entry.get("aliases", ())):
+            link = Link(name=key, **{k: v for k, v in entry.items() if k != "aliases"})
+            break
+    else:
+        raise BadInput(
+            f"network {name!r} is not in the table; use one of {', '.join(names())}, and give what you"
+            " measured beside it"
+        )
+    own = {"gb_per_s": gb_per_s, "round_trip_us": round_trip_us}
+    for what, value in own.items():
+        if value is not None and not 0 < value < 1e9:
+            raise BadInput(f"network_{what}={value:g} is not a positive number; give what you measured")
+    given = {k: v for k, v in own.items() if v is not None}
+    return link.model_copy(
+        update={**given, "source": {**link.source, **dict.fromkeys(given, "given by the operator")}}
+    )

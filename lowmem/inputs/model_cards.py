@@ -1,0 +1,379 @@
+"""Model cards: config.json (and the safetensors headers, when there are any) to a list of tensors with exact
+sizes.
+
+A card is never a guess from a parameter count. The tensors of each known model type are listed as the
+engine's loader names them, in its order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lowmem.checkpoint.headers import _header_size, _read_json, read_header
+from lowmem.data import load_yaml
+from lowmem.errors import BadInput
+from lowmem.schema import ModelCard, Quantization, WeightGroup
+
+MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+
+BITS = (2, 3, 4, 8)
+
+DTYPE_BYTES = {"float16": 2, "half": 2, "bfloat16": 2, "float32": 4, "float": 4}
+
+
+def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 10**9:
+        raise BadInput(
+            f"config.json: {key} is {value!r}; it must be a whole number from 1 to 10**9; check the"
+            " checkpoint's config.json"
+        )
+    return value
+
+
+def quantization_of(config: Mapping[str, Any]) -> Quantization:
+    """The `quantization_config` of a config.json. BadInput for a method or a width that cannot be planned."""
+    q = config.get("quantization_config")
+    if not q:
+        return Quantization()
+    if not isinstance(q, Mapping):
+        raise BadInput(
+            "config.json: quantization_config is not an object; download the checkpoint's config.json again"
+        )
+    method = str(q.get("quant_method", "")).lower().replace("_", "-")
+    if method == "compressed-tensors":
+        groups = list((q.get("config_groups") or {}).values())
+        weights = (groups[0] or {}).get("weights") if groups else None
+        if not isinstance(weights, Mapping):
+            raise BadInput(
+                "config.json: quantization_config has no config_groups with weights; only weight-quantized"
+                " checkpoints can be planned"
+            )
+        ignored = tuple(str(x) for x in q.get("ignore") or ())
+        if weights.get("type") == "float" and weights.get("num_bits") == 8:
+            return Quantization(method="fp8", bits=8, group_size=-1, zero_point=False, ignored=ignored)
+        bits, group, zero = (
+            weights.get("num_bits", 4),
+            weights.get("group_size") or -1,
+            not weights.get("symmetric", True),
+        )
+    elif method == "awq":
+        bits, group, zero = (
+            q.get("bits", q.get("w_bit", 4)),
+            q.get("group_size", q.get("q_group_size", 128)),
+            bool(q.get("zero_point", True)),
+        )
+        ignored = tuple(q.get("modules_to_not_convert") or ())
+    elif method in ("gptq", "auto-round", "intel/auto-round", "auto-gptq"):
+        method = "gptq" if "gptq" in method else "auto-round"
+        bits, group, zero = q.get("bits", 4), q.get("group_size", 128), not q.get("sym", True)
+        ignored = tuple(q.get("modules_in_block_to_quantize_ignored") or ())
+    elif method == "fp8":
+        return Quantization(
+            method="fp8",
+            bits=8,
+            group_size=-1,
+            zero_point=False,
+            ignored=tuple(q.get("modules_to_not_convert") or ()),
+        )
+    else:
+        raise BadInput(
+            f"config.json: quantization method {method!r} is not one of none, awq, compressed-tensors, gptq,"
+            " auto-round, fp8"
+        )
+    if bits not in BITS:
+        raise BadInput(
+            f"config.json: quantization bits is {bits!r}; it must be one of {', '.join(map(str, BITS))}"
+        )
+    if not isinstance(group, int) or not (group == -1 or 1 <= group <= 65536):
+        raise BadInput(f"config.json: quantization group_size is {group!r}; it must be -1 or from 1 to 65536")
+    return Quantization(method=method, bits=bits, group_size=group, zero_point=zero, ignored=ignored)
+
+
+def _ignored(name: str, patterns: Iterable[str]) -> bool:
+    full = f"model.layers.0.{name}"
+    for p in patterns:
+        if p.startswith("re:"):
+            if re.search(p[3:], full):
+                return True
+        elif p == name or p in full:
+            return True
+    return False
+
+
+def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
+    hidden, inter, layers = (
+        _positive(c, "hidden_size"),
+        _positive(c, "intermediate_size"),
+        _positive(c, "num_hidden_layers"),
+    )
+    heads = _positive(c, "num_attention_heads")
+    kv_heads = _positive(c, "num_key_value_heads", heads)
+    head_dim = _positive(c, "head_dim", hidden // heads)
+    vocab = _positive(c, "vocab_size")
+    kind = c["model_type"]
+    experts = _positive(c, "num_local_experts", 8) if kind == "mixtral" else 0
+    found: list[WeightGroup] = []
+
+    def add(
+        name: str, kind: str, out: int, inp: int, split: str, times: int = 1, layered: bool = True
+    ) -> None:
+        quantized = kind == "linear" and q.method != "none" and not _ignored(name, q.ignored)
+        n = times * (layers if layered else 1)
+        found.append(
+            WeightGroup(
+                name=name, kind=kind, count=n, out_features=out, in_features=inp, split=split, quantized=quantized, layered=layered
+            )
+        )  # fmt: skip
+
+    add("embed_tokens", "embedding", vocab, hidden, "vocab", layered=False)
+    qkv_bias = kind == "qwen2" or bool(c.get("attention_bias"))
+    for name, out, split in (
+        ("q_proj", heads, "column"),
+        ("k_proj", kv_heads, "kv"),
+        ("v_proj", kv_heads, "kv"),
+    ):
+        add(f"self_attn.{name}", "linear", out * head_dim, hidden, split)
+        if qkv_bias:
+            add(f"self_attn.{name}.bias", "bias", out * head_dim, 1, split)
+    if kind == "qwen3":
+        add("self_attn.q_norm", "norm", head_dim, 1, "none")
+        add("self_attn.k_norm", "norm", head_dim, 1, "none")
+    add("self_attn.o_proj", "linear", hidden, heads * head_dim, "row")
+    if kind == "llama" and c.get("attention_bias"):
+        add("self_attn.o_proj.bias", "bias", hidden, 1, "none")
+    if experts:
+        add("block_sparse_moe.gate", "router", experts, hidden, "none")
+        for name, out, inp, split in (
+            ("w1", inter, hidden, "column"),
+            ("w3", inter, hidden, "column"),
+            ("w2", hidden, inter, "row"),
+        ):
+            add(f"block_sparse_moe.experts.{name}", "linear", out, inp, split, times=experts)
+    else:
+        for name, out, inp, split in (
+            ("gate_proj", inter, hidden, "column"),
+            ("up_proj", inter, hidden, "column"),
+            ("down_proj", hidden, inter, "row"),
+        ):
+            add(f"mlp.{name}", "linear", out, inp, split)
+            if c.get("mlp_bias"):
+                add(f"mlp.{name}.bias", "bias", out, 1, split if split == "column" else "none")
+    add("input_layernorm", "norm", hidden, 1, "none")
+    add("post_attention_layernorm", "norm", hidden, 1, "none")
+    add("norm", "norm", hidden, 1, "none", layered=False)
+    if not c.get("tie_word_embeddings", False):
+        add("lm_head", "lm_head", vocab, hidden, "vocab", layered=False)
+    return tuple(found)
+
+
+def card_from_config(
+    config: Mapping[str, Any], name: str, source: str, header: Mapping[str, Any] | None = None
+) -> ModelCard:
+    """A card from the fields of config.json.
+
+    `header`: tensor name -> {dtype, shape} of the safetensors headers. BadInput on anything unknown.
+    """
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise BadInput(
+            f"{source}: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}; only these are counted"
+            " exactly"
+        )
+    quantization = quantization_of(config)
+    groups = _groups(config, quantization)
+    heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
+    kv_heads = _positive(config, "num_key_value_heads", heads)
+    if "head_dim" not in config and hidden % heads:
+        raise BadInput(
+            f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}; the"
+            " config.json is damaged"
+        )
+    if heads % kv_heads:
+        raise BadInput(
+            f"{source}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}; the"
+            " config.json is damaged"
+        )
+    dtype = str(config.get("torch_dtype") or config.get("dtype") or "float16")
+    if dtype not in DTYPE_BYTES:
+        raise BadInput(f"{source}: torch_dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    header_bytes = None
+    if header:
+        groups = _refined(groups, header, config)
+        header_bytes = sum(_header_size(t, n) for n, t in header.items())
+    return ModelCard(
+        name=name,
+        source=source,
+        model_type=kind,
+        layers=_positive(config, "num_hidden_layers"),
+        hidden_size=hidden,
+        intermediate_size=_positive(config, "intermediate_size"),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=_positive(config, "head_dim", hidden // heads),
+        vocab_size=_positive(config, "vocab_size"),
+        max_position_embeddings=_positive(config, "max_position_embeddings", 2048),
+        experts=_positive(config, "num_local_experts", 8) if kind == "mixtral" else 0,
+        experts_per_token=_positive(config, "num_experts_per_tok", 2) if kind == "mixtral" else 0,
+        tied=bool(config.get("tie_word_embeddings", False)),
+        dtype=dtype,
+        quantization=quantization,
+        groups=groups,
+        header_bytes=header_bytes,
+    )
+
+
+def _refined(
+    groups: tuple[WeightGroup, ...], header: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[WeightGroup, ...]:
+    """Which linear layers are quantized, and whether lm_head exists, as the headers show it (a recipe may
+    leave more than it says).
+    """
+    packed = (".qweight", ".weight_packed")
+    out = []
+    for g in groups:
+        if g.kind != "linear":
+            if g.kind == "lm_head" and not any(n.startswith("lm_head.") for n in header):
+                raise BadInput(
+                    "safetensors headers: no lm_head though config.json says tie_word_embeddings false; the"
+                    " checkpoint is incomplete"
+                )
+            out.append(g)
+            continue
+        stem = g.name.rsplit(".", 1)
+        mine = [n for n in header if f".{stem[0]}." in n and f".{stem[-1]}." in n]
+        if not mine:
+            raise BadInput(
+                f"safetensors headers: no tensor of {g.name} though config.json has"
+                f" {config['num_hidden_layers']} layers; the checkpoint is incomplete"
+            )
+        out.append(g.model_copy(update={"quantized": any(n.endswith(packed) for n in mine)}))
+    return tuple(out)
+
+
+def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
+    """The card of the checkpoint that a quantization makes of an unquantized one; lm_head, embeddings and
+    norms stay at 16 bits.
+    """
+    if card.quantization.method != "none" or quantization.method == "none":
+        return card
+    for g in card.groups:
+        if g.kind == "linear" and quantization.group_size > 0 and g.in_features % quantization.group_size:
+            raise BadInput(
+                f"quantization group_size {quantization.group_size} does not divide the {g.in_features}"
+                f" inputs of {g.name} in {card.name}; use 32 or 64"
+            )
+    groups = tuple(
+        g.model_copy(update={"quantized": g.kind == "linear" and not _ignored(g.name, quantization.ignored)})
+        for g in card.groups
+    )
+    return card.model_copy(update={"quantization": quantization, "groups": groups, "header_bytes": None})
+
+
+@cache
+def builtin() -> dict[str, dict[str, Any]]:
+    """Name and alias -> entry of data/models.yml."""
+    table: dict[str, dict[str, Any]] = {}
+    for name, entry in load_yaml("models.yml").items():
+        for key in (name, *entry.get("aliases", ())):
+            table[key] = {"name": name, **entry}
+        table[entry["id"].lower()] = {"name": name, **entry}
+    return table
+
+
+def names() -> list[str]:
+    """The built-in cards, without aliases."""
+    return list(load_yaml("models.yml"))
+
+
+def card_from_directory(folder: Path) -> ModelCard:
+    """Card of a checkpoint directory: config.json is enough, the headers of `*.safetensors` refine it. No
+    weight is read.
+    """
+    config = _read_json(folder / "config.json")
+    header: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        header.update(read_header(file))
+    index = folder / "model.safetensors.index.json"
+    if header and index.exists():
+        missing = set(map(str, _read_json(index).get("weight_map", {}))) - set(header)
+        if missing:
+            raise BadInput(
+                f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first:"
+                f" {min(missing)}); the download is incomplete"
+            )
+    return card_from_config(config, folder.resolve().name, str(folder), header or None)
+
+
+def card_from_hub(repo: str) -> ModelCard:
+    """Card of a Hugging Face id: config.json and the safetensors headers only.
+
+    BadInput when the hub cannot be reached or has no such model.
+    """
+    try:
+        import logging
+        import socket
+        from urllib.parse import urlsplit
+
+        from huggingface_hub import HfApi, constants, hf_hub_download
+
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.CRITICAL
+        )  # its retries would be more lines on stderr than the one we print
+        place = urlsplit(constants.ENDPOINT)
+        try:
+            socket.getaddrinfo(place.hostname, place.port or 443)
+            offline = False
+        except OSError:
+            offline = True  # the local cache may still have it, without seconds of retries
+        path = hf_hub_download(repo, "config.json", local_files_only=offline)
+        config = _read_json(Path(path))
+        try:
+            if offline:
+                raise OSError("offline")
+            meta = HfApi().get_safetensors_metadata(repo)
+            header = {
+                n: {"dtype": t.dtype, "shape": t.shape}
+                for f in meta.files_metadata.values()
+                for n, t in f.tensors.items()
+            }
+        except (
+            Exception
+        ):  # config.json alone is enough: a repository without safetensors, or a cached config while offline
+            header = {}
+    except BadInput:
+        raise
+    except ImportError:
+        raise BadInput(
+            f"model {repo!r} looks like a Hugging Face id, and huggingface_hub is not installed; use a"
+            " built-in name or a directory"
+        ) from None
+    except Exception as e:
+        raise BadInput(
+            f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it"
+            f" ({type(e).__name__}); built-in: {', '.join(names())}"
+        ) from None
+    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None)
+
+
+def load_card(model: str) -> ModelCard:
+    """A built-in name (any case), a directory, or a Hugging Face id. BadInput otherwise."""
+    entry = builtin().get(model.lower())
+    if entry:
+        return card_from_config(entry["config"], entry["name"], entry["id"])
+    path = Path(model)
+    if path.is_dir():
+        return card_from_directory(path)
+    if path.name == "config.json" and path.exists():
+        return card_from_directory(path.parent)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
+        return card_from_hub(model)
+    raise BadInput(
+        f"model {model!r} is no built-in card, directory or Hugging Face id; built-in: {', '.join(names())}"
+    )

@@ -1,0 +1,46 @@
+"""Profiles: the YAML files of `profiles/`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+import lowmem
+from lowmem.data import parse_yaml
+from lowmem.errors import BadInput
+from lowmem.schema import Profile
+
+
+def folder() -> Path:
+    """`$LOWMEM_PROFILES`, the repository's `profiles/`, or the copy inside an installed package."""
+    if named := os.environ.get("LOWMEM_PROFILES"):
+        return Path(named)
+    package = Path(lowmem.__file__).parent
+    beside = package.parent / "profiles"
+    return beside if beside.is_dir() else package / "profiles"
+
+
+def names() -> list[str]:
+    """Profiles by name, in alphabetical order."""
+    return sorted(p.stem for p in folder().glob("*.yml"))
+
+
+def load_profile(name: str) -> Profile:
+    """A profile by name, or by the path of a YAML file. BadInput naming the field and
+    the reason otherwise.
+    """
+    path = Path(name) if name.endswith((".yml", ".yaml")) else folder() / f"{name}.yml"
+    if not path.is_file():
+        raise BadInput(
+            f"profile {name!r} does not exist; use one of {', '.join(names())}, or the path of a YAML file"
+        )
+    try:
+        return Profile.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise BadInput(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise BadInput(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None

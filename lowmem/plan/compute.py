@@ -1,0 +1,174 @@
+"""Computes a plan from validated input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lowmem.errors import BadInput
+from lowmem.plan import engine_config, support
+from lowmem.plan.engine_config import Engine
+from lowmem.plan.latency import hops, idle_share, latency, link_needs
+from lowmem.plan.launch import arguments_of, environment_of, nodes_of, service_limits
+from lowmem.plan.memory import (
+    CardMemory,
+    host_ram,
+    kv_bytes_per_token,
+    stage_memories,
+    stage_ram,
+    start_peak,
+    usable_kv_tokens,
+)
+from lowmem.plan.request import Inputs
+from lowmem.plan.stages import Part, hop_bytes_per_token
+from lowmem.plan.verdict import (
+    ceiling,
+    fit_notes,
+    network_reasons,
+    pipeline_notes,
+    slow_reasons,
+    stage_reasons,
+    start_notes,
+)
+from lowmem.plan.weights import stored_bytes
+from lowmem.schema import Device, Latency, Pipeline, Plan, Stage, Verdict
+from lowmem.units import mib
+
+
+def compute(inputs: Inputs) -> Plan:
+    """The plan without a search for alternatives."""
+    p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
+    env = {name: str(k.value) for name, k in inputs.environment.items()}
+    engine = engine_config.resolve(
+        inputs.knobs, card, device, inputs.count, inputs.vllm_version, env, inputs.hosts
+    )
+    if load.input_tokens + load.output_tokens > engine.max_model_len:
+        raise BadInput(
+            f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than"
+            f" max_model_len={engine.max_model_len}; shorten the request or raise max_model_len"
+        )
+    request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
+    held = min(load.clients, engine.max_num_seqs) * request
+    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
+    part, memory = max(stages, key=lambda s: s[1].peak)  # the card that the limit is held against
+    speed = latency(card, engine, device, stages, load, inputs.link)
+    requests = usable_kv_tokens(memory.kv_tokens, engine) // request
+    pipeline = pipeline_of(inputs, engine, stages, speed)
+    blocked = [
+        *support.missing_flags(inputs.knobs, engine.vllm),
+        *support.refusals(engine, card, device),
+        *stage_reasons(engine, device, stages, limits),
+        *network_reasons(pipeline, load, limits),
+    ]
+    if not blocked and requests < 1:
+        need = kv_bytes_per_token(part.card, engine) * (load.input_tokens + load.output_tokens)
+        blocked = [
+            f"kv_cache: the pool of {mib(memory.terms['kv_cache'])} holds no request of the load; one needs"
+            f" {mib(need)}"
+        ]
+    slow = slow_reasons(engine, speed, load, limits, requests)
+    notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
+    verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
+    pool_bytes = max(
+        m.terms["kv_cache"] for _, m in stages
+    )  # every stage is told the same, and has as many blocks
+    arguments = arguments_of(inputs, engine, memory, pool_bytes)
+    host = host_ram(part.card, engine, device, memory)
+    service = service_limits(engine, device, host, card, load, limits)
+    nodes = nodes_of(inputs, arguments, service)
+    own = nodes[inputs.deploy.rank if inputs.deploy else 0] if nodes else None
+    return Plan(
+        vllm_version=inputs.vllm_version,
+        profile=p.name,
+        model=card.name,
+        parameters=card.parameters,
+        weight_bytes=stored_bytes(card),
+        quantization=card.quantization,
+        device=device.name,
+        device_kind=device.kind,
+        device_count=inputs.count,
+        hosts=inputs.hosts,
+        tensor_parallel_size=engine.tp,
+        pipeline_parallel_size=engine.pp,
+        load=load,
+        limits=limits,
+        verdict=verdict,
+        reasons=tuple(blocked or [*(slow or notes), *start_notes(card, engine, device, memory, limits)]),
+        limit_bytes=limits.memory_bytes,
+        per_gpu={**memory.terms, "total": memory.total},
+        weight_terms=weight_terms(memory),
+        load_growth=memory.load,
+        peak_bytes=memory.peak,
+        before_start_bytes=memory.before_start,
+        start_peak_bytes=max(start_peak(p.card, engine, device, m) for p, m in stages),
+        host_ram=host,
+        stage_ram=stage_ram(card),
+        kv_available_bytes=memory.kv_available,
+        kv_tokens=memory.kv_tokens,
+        max_requests=requests,
+        latency_ms=speed,
+        arguments=own.arguments if own else arguments,
+        environment=own.environment if own else environment_of(inputs, device),
+        service=service,
+        deploy=inputs.deploy,
+        stages=stages_of(engine, device, stages),
+        pipeline=pipeline,
+        nodes=nodes,
+    )
+
+
+def weight_terms(memory: CardMemory) -> dict[str, int]:
+    """The weights of one card in parts."""
+    w = memory.weights
+    return {
+        "sharded": w.sharded,
+        "replicated": w.replicated,
+        "padding": w.padding,
+        "repacking": w.repacking,
+        "offloaded": w.offloaded,
+    }
+
+
+def stages_of(engine: Engine, device: Device, stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Stage, ...]:
+    """One card of each pipeline stage; empty where there is one stage, which the plan itself describes."""
+    if engine.pp == 1:
+        return ()
+    return tuple(
+        Stage(
+            node=part.node,
+            first_layer=part.first_layer,
+            layers=part.card.layers,
+            per_gpu={**memory.terms, "total": memory.total},
+            load_growth=memory.load,
+            weight_terms=weight_terms(memory),
+            peak_bytes=memory.peak,
+            start_peak_bytes=start_peak(part.card, engine, device, memory),
+        )
+        for part, memory in stages
+    )
+
+
+def pipeline_of(
+    inputs: Inputs, engine: Engine, stages: Sequence[tuple[Part, CardMemory]], speed: Latency
+) -> Pipeline | None:
+    """What passes between the stages at the load, and what the link must be; None for one stage."""
+    if engine.pp == 1:
+        return None
+    card, device, load, link = inputs.card, inputs.device, inputs.load, inputs.link
+    together = min(load.clients, engine.max_num_seqs)
+    hop = hops(card, engine, device, link, together)
+    token = hop_bytes_per_token(card, engine)
+    one = load.model_copy(update={"clients": 1})
+    needs = link_needs(card, engine, device, stages, load, inputs.limits, link) if link else (None, None)
+    return Pipeline(
+        network=link,
+        bytes_per_token=token,
+        bytes_per_decode_step=token * together,
+        bytes_per_prefill_step=token * min(engine.max_num_batched_tokens, load.input_tokens),
+        hop_floor_ms=round(hop.floor, 4),
+        hop_ms=round(hop.expected, 4),
+        idle_share_one_client=round(idle_share(card, engine, device, stages, one, link), 4),
+        idle_share=round(idle_share(card, engine, device, stages, load, link), 4),
+        least_gb_per_s=needs[0],
+        most_round_trip_us=needs[1],
+    )

@@ -1,0 +1,126 @@
+"""`lowmem explain`: each flag of a profile, why it is there, and what it costs or saves for this model and
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.data import load_yaml
+from lowmem.errors import BadInput
+from lowmem.plan.compute import compute
+from lowmem.plan.request import Inputs, gather
+from lowmem.schema import Knob, Plan
+from lowmem.units import MIB
+
+# What a knob is compared with: vLLM's own default, or the opposite.
+_WITHOUT: dict[str, Any] = {
+    "tensor_parallel_size": 1,
+    "enforce_eager": False,
+    "kv_cache_dtype": "auto",
+    "cpu_offload_gb": 0.0,
+    "offload_group_size": 0,
+    "disable_custom_all_reduce": False,
+}
+
+
+@dataclass(frozen=True)
+class Effect:
+    """One knob: what the plan would be without it. Differences are with minus without; None: the plan without
+    it cannot be made.
+    """
+
+    name: str
+    value: str
+    why: str
+    peak_mib: float | None
+    kv_tokens: int | None
+    decode_ms: float | None
+    prefill_ms: float | None
+    measured: str = ""
+    remark: str = ""
+
+
+def without(inputs: Inputs, name: str) -> Plan:
+    """The plan with one knob at the engine's default and the KV pool held at the same number of tokens where
+    it was chosen by the plan.
+    """
+    knobs = dict(inputs.knobs)
+    if name in _WITHOUT:
+        knobs[name] = Knob(value=_WITHOUT[name], why="default")
+    else:
+        knobs.pop(name)
+    changed = Inputs(**{**inputs.__dict__, "knobs": knobs})
+    return compute(changed)
+
+
+def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[Effect]:
+    """Every knob of the profile with its effect; `receipts`: knob -> what a measured ablation says."""
+    base = compute(inputs)
+    found = []
+    for name, knob in inputs.knobs.items():
+        measured = (receipts or {}).get(name, "")
+        shown = (
+            str(base.per_gpu["kv_cache"])
+            if knob.value == "auto" and name == "kv_cache_memory_bytes"
+            else str(knob.value)
+        )
+        if load_yaml("knobs.yml")[name].get("never") or name in (
+            "swap_space",
+            "quantization",
+            "disable_log_stats",
+        ):
+            found.append(
+                Effect(
+                    name,
+                    shown,
+                    knob.why,
+                    None,
+                    None,
+                    None,
+                    None,
+                    measured,
+                    "refused" if name != "disable_log_stats" else "",
+                )
+            )
+            continue
+        try:
+            other = without(inputs, name)
+        except BadInput as e:
+            found.append(Effect(name, shown, knob.why, None, None, None, None, measured, f"without it: {e}"))
+            continue
+        found.append(
+            Effect(
+                name,
+                shown,
+                knob.why,
+                (base.peak_bytes - other.peak_bytes) / MIB,
+                base.kv_tokens - other.kv_tokens,
+                base.latency_ms.decode_expected - other.latency_ms.decode_expected,
+                base.latency_ms.prefill_expected - other.latency_ms.prefill_expected,
+                measured,
+                "" if other.verdict != "impossible" else f"without it: {other.reasons[0]}",
+            )
+        )
+    return found
+
+
+def measured_effects(folder: Path, profile: str) -> dict[str, str]:
+    """Ablations that were measured: `ablations.yml` in the folder, profile -> knob -> sentence. Empty when
+    there is none.
+    """
+    from lowmem.data import parse_yaml
+
+    file = folder / "ablations.yml"
+    if not file.is_file():
+        return {}
+    table = parse_yaml(file.read_text(encoding="utf-8")) or {}
+    return {str(k): str(v) for k, v in (table.get(profile) or {}).items()}
+
+
+def inputs_for(profile: str, model: str | None, device: str | None, count: int | None, **more: Any) -> Inputs:
+    """The names of the command line as inputs of a plan."""
+    return gather(profile, model, device, count, **more)

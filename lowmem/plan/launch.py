@@ -1,0 +1,229 @@
+"""Builds the arguments and the environment of `vllm serve`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from lowmem.plan import knobs
+from lowmem.plan.engine_config import Engine
+from lowmem.plan.memory import CardMemory
+from lowmem.plan.request import Inputs
+from lowmem.plan.weights import stored_bytes
+from lowmem.schema import (
+    Argument,
+    Deploy,
+    Device,
+    EnvironmentVariable,
+    Knob,
+    Limits,
+    Load,
+    ModelCard,
+    Node,
+    ServiceLimits,
+)
+from lowmem.units import MIB
+
+
+def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory, pool_bytes: int) -> tuple[Argument, ...]:
+    """The arguments of `vllm serve`, each with its reason, in the profile's order."""
+    place, card = inputs.deploy, inputs.card
+    made = (
+        ""
+        if card.quantization.method == "none" or card.source.endswith(card.quantization.method)
+        else f"-{card.quantization.method}"
+    )
+    model = (
+        place.model_path
+        if place
+        else (card.source if "/" in card.source and not made else f"{card.name}{made}")
+    )
+    found = [Argument(flag="", value=model, why="the checkpoint")]
+    if place:
+        found += [
+            Argument(
+                flag="--served-model-name", value=place.served_model_name, why="the name clients ask for"
+            ),
+            Argument(flag="--host", value=place.host, why="the address the server listens on"),
+            Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
+            Argument(
+                flag="--middleware",
+                value=API_KEYS,
+                why="asks for an API key of a file; a key comes and goes without a restart",
+            ),
+        ]
+        if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
+            found.append(
+                Argument(
+                    flag="--shutdown-timeout",
+                    value=str(drain_s(inputs.load, inputs.limits)),
+                    why=(
+                        "seconds that a stop waits for open requests, which end whole; by default they are"
+                        " aborted at once"
+                    ),
+                )
+            )
+    for name, knob in inputs.knobs.items():
+        value = knob.value
+        if name == "kv_cache_memory_bytes" and value == "auto":
+            value = pool_bytes
+            if value <= 0:
+                continue
+        pair = knobs.tokens_of(name, value)
+        if pair is None:
+            continue
+        flag, text = pair
+        words = text.split() if text and name in _LISTS else [text]
+        found.append(Argument(flag=flag, value=words[0], why=knob.why))
+        if (
+            name == "kv_cache_memory_bytes"
+            and "gpu_memory_utilization" not in inputs.knobs
+            and inputs.device.kind == "cuda"
+        ):
+            found.append(startup_check(inputs.device, memory))
+        found += [Argument(flag="", value=w, why="") for w in words[1:]]
+    return tuple(found)
+
+
+_SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout")
+"""Of the API server, which runs on the first host alone."""
+
+
+def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
+    """How each host of a server that spans several is started, by vLLM's own multi-node mode; empty for one
+    host.
+
+    0.32.0, cli/serve.py and multiproc_executor.py: the first host has the API server, the scheduler and its
+    own workers; the others run `--headless`, with every setting of the engine alike. They meet at the first
+    one's address and port.
+    """
+    if inputs.hosts == 1:
+        return ()
+    place = inputs.deploy
+    addresses = place.nodes if place and place.nodes else tuple(f"node-{n}" for n in range(inputs.hosts))
+    port = place.master_port if place else Deploy.model_fields["master_port"].default
+    found = []
+    for rank, address in enumerate(addresses):
+        own = [
+            Argument(
+                flag="--distributed-executor-backend",
+                value="mp",
+                why="vLLM's own processes on each host, without Ray",
+            ),
+            Argument(flag="--nnodes", value=str(inputs.hosts), why="hosts of this server"),
+            Argument(
+                flag="--node-rank",
+                value=str(rank),
+                why="this host's place among them; stages are dealt in this order",
+            ),
+            Argument(
+                flag="--master-addr", value=addresses[0], why="the first host, where the others meet it"
+            ),
+            Argument(
+                flag="--master-port",
+                value=str(port),
+                why="its port; it listens for as long as the server runs",
+            ),
+        ]
+        if rank:
+            own.append(
+                Argument(
+                    flag="--headless", why="workers only: the first host has the API server and the scheduler"
+                )
+            )
+        names = (
+            {"VLLM_HOST_IP": Knob(value=address, why="the address by which the other hosts reach this one")}
+            if place and place.nodes
+            else {}
+        )
+        if not rank:
+            why = (
+                "how long the API server waits for the engine, the other hosts' start in it (default 600): as"
+                " long as the unit may take"
+            )
+            names["VLLM_ENGINE_READY_TIMEOUT_S"] = Knob(value=str(service.timeout_start_s), why=why)
+        if place and place.interface:
+            names["NCCL_SOCKET_IFNAME"] = Knob(
+                value=place.interface, why="stages hand over through this network"
+            )
+            names["GLOO_SOCKET_IFNAME"] = Knob(value=place.interface, why="the same for what goes beside it")
+        kept = arguments if not rank else tuple(a for a in arguments if a.flag not in _SERVER_ONLY)
+        more = tuple(EnvironmentVariable(name=n, value=str(k.value), why=k.why) for n, k in names.items())
+        found.append(
+            Node(
+                rank=rank,
+                address=address,
+                arguments=(*kept, *own),
+                environment=(*environment_of(inputs, inputs.device), *more),
+            )
+        )
+    return tuple(found)
+
+
+def startup_check(device: Device, memory: CardMemory) -> Argument:
+    """vLLM refuses to start unless utilization x total is free, even with the pool set in bytes
+    (v1/worker/utils.py, request_memory).
+    """
+    need = math.ceil(10_000 * (memory.peak - memory.before_start) / (device.torch_total_mib * MIB)) / 10_000
+    return Argument(
+        flag="--gpu-memory-utilization",
+        value=f"{min(1.0, max(0.0001, need)):.4f}",
+        why="only the start-up check: this share of the card must be free; the pool is set in bytes",
+    )
+
+
+API_KEYS = "lowmem.api_keys.ApiKeys"
+
+_LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
+
+
+def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable, ...]:
+    """The service's environment: what every deployment needs, then the profile's."""
+    always = {
+        "HF_HUB_OFFLINE": Knob(
+            value="1", why="serve the local checkpoint only; never download while starting"
+        ),
+        "VLLM_NO_USAGE_STATS": Knob(value="1", why="no usage report leaves the host"),
+        "DO_NOT_TRACK": Knob(value="1", why="the same for libraries that heed it"),
+    }
+    return tuple(
+        EnvironmentVariable(name=n, value=str(k.value), why=k.why)
+        for n, k in {**always, **inputs.environment}.items()
+    )
+
+
+DRAINS_SINCE = "0.32.0"
+"""The version whose source was read: API server and engine finish what they have and refuse what is new
+(v1/engine/core.py).
+"""
+
+RELEASE_S = 30
+"""After the last request, for workers to end and give their memory back; 3 to 4 s were seen."""
+
+
+def drain_s(load: Load, limits: Limits) -> int:
+    """Seconds in which a request of the plan's load ends, by the plan's own limits."""
+    return math.ceil((limits.ttft_p99_ms + load.output_tokens * limits.tpot_p99_ms) / 1000)
+
+
+def service_limits(
+    engine: Engine, device: Device, host: Mapping[str, int], card: ModelCard, load: Load, limits: Limits
+) -> ServiceLimits:
+    """What the service manager is told: time to start by checkpoint size, RAM with a quarter of headroom
+    (half for pinned buffers).
+    """
+    read_s = stored_bytes(card) / 200e6  # a slow disk
+    return ServiceLimits(
+        timeout_start_s=int(
+            300 + read_s + (0 if engine.eager else 300)
+        ),  # seen: 50 s of compiling, 126 s of kernels made at first use
+        timeout_stop_s=drain_s(load, limits) + RELEASE_S,
+        drain_s=drain_s(load, limits),
+        memory_max_bytes=math.ceil((sum(host.values()) * 1.25 + host.get("pinned_offload", 0) * 0.25) / MIB)
+        * MIB,
+        memlock=(
+            "infinity"
+            if engine.offload != "none" or engine.kv_offload_bytes or device.kind == "cuda"
+            else "default"
+        ),
+    )

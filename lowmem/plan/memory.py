@@ -1,0 +1,365 @@
+"""The memory model: what each card and the host will hold, in bytes. Pure functions; docs/planning.md has the
+formulas in words.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lowmem.inputs.model_cards import DTYPE_BYTES
+from lowmem.plan.calibration import _mib, constant
+from lowmem.plan.engine_config import Engine
+from lowmem.plan.stages import Part, parts, pipeline_buffers
+from lowmem.plan.weights import (
+    Weights,
+    _wanted,
+    ignores_offload,
+    largest_linear,
+    offloaded_parameters,
+    stored_bytes,
+    weights,
+)
+from lowmem.schema import Device, ModelCard
+from lowmem.units import MIB
+
+
+def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
+    """Keys and values of one token on one card, all layers, in bytes."""
+    heads = max(1, card.kv_heads // engine.tp)
+    full = 2 * card.head_dim * DTYPE_BYTES[engine.dtype]
+    slot = {
+        "auto": full,
+        "float16": 2 * card.head_dim * 2,
+        "bfloat16": 2 * card.head_dim * 2,
+        "int8_per_token_head": 2 * card.head_dim + 8,
+        "fp8_per_token_head": 2 * card.head_dim + 8,
+        "int4_per_token_head": card.head_dim + 8,
+    }.get(engine.kv_dtype)
+    if slot is not None:
+        return card.layers * heads * slot
+    if engine.kv_dtype.startswith("fp8"):
+        return card.layers * heads * 2 * card.head_dim
+    key_bits, value_bits = {
+        "turboquant_k8v4": (8, 4),
+        "turboquant_4bit_nc": (4, 4),
+        "turboquant_k3v4_nc": (3, 4),
+        "turboquant_3bit_nc": (3, 3),
+    }[engine.kv_dtype]
+    key = card.head_dim if key_bits == 8 else math.ceil(card.head_dim * key_bits / 8) + 2
+    small = key + math.ceil(card.head_dim * value_bits / 8) + 4
+    small += small % 2
+    ends = min(
+        4, card.layers
+    )  # the first two and last two layers stay at 16 bits (turboquant/config.py, get_boundary_skip_layers)
+    return heads * (ends * full + (card.layers - ends) * small)
+
+
+def peak_activations(card: ModelCard, engine: Engine, samples: bool = True) -> int:
+    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, the
+    sampled rows' logits.
+
+    `samples`: this stage makes the logits, which the last one does.
+    """
+    e = DTYPE_BYTES[engine.dtype]
+    tokens, tp = engine.max_num_batched_tokens, engine.tp
+    if card.experts:
+        mlp = card.experts_per_token * (3 * card.intermediate_size // tp + card.hidden_size) * e
+    else:
+        mlp = 3 * card.intermediate_size // tp * e
+    attention = (2 * card.heads + 2 * max(card.kv_heads, tp)) * card.head_dim // tp * e
+    per_token = 2 * card.hidden_size * e + max(mlp, attention)
+    copies = (
+        8 if engine.vllm >= (0, 28, 0) else 20
+    )  # 32-bit copies; the older sampler also sorts, with 64-bit indices
+    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + copies) if samples else 0
+    return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
+
+
+def graphs(card: ModelCard, engine: Engine) -> int:
+    """CUDA graphs of the captured sizes; NCCL's all-reduces keep more in them than vLLM's own."""
+    if not engine.graph_sizes:
+        return 0
+    each = float(constant("memory", "graph_mib_per_layer_and_size"))
+    if engine.tp > 1 and not engine.custom_all_reduce:
+        each += float(constant("memory", "graph_nccl_mib_per_layer_and_size"))
+    return _mib("graph_base_mib") + round(len(engine.graph_sizes) * card.layers * each * MIB)
+
+
+def offload_buffers(engine: Engine, w: Weights) -> int:
+    """Prefetch back end: `prefetch_step` slots of one layer's offloaded parameters on the card."""
+    if engine.offload != "prefetch" or ignores_offload(engine):
+        return 0
+    layer = sum(p.loaded for p in w.layers[0] if _wanted(p.name, engine.offload_params))
+    return engine.prefetch_step * layer
+
+
+def of_loading(which: str, card: ModelCard, engine: Engine) -> float | None:
+    """A constant of the checkpoint's format; of the format with torch's expandable segments where that was
+    measured.
+    """
+    table, method = constant("memory", which), str(card.quantization.method)
+    if "expandable_segments:True" in engine.environment.get("PYTORCH_CUDA_ALLOC_CONF", "").split(","):
+        method = f"{method}+expandable" if f"{method}+expandable" in table else method
+    return table.get(method)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class CardMemory:
+    """One card.
+
+    `terms` add up to what NVML shows at idle; `load` is what a full load adds.
+    """
+
+    terms: dict[str, int]
+    load: dict[str, int]
+    weights: Weights
+    kv_available: int  # what is left for KV; negative: the engine does not start
+    kv_tokens: int
+    kv_block_bytes: int
+    before_start: int  # of the terms, what is there when the engine reads free memory for the first time
+
+    @property
+    def total(self) -> int:
+        return sum(self.terms.values())
+
+    @property
+    def peak(self) -> int:
+        return self.total + sum(self.load.values())
+
+
+def usable_kv_tokens(kv_tokens: int, engine: Engine) -> int:
+    """What requests can have of a pool: block 0 is the engine's own."""
+    return max(0, kv_tokens - engine.block_tokens)
+
+
+def stage_memories(
+    card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0
+) -> tuple[tuple[Part, CardMemory], ...]:
+    """One card of each stage. The pool has as many blocks on each as the stage with the least room (0.32.0,
+    kv_cache_utils.py).
+    """
+    one = cpu_memory if device.kind == "cpu" else card_memory
+    found = [
+        (part, one(part.card, engine, device, limit_bytes, load_tokens, part)) for part in parts(card, engine)
+    ]
+    tokens = min(memory.kv_tokens for _, memory in found)
+    return tuple(
+        (
+            part,
+            replace(
+                m,
+                kv_tokens=tokens,
+                terms={**m.terms, "kv_cache": tokens // engine.block_tokens * m.kv_block_bytes},
+            ),
+        )
+        for part, m in found
+    )
+
+
+def card_memory(
+    card: ModelCard,
+    engine: Engine,
+    device: Device,
+    limit_bytes: int,
+    load_tokens: int = 0,
+    part: Part | None = None,
+) -> CardMemory:
+    """Memory of one GPU, of the pipeline stage `part` where there are several.
+
+    The KV pool follows the utilization, the given size, or (auto) the limit and the tokens of the load.
+    """
+    w = weights(card, engine)
+    act = peak_activations(card, engine, part is None or part.last)
+    graph = graphs(card, engine)
+    new = engine.vllm >= (0, 28, 0)
+    alone = engine.tp * engine.pp == 1
+    before = _mib("snapshot_mib") + (
+        0 if alone else _mib("first_use_mib")
+    )  # taken when the engine reads free memory first
+    growth = _mib("growth_mib") + (_mib("first_use_mib") if alone else 0)
+    kept = _mib("idle_cache_mib") if new else _mib("idle_cache_old_mib")
+    if new:  # the runner's own buffers, as wide as the largest step
+        kept += _mib("eager_cache_mib") if engine.eager else 0
+        kept += round(float(of_loading("loading_cache_mib", card, engine) or 0) * MIB)
+        kept += 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
+    terms = {
+        "weights": w.on_card,
+        "kv_cache": 0,
+        "activations": kept,
+        "cuda_context": before + growth,
+        "nccl": nccl(engine, device),
+        "cuda_graphs": graph,
+        "offload_buffers": offload_buffers(engine, w),
+    }
+    if part and engine.pp > 1:
+        terms["pipeline_buffers"] = pipeline_buffers(part, engine)
+    load = {"activations": round(act * float(constant("memory", "load_activation_ratio")[engine.kernel]))}
+    block = kv_bytes_per_token(card, engine) * engine.block_tokens
+    if engine.kv_bytes is not None:
+        available = engine.kv_bytes
+    elif engine.kv_auto:
+        room = limit_bytes - sum(terms.values()) - sum(load.values())
+        available = chosen_pool(
+            engine, block, min(room, start_room(terms, engine, device)), limit_bytes, load_tokens
+        )
+    else:
+        budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
+        profiled = 0 if engine.eager else _mib("compile_profile_mib") + graph
+        available = (
+            budget
+            - w.on_card
+            - terms["offload_buffers"]
+            - terms.get("pipeline_buffers", 0)
+            - act
+            - growth
+            - profiled
+        )
+    blocks = max(0, available // block)
+    if engine.kv_blocks_override is not None and blocks:
+        blocks = engine.kv_blocks_override
+    terms["kv_cache"] = blocks * block
+    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, before + terms["nccl"])
+
+
+def start_room(terms: dict[str, int], engine: Engine, device: Device) -> int:
+    """Bytes the card can give when the engine allocates its pool: graphs are not there yet, pieces left from
+    loading and profiling are.
+
+    With the pool given in bytes vLLM 0.32 skips the profiler and with it the emptying of the allocator's
+    cache.
+    """
+    left = 0 if engine.vllm < (0, 28, 0) else _mib("start_fragments_mib")
+    there = (
+        terms["weights"]
+        + terms["cuda_context"]
+        + terms["nccl"]
+        + terms["offload_buffers"]
+        + terms.get("pipeline_buffers", 0)
+    )
+    return device.torch_total_mib * MIB - there - left
+
+
+def loading(card: ModelCard, engine: Engine, memory: CardMemory, which: str) -> int:
+    """Bytes on one card while weights are loaded and repacked, before there is a KV pool; `which`:
+    loading_needs or loading_seen.
+    """
+    extra = float(of_loading(which, card, engine) or 0) * largest_linear(card, engine)
+    return memory.weights.on_card + memory.before_start + round(extra)
+
+
+def start_peak(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> int:
+    """What NVML may show while starting, up to what the card has: freed blocks stay in the allocator's cache
+    until the card is short.
+    """
+    if device.kind == "cpu":
+        return memory.peak
+    return max(memory.peak, min(loading(card, engine, memory, "loading_seen"), device.torch_total_mib * MIB))
+
+
+def nccl(engine: Engine, device: Device) -> int:
+    """NCCL's buffers (a base and a share for each channel) and those of the all-reduces beside it, 0 on a
+    single card.
+    """
+    if engine.tp * engine.pp == 1:
+        return 0
+    channels = engine.environment.get("NCCL_MAX_NCHANNELS", "")
+    wanted = (
+        int(channels) if channels.isdigit() and int(channels) else int(constant("memory", "nccl_channels"))
+    )
+    communicators = (engine.tp > 1) + (
+        int(constant("memory", "nccl_pipeline_communicators")) if engine.pp > 1 else 0
+    )
+    channels_mib = min(wanted, int(constant("memory", "nccl_channels"))) * _mib("nccl_mib_per_channel")
+    total = _mib("nccl_base_mib") + communicators * channels_mib
+    if engine.custom_all_reduce and engine.tp > 1:
+        total += _mib("custom_all_reduce_mib")
+        if device.capability == "9.0" and engine.environment.get("VLLM_ALLREDUCE_USE_SYMM_MEM", "1") != "0":
+            total += _mib("symmetric_memory_mib")
+    return total
+
+
+def cpu_memory(
+    card: ModelCard,
+    engine: Engine,
+    device: Device,
+    limit_bytes: int,
+    load_tokens: int = 0,
+    part: Part | None = None,
+) -> CardMemory:
+    """The resident set of the service on a CPU: `runtime` is Python, torch and the
+    engine's three processes.
+    """
+    w = weights(card, engine)
+    block = kv_bytes_per_token(card, engine) * engine.block_tokens
+    fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
+    load = {"activations": peak_activations(card, engine, part is None or part.last)}
+    if engine.kv_bytes is not None:
+        available = engine.kv_bytes
+    elif engine.kv_auto:
+        available = chosen_pool(
+            engine, block, limit_bytes - sum(fixed.values()) - sum(load.values()), limit_bytes, load_tokens
+        )
+    else:  # utilization is a share of the machine's RAM
+        available = (
+            math.ceil(device.torch_total_mib * MIB * engine.utilization)
+            - sum(fixed.values())
+            - sum(load.values())
+        )
+    blocks = max(0, available // block)
+    terms = {"weights": fixed["weights"], "kv_cache": blocks * block, "runtime": fixed["runtime"]}
+    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, 0)
+
+
+def chosen_pool(engine: Engine, block: int, room: int, limit_bytes: int, load_tokens: int) -> int:
+    """Bytes of the KV pool that the plan chooses in the room there is.
+
+    At most what `max_num_seqs` requests of `max_model_len` can use, leaving the model's own error below the
+    limit; the load's requests come before that error, down to the least margin. Block 0 is the engine's own.
+    """
+    useful = (engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1) * block
+    needed = (math.ceil(load_tokens / engine.block_tokens) + 1) * block
+    easy = min(useful, room - round(limit_bytes * float(constant("memory", "model_error"))))
+    return easy if easy >= needed else min(needed, room - _mib("margin_mib"))
+
+
+def next_power_of_two(n: int) -> int:
+    """The size PyTorch's pinned host allocator gives for `n` bytes."""
+    return 1 if n <= 1 else 1 << (n - 1).bit_length()
+
+
+def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> dict[str, int]:
+    """Host RAM of the running service by term, in bytes; of several hosts the one that serves. On a CPU the
+    service itself is the use.
+    """
+    if device.kind == "cpu":
+        return {"service": memory.peak}
+    w = memory.weights
+    taken = offloaded_parameters(engine, w.layers)
+    pinned = sum(
+        next_power_of_two(p.loaded)
+        for layer, which in zip(w.layers, taken, strict=True)
+        for i, p in enumerate(layer)
+        if i in which
+    )
+    terms = {
+        "api_server": round(float(constant("service", "api_host_mib")) * MIB),
+        "workers": engine.local_cards * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
+        "pinned_offload": engine.local_cards * pinned,
+        # the prefetch back end copies each offloaded layer into pinned memory and keeps the first copy until
+        # loading has ended
+        "offload_loading": engine.local_cards * w.offloaded if engine.offload == "prefetch" else 0,
+        "kv_offload": engine.kv_offload_bytes,
+    }
+    return {k: v for k, v in terms.items() if v}
+
+
+def stage_ram(card: ModelCard) -> dict[str, int]:
+    """RAM of the stages before the service: the 16-bit model for quantization (swap can back most of it),
+    page cache for loading.
+    """
+    sixteen = card.parameters * 2
+    return {
+        "quantize": sixteen if card.quantization.method != "none" else 0,
+        "load_page_cache": stored_bytes(card),
+    }

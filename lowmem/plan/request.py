@@ -1,0 +1,191 @@
+"""Turns names and overrides into the validated input of a plan."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowmem.errors import BadInput
+from lowmem.inputs import devices, links, model_cards, profiles
+from lowmem.plan import engine_config, knobs
+from lowmem.schema import (
+    VLLM_VERSION,
+    Deploy,
+    Device,
+    Knob,
+    Limits,
+    Link,
+    Load,
+    ModelCard,
+    Profile,
+    Quantization,
+    Scalar,
+)
+from lowmem.units import MIB
+
+# The pool's size is set one way only: an override of one way takes the profile's other way out.
+_POOL_KNOBS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a plan is a function of."""
+
+    profile: Profile
+    base: ModelCard  # the model as named, before the profile's quantization
+    card: ModelCard
+    device: Device
+    count: int
+    knobs: Mapping[str, Knob]
+    environment: Mapping[str, Knob]
+    load: Load
+    limits: Limits
+    vllm_version: str
+    deploy: Deploy | None = None
+    hosts: int = 1
+    link: Link | None = None  # between the hosts; None: there is one host
+
+
+def gather(
+    profile: str | Profile,
+    model: str | ModelCard | None = None,
+    device: str | Device | None = None,
+    count: int | None = None,
+    overrides: Mapping[str, Scalar] | None = None,
+    deploy: Deploy | Mapping[str, object] | None = None,
+    *,
+    clients: int | None = None,
+    input_tokens: int | None = None,
+    output_tokens: int | None = None,
+    memory_limit_bytes: int | None = None,
+    environment: Mapping[str, str] | None = None,
+    vllm_version: str = VLLM_VERSION,
+    hosts: int | None = None,
+    network: str | Link | None = None,
+) -> Inputs:
+    """Names to data, overrides checked. BadInput for anything that cannot be planned."""
+    p = profiles.load_profile(profile) if isinstance(profile, str) else profile
+    d = devices.load_device(device or p.device) if not isinstance(device, Device) else device
+    c = model_cards.load_card(model or p.model) if not isinstance(model, ModelCard) else model
+    n = p.device_count if count is None else count
+    if not 1 <= n <= 64:
+        raise BadInput(f"count={n} is not from 1 to 64; give the number of cards of one host")
+    if d.kind == "cpu" and n != 1:
+        raise BadInput(f"count={n} with device {d.name}: a CPU is one device; use --count 1")
+    merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in p.knobs.items()}
+    given = {name: knobs.checked(name, value) for name, value in (overrides or {}).items()}
+    if any(name in given for name in _POOL_KNOBS):
+        merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
+    merged.update(
+        {
+            name: Knob(value=v, why=f"set by the operator (profile {p.name}: {_before(p, name)})")
+            for name, v in given.items()
+        }
+    )
+    env = dict(p.environment)
+    env.update({name: Knob(value=v, why="set by the operator") for name, v in (environment or {}).items()})
+    asked = {"clients": clients, "input_tokens": input_tokens, "output_tokens": output_tokens}
+    for name, value in asked.items():
+        if value is not None and not 1 <= value <= 10_000_000:
+            raise BadInput(f"{name}={value} is not from 1 to 10,000,000; correct it")
+    if clients is not None and clients > 100_000:
+        raise BadInput(f"clients={clients} is more than 100,000; correct it")
+    load = p.load.model_copy(update={k: v for k, v in asked.items() if v is not None})
+    limits = p.limits
+    if memory_limit_bytes is not None:
+        if memory_limit_bytes < MIB:
+            raise BadInput(
+                f"memory limit {memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g."
+                " 20GiB"
+            )
+        limits = limits.model_copy(update={"memory_bytes": memory_limit_bytes})
+    quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, merged), merged))
+    place = Deploy.model_validate(deploy) if deploy is not None and not isinstance(deploy, Deploy) else deploy
+    h = p.hosts if hosts is None else hosts
+    if not 1 <= h <= 64:
+        raise BadInput(f"hosts={h} is not from 1 to 64; give the number of hosts that one server spans")
+    link = (
+        (links.load_link(joined) if isinstance(joined := network or p.network, str) else joined)
+        if h > 1
+        else None
+    )
+    if h > 1 and link is None:
+        raise BadInput(f"hosts={h} needs the network between them: name one of {', '.join(links.names())}")
+    if place:
+        refuse_place(place, h)
+    return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place, h, link)
+
+
+class BadPlace(BadInput):
+    """Of the hosts of a server; what it says begins with the name of the field of `Deploy`."""
+
+
+def refuse_place(place: Deploy, hosts: int) -> None:
+    """BadPlace where the hosts of one server could not meet."""
+    if place.nodes and len(place.nodes) != hosts:
+        raise BadPlace(
+            f"nodes has {len(place.nodes)} addresses and the server spans {hosts} host(s); give one for each,"
+            " the one that serves first"
+        )
+    if place.rank >= hosts:
+        raise BadPlace(
+            f"rank={place.rank} is no place among the {hosts} host(s) of the server; count from 0, the one"
+            " that serves"
+        )
+    for node in place.nodes:
+        try:
+            address = ipaddress.ip_address(node)
+        except ValueError:
+            raise BadPlace(
+                f"nodes has {node!r}, which is no IP address; the engine and its firewall rules take"
+                " addresses"
+            ) from None
+        if address.is_loopback or address.is_unspecified or address.is_multicast:
+            raise BadPlace(
+                f"nodes has {node}, by which no other host reaches it; give its address in the network that"
+                " joins the hosts"
+            )
+    twice = sorted({node for node in place.nodes if place.nodes.count(node) > 1})
+    if twice:
+        raise BadPlace(f"nodes has {twice[0]} more than once; give each host its own address")
+    if place.nodes and place.port == place.master_port:
+        raise BadPlace(
+            f"port={place.port} is the server's and master_port too; choose another for one of them"
+        )
+
+
+def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:
+    """What the checkpoint to come is made as: the profile's quantization, in the format that a `quantization`
+    knob names.
+    """
+    method = engine_config.FORMATS.get(str(given["quantization"].value)) if "quantization" in given else None
+    if method is None or profile.quantization.method == "none":
+        return profile.quantization
+    return Quantization.model_validate({**profile.quantization.model_dump(), "method": method})
+
+
+def fitting_group(card: ModelCard, quantization: Quantization, given: Mapping[str, Knob]) -> Quantization:
+    """The largest group size, from the profile's down to 32, that divides every layer's inputs on each card;
+    the profile's if none does.
+
+    A checkpoint to come can be made to fit the model; one that exists is what it is.
+    """
+    cards_per_layer = given["tensor_parallel_size"].value if "tensor_parallel_size" in given else 1
+    if (
+        card.quantization.method != "none"
+        or quantization.group_size <= 0
+        or not isinstance(cards_per_layer, int)
+    ):
+        return quantization
+    linears = [g for g in card.groups if g.kind == "linear"]
+    for size in (quantization.group_size, 64, 32):
+        if size <= quantization.group_size and not any(
+            g.in_features % (size * (cards_per_layer if g.split == "row" else 1)) for g in linears
+        ):
+            return quantization.model_copy(update={"group_size": size})
+    return quantization
+
+
+def _before(profile: Profile, name: str) -> str:
+    return f"{profile.knobs[name].value}" if name in profile.knobs else "not set"

@@ -1,0 +1,232 @@
+"""Search of the feasible region: which settings meet the limits, and how memory trades against latency."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from lowmem.errors import BadInput
+from lowmem.inputs import devices, model_cards, profiles
+from lowmem.plan.compute import compute
+from lowmem.plan.request import Inputs, gather
+from lowmem.schema import Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
+from lowmem.units import GIB, MIB, mib
+
+
+def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Plan]:
+    """Plans of the other profiles for the same model and device, with the same load where it fits the
+    profile, best first.
+    """
+    found = []
+    for name in names or profiles.names():
+        if name == inputs.profile.name:
+            continue
+        try:
+            p = profiles.load_profile(name)
+            if p.hosts > inputs.hosts:
+                continue  # who has one host is not helped by a recipe for two
+            if devices.load_device(p.device).kind != inputs.device.kind:
+                continue
+            for count in sorted({inputs.count, p.device_count}):
+                try:
+                    plan = compute(
+                        gather(
+                            p, inputs.base, inputs.device, count, None, clients=inputs.load.clients, input_tokens=inputs.load.input_tokens,
+                            output_tokens=inputs.load.output_tokens, vllm_version=inputs.vllm_version,
+                        )
+                    )  # fmt: skip
+                except BadInput:
+                    continue
+                found.append(plan)
+        except BadInput:
+            continue
+    return sorted(found, key=lambda q: _rank(q, inputs))
+
+
+def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
+    order = {"fits": 0, "slow": 1, "impossible": 2}
+    return (
+        order[plan.verdict],
+        plan.peak_bytes > inputs.limits.memory_bytes,
+        plan.device_count != inputs.count,
+        plan.latency_ms.decode_expected,
+    )
+
+
+def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
+    """The profile to use instead, and a sentence about it; None when no profile does better."""
+    better = {"impossible": ("fits", "slow"), "slow": ("fits",), "fits": ()}[plan.verdict]
+    for other in alternatives(inputs):
+        if other.verdict in better:
+            cards_ = f"{other.device_count} card{'s' if other.device_count > 1 else ''}"
+            cards_ += " of one host" if inputs.hosts > other.hosts == 1 else ""
+            return (
+                other.profile,
+                (
+                    f"nearest: profile {other.profile}"
+                    f" {'fits' if other.verdict == 'fits' else 'starts but is slow'} on {cards_} at"
+                    f" {mib(other.peak_bytes)} a card, {other.latency_ms.decode_expected:.0f} ms a token"
+                    " expected"
+                ),
+            )
+    return None
+
+
+# Bits, group size and method a checkpoint can have, best quality first. Perplexities are for docs/planning.md
+# to state, not to compute with.
+WEIGHTS: tuple[tuple[str, Quantization], ...] = (
+    ("16-bit", Quantization()),
+    ("8-bit", Quantization(method="gptq", bits=8, group_size=128, zero_point=False)),
+    ("4-bit", Quantization(method="awq", bits=4, group_size=128, zero_point=True)),
+    ("3-bit", Quantization(method="auto-round", bits=3, group_size=128, zero_point=False)),
+    ("2-bit", Quantization(method="auto-round", bits=2, group_size=128, zero_point=False)),
+)
+
+KV = ("auto", "int8_per_token_head", "int4_per_token_head")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One point of the search: what to set, and its plan."""
+
+    weights: str
+    knobs: dict[str, Scalar]
+    plan: Plan
+
+    @property
+    def label(self) -> str:
+        parts = [self.weights]
+        parts += [f"{k}={v}" for k, v in self.knobs.items()]
+        return ", ".join(parts)
+
+
+def _profile(
+    quantization: Quantization, limits: Limits, load: Load, count: int, device: str, model: str
+) -> Profile:
+    return Profile(
+        name="suggested",
+        summary="",
+        device=device,
+        device_count=count,
+        model=model,
+        quantization=quantization,
+        limits=limits,
+        load=load,
+        knobs={},
+    )
+
+
+def base_card(model: str | ModelCard) -> ModelCard:
+    """The card without its quantization where the built-in table has it, so that every width can be tried."""
+    return model_cards.load_card(model) if isinstance(model, str) else model
+
+
+def options(
+    model: str | ModelCard,
+    device: str,
+    count: int,
+    limits: Limits,
+    load: Load,
+    vllm_version: str,
+    *,
+    needless_offload: bool = False,
+) -> Iterator[Option]:
+    """Every combination of weight width, cards, KV type and offload share; offload only for what does not fit
+    without.
+    """
+    card = base_card(model)
+    widths = WEIGHTS if card.quantization.method == "none" else (("as stored", card.quantization),)
+    request = load.input_tokens + load.output_tokens
+    length = min(card.max_position_embeddings, max(2048, 1 << (request - 1).bit_length()))
+    for label, quantization in widths:
+        group = quantization.group_size
+        if group == 128 and any(g.kind == "linear" and g.in_features % 128 for g in card.groups):
+            quantization = quantization.model_copy(update={"group_size": 64})
+        for tp in (n for n in (1, 2, 4, 8) if n <= count):
+            for kv in KV:
+                for share in (0.0, 0.25, 0.5, 0.75):
+                    knobs: dict[str, Scalar] = {
+                        "tensor_parallel_size": tp,
+                        "max_model_len": length,
+                        "max_num_seqs": min(load.clients, 1024),
+                        "max_num_batched_tokens": max(512 if not share else 1024, min(load.clients, 1024)),
+                        "kv_cache_memory_bytes": "auto",
+                    }
+                    if kv != "auto":
+                        knobs["kv_cache_dtype"] = kv
+                    try:
+                        p = _profile(quantization, limits, load, count, device, card.name)
+                        plain = compute(gather(p, card, device, count, knobs, vllm_version=vllm_version))
+                        if share:
+                            layered = sum(plain.weight_terms[k] for k in ("sharded", "replicated"))
+                            knobs["cpu_offload_gb"] = round(layered * share / GIB, 1)
+                            plan = compute(gather(p, card, device, count, knobs, vllm_version=vllm_version))
+                        else:
+                            plan = plain
+                    except BadInput:
+                        continue
+                    shown = {
+                        k: v
+                        for k, v in knobs.items()
+                        if k in ("tensor_parallel_size", "kv_cache_dtype", "cpu_offload_gb")
+                    }
+                    yield Option(label, shown, plan)
+                    if not share and plan.verdict == "fits" and not needless_offload:
+                        break
+
+
+_QUALITY = {label: rank for rank, (label, _) in enumerate(WEIGHTS)} | {"as stored": 0}
+
+_KV_QUALITY = {kv: rank for rank, kv in enumerate(KV)}
+
+
+def suggestions(
+    model: str | ModelCard, device: str, count: int, limits: Limits, load: Load, vllm_version: str
+) -> list[Option]:
+    """Options that meet every limit, best first: more bits before fewer, then a better KV type, fewer cards,
+    less time a token.
+    """
+    found = [o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"]
+    unique = {o.label: o for o in found}
+    return sorted(
+        unique.values(),
+        key=lambda o: (
+            _QUALITY[o.weights],
+            _KV_QUALITY[str(o.knobs.get("kv_cache_dtype", "auto"))],
+            o.plan.tensor_parallel_size,
+            o.plan.latency_ms.decode_expected,
+        ),
+    )
+
+
+def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_version: str) -> list[Option]:
+    """Every distinct option that starts on the device at all, with the smallest pool that holds the load."""
+    from lowmem.inputs.devices import load_device
+
+    total = load_device(device).torch_total_mib * MIB
+    limits = Limits(memory_bytes=total, tpot_p99_ms=1e9, ttft_p99_ms=1e9)
+    every = options(model, device, count, limits, load, vllm_version, needless_offload=True)
+    return list({o.label: o for o in every if o.plan.verdict != "impossible"}.values())
+
+
+def needed_bytes(plan: Plan) -> int:
+    """Bytes under load with a KV pool of exactly the load's requests: where the point lies on the memory
+    axis.
+    """
+    if plan.kv_tokens == 0:
+        return plan.peak_bytes
+    per_token = plan.per_gpu["kv_cache"] / plan.kv_tokens
+    request = -(-(plan.load.input_tokens + plan.load.output_tokens) // 16) * 16
+    return round(plan.peak_bytes - plan.per_gpu["kv_cache"] + plan.load.clients * request * per_token)
+
+
+def pareto(points: list[Option], weights: str | None = None) -> list[Option]:
+    """The points (of one weight width, if given) that no other point beats in both memory and time a token,
+    by memory.
+    """
+    points = [o for o in points if weights in (None, o.weights)]
+    best: list[Option] = []
+    for o in sorted(points, key=lambda o: (needed_bytes(o.plan), o.plan.latency_ms.decode_expected)):
+        if not best or o.plan.latency_ms.decode_expected < best[-1].plan.latency_ms.decode_expected:
+            best.append(o)
+    return best

@@ -1,0 +1,222 @@
+"""Says whether a plan fits, and why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from lowmem.plan.engine_config import Engine
+from lowmem.plan.memory import CardMemory, loading, start_peak, start_room
+from lowmem.plan.stages import Part
+from lowmem.plan.weights import ignores_offload
+from lowmem.schema import Device, Latency, Limits, Load, ModelCard, Pipeline
+from lowmem.units import MIB, gib, mib
+
+
+def ceiling(device: Device, limits: Limits) -> int:
+    """Bytes the plan may use: the limit, or what the driver hands out where that is less (it keeps some of
+    memory.total for itself).
+    """
+    return min(limits.memory_bytes, device.torch_total_mib * MIB)
+
+
+def stage_reasons(
+    engine: Engine, device: Device, stages: Sequence[tuple[Part, CardMemory]], limits: Limits
+) -> list[str]:
+    """As `memory_reasons` of each stage, with its number where there are several; the same one on several
+    stages is said once.
+    """
+    found: dict[str, str] = {}
+    least = min(range(len(stages)), key=lambda n: stages[n][1].kv_available / stages[n][1].kv_block_bytes)
+    for n in sorted(range(len(stages)), key=lambda n: n != least):
+        part, memory = stages[n]
+        for reason in memory_reasons(engine, part.card, device, memory, limits):
+            if n == least or not reason.startswith(
+                "kv_cache: to serve one request"
+            ):  # elsewhere the pool is that stage's
+                found.setdefault(reason, f"stage {n}: {reason}" if len(stages) > 1 else reason)
+    return list(found.values())
+
+
+def memory_reasons(
+    engine: Engine, card: ModelCard, device: Device, memory: CardMemory, limits: Limits
+) -> list[str]:
+    """Why the engine would not start, or would pass the limit: the term and by how many bytes."""
+    reasons = []
+    if engine.offload != "none" and ignores_offload(engine):
+        reasons.append(
+            f"weight offload is silently ignored by vLLM 0.24 to 0.27 (asked for {engine.offload}); use 0.28"
+            " or later"
+        )
+    total = device.torch_total_mib * MIB
+    fixed = sum(v for k, v in memory.terms.items() if k != "kv_cache")
+    if device.kind == "cuda" and fixed > total:
+        over = fixed - total
+        reasons.append(
+            f"weights: CUDA out of memory: {gib(memory.terms['weights'])} of weights and the engine itself"
+            f" are {mib(over)} ({over} bytes) more than {device.title} has"
+        )
+    elif device.kind == "cuda" and (need := loading(card, engine, memory, "loading_needs")) > total:
+        reasons.append(
+            f"weights: CUDA out of memory while loading: repacking {card.quantization.method} weights takes"
+            f" the card to {mib(need)}, {mib(need - total)} ({need - total} bytes) more than {device.title}"
+            " has; compressed-tensors weights need less"
+        )
+    elif memory.kv_available <= 0:
+        reasons.append(
+            "kv_cache: No available memory for the cache blocks: Available KV cache memory:"
+            f" {gib(memory.kv_available)}; short by {-memory.kv_available} bytes ({_pool_advice(engine)})"
+        )
+    elif (
+        device.kind == "cuda"
+        and engine.kv_bytes is not None
+        and memory.terms["kv_cache"] > start_room(memory.terms, engine, device)
+    ):
+        short = memory.terms["kv_cache"] - start_room(memory.terms, engine, device)
+        reasons.append(
+            f"kv_cache: CUDA out of memory: a pool of {mib(memory.terms['kv_cache'])} is {mib(short)}"
+            f" ({short} bytes) more than {device.title} has left when the engine allocates it; lower"
+            " kv_cache_memory_bytes"
+        )
+    elif memory.kv_tokens < engine.max_model_len and not engine.auto_len:
+        need = math.ceil(engine.max_model_len / engine.block_tokens) * memory.kv_block_bytes
+        short = need - memory.terms["kv_cache"]
+        reasons.append(
+            f"kv_cache: to serve one request of max_model_len {engine.max_model_len}, {gib(need)} KV cache is"
+            f" needed, larger than the available {gib(memory.terms['kv_cache'])}; short by {short} bytes"
+            f" ({_pool_advice(engine)}, or lower max_model_len)"
+        )
+    if device.kind == "cuda" and engine.kv_bytes is None and not engine.kv_auto:
+        before = memory.before_start
+        if engine.utilization * total > total - before:
+            most = math.floor((total - before) / total * 100) / 100
+            reasons.append(
+                f"gpu_memory_utilization={engine.utilization:g}: free memory at start ({gib(total - before)}"
+                f" of {gib(total)}) is less than the budget ({gib(engine.utilization * total)}); use at most"
+                f" {most:.2f}"
+            )
+    over = memory.peak - ceiling(device, limits)
+    if over > 0 and not any(r.startswith(("kv_cache: No", "kv_cache: CUDA", "weights:")) for r in reasons):
+        term = max(memory.terms, key=lambda k: memory.terms[k])
+        what = "the limit" if limits.memory_bytes <= total else f"what {device.title} can give"
+        reasons.append(
+            f"total: {mib(memory.peak)} under load is {mib(over)} ({over} bytes) over {what} of"
+            f" {mib(memory.peak - over)}; largest term {term}: {mib(memory.terms[term])}"
+        )
+    return reasons
+
+
+def network_reasons(pipeline: Pipeline | None, load: Load, limits: Limits) -> list[str]:
+    """Why the link between the hosts is too slow, and which one would do; empty where it is not the link that
+    misses a limit.
+    """
+    if pipeline is None or pipeline.network is None:
+        return []
+    link, least, most = pipeline.network, pipeline.least_gb_per_s, pipeline.most_round_trip_us
+    if (least is not None and link.gb_per_s >= least) or (least is None and most is None):
+        return []
+    wanted = (
+        f"{limits.tpot_p99_ms:g} ms a token and {limits.ttft_p99_ms:g} ms to the first at {load.clients}"
+        " clients"
+    )
+    enough = [f"at least {least:g} GB/s"] if least is not None else []
+    enough += [f"a round trip of at most {most:g} us"] if most is not None else []
+    return [
+        f"network: {link.title} with {link.gb_per_s:g} GB/s and a round trip of {link.round_trip_us:g} us is"
+        f" too slow for {wanted}: use a link with {' or '.join(enough)}"
+    ]
+
+
+def pipeline_notes(pipeline: Pipeline | None, speed: Latency) -> list[str]:
+    """What a plan whose stages lie on several hosts has to say of the link between them."""
+    if pipeline is None or pipeline.network is None:
+        return []
+    link = pipeline.network
+    return [
+        f"network: {pipeline.hop_ms:.1f} of {speed.decode_expected:.0f} ms a token on {link.title}"
+        f" ({link.gb_per_s:g} GB/s, round trip {link.round_trip_us:g} us); {pipeline.bytes_per_token:,} bytes"
+        f" a token and hop. The limits hold down to {pipeline.least_gb_per_s or 0:g} GB/s, or to a round trip"
+        f" of {pipeline.most_round_trip_us or 0:,.0f} us. Expected, not measured"
+    ]
+
+
+def _pool_advice(engine: Engine) -> str:
+    return (
+        "raise the memory limit"
+        if engine.kv_auto
+        else "raise kv_cache_memory_bytes"
+        if engine.kv_bytes is not None
+        else "raise gpu_memory_utilization"
+    )
+
+
+def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, requests: int) -> list[str]:
+    """Which latency limit is missed, by how much, and which term it is."""
+    reasons = []
+    terms = speed.terms
+    if speed.decode_expected > limits.tpot_p99_ms:
+        names = (
+            "hbm_weights",
+            "hbm_kv",
+            "link_offload",
+            "flops",
+            "all_reduce",
+            "launches",
+            "prefill_interference",
+            "network",
+        )
+        parts = {k: terms[k] for k in names if k in terms}
+        worst = max(parts, key=lambda k: parts[k])
+        reasons.append(
+            f"tpot: {speed.decode_expected:.0f} ms a token expected (floor {speed.decode_floor:.0f}) at"
+            f" {load.clients} clients, {speed.decode_expected - limits.tpot_p99_ms:.0f} ms over the limit of"
+            f" {limits.tpot_p99_ms:g}; largest term {worst}: {parts[worst]:.0f} ms"
+        )
+    ttft = terms["ttft_all_at_once"]
+    if ttft > limits.ttft_p99_ms:
+        reasons.append(
+            f"ttft: {ttft:.0f} ms expected for the last of {load.clients} prompts of {load.input_tokens}"
+            f" tokens, {ttft - limits.ttft_p99_ms:.0f} ms over the limit of {limits.ttft_p99_ms:g}; term"
+            f" prefill: {terms['chunk_step']:.0f} ms a step of"
+            f" {min(engine.max_num_batched_tokens, load.input_tokens)} tokens"
+        )
+    wanted = min(load.clients, engine.max_num_seqs)
+    if requests < wanted:
+        reasons.append(
+            f"kv_cache: the pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens"
+            f" and the load has {load.clients}: {load.clients - requests} wait; a larger pool, shorter"
+            " requests or a smaller kv_cache_dtype would hold them"
+        )
+    if engine.max_num_seqs < load.clients:
+        reasons.append(
+            f"max_num_seqs={engine.max_num_seqs} is less than the load's {load.clients} clients:"
+            f" {load.clients - engine.max_num_seqs} wait; raise it"
+        )
+    return reasons
+
+
+def fit_notes(
+    engine: Engine, card: ModelCard, memory: CardMemory, limits: Limits, requests: int, load: Load
+) -> list[str]:
+    """What a plan that fits has to say for itself."""
+    room = limits.memory_bytes - memory.peak
+    return [
+        f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limits.memory_bytes)}; "
+        f"the KV pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens"
+    ]
+
+
+def start_notes(
+    card: ModelCard, engine: Engine, device: Device, memory: CardMemory, limits: Limits
+) -> list[str]:
+    """A note when the engine passes the limit for some seconds while it starts, which matters on a card that
+    others share.
+    """
+    highest = start_peak(card, engine, device, memory)
+    if highest <= limits.memory_bytes:
+        return []
+    return [
+        f"start: while loading, up to {mib(highest)} for some seconds ({mib(highest - limits.memory_bytes)}"
+        f" over the limit): {card.quantization.method} weights are unpacked on the card; the limit holds once"
+        " the service is ready"
+    ]

@@ -1,0 +1,225 @@
+"""Counts the weights of a model on one GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lowmem.inputs.model_cards import DTYPE_BYTES
+from lowmem.plan.calibration import constant
+from lowmem.plan.engine_config import Engine
+from lowmem.schema import ModelCard, Quantization, WeightGroup
+from lowmem.units import MIB
+
+SCALE_BYTES = 2  # scales are stored in 16 bits by every method planned here
+
+VOCAB_MULTIPLE = (
+    64  # vLLM pads the vocabulary to this before it splits it (0.32.0, vocab_parallel_embedding.py)
+)
+
+
+def stored_bytes(card: ModelCard) -> int:
+    """All tensors of the checkpoint on disk: the headers' sum, or counted from the card."""
+    if card.header_bytes is not None:
+        return card.header_bytes
+    return sum(
+        g.count
+        * sum(
+            _parts(
+                g, card.quantization, g.out_features, g.in_features, DTYPE_BYTES[card.dtype], stored=True
+            ).values()
+        )
+        for g in card.groups
+    )
+
+
+def _parts(
+    g: WeightGroup, q: Quantization, out: int, inp: int, dtype_bytes: int, stored: bool = False
+) -> dict[str, int]:
+    """Bytes of one tensor of a group, by part: weight, zeros, scales. `stored`: as on disk, else as the
+    engine loads it.
+    """
+    if not g.quantized:
+        return {"weight": out * inp * dtype_bytes}
+    if q.method == "fp8":
+        return {"weight": out * inp, "scales": 4}
+    groups = 1 if q.group_size == -1 else math.ceil(inp / q.group_size)
+    parts = {"weight": out * inp * q.bits // 8}
+    gptq_like = q.method in ("gptq", "auto-round")
+    if q.zero_point or (
+        stored and gptq_like
+    ):  # the GPTQ layout stores zero points even when they are all the same
+        parts["zeros"] = groups * out * q.bits // 8
+    parts["scales"] = groups * out * SCALE_BYTES
+    if stored and q.method == "gptq":
+        parts["g_idx"] = inp * 4
+    return parts
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of one decoder layer as the engine registers it, on one card."""
+
+    name: str
+    loaded: int  # bytes as loaded
+    grown: int  # bytes the kernel's own layout adds on the card
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One card's weights in bytes.
+
+    `sharded` is cut by TP, `replicated` is on every card, `padding` fills the vocabulary and short
+    allocations.
+    """
+
+    sharded: int
+    replicated: int
+    padding: int
+    repacking: int
+    offloaded: int
+    layers: tuple[tuple[Parameter, ...], ...]
+
+    @property
+    def on_card(self) -> int:
+        """What the engine logs as "Model loading took"."""
+        return self.sharded + self.replicated + self.padding + self.repacking - self.offloaded
+
+
+def _cut(g: WeightGroup, card: ModelCard, tp: int) -> tuple[int, int]:
+    """Rows and columns of a tensor on one card."""
+    if g.split == "column":
+        return g.out_features // tp, g.in_features
+    if g.split == "row":
+        return g.out_features, g.in_features // tp
+    if g.split == "kv":
+        return max(1, card.kv_heads // tp) * card.head_dim, g.in_features
+    if g.split == "vocab":
+        return math.ceil(g.out_features / tp), g.in_features
+    return g.out_features, g.in_features
+
+
+# The loader merges these into one parameter each, in this order.
+_MERGED = {
+    "self_attn.q_proj": "qkv_proj", "self_attn.k_proj": "qkv_proj", "self_attn.v_proj": "qkv_proj",
+    "mlp.gate_proj": "gate_up_proj", "mlp.up_proj": "gate_up_proj",
+    "block_sparse_moe.experts.w1": "experts.w13", "block_sparse_moe.experts.w3": "experts.w13", "block_sparse_moe.experts.w2": "experts.w2",
+}  # fmt: skip
+
+_PART_ORDER = ("weight", "zeros", "scales")
+
+
+def layer_parameters(card: ModelCard, engine: Engine) -> tuple[Parameter, ...]:
+    """The parameters of one decoder layer on one card, merged and ordered as vLLM registers them (the order
+    UVA offload takes them in).
+    """
+    q, dtype = card.quantization, DTYPE_BYTES[engine.dtype]
+    merged: dict[tuple[str, str], list[int]] = {}
+    for g in (g for g in card.groups if g.layered):
+        out, inp = _cut(g, card, engine.tp)
+        times = g.count // card.layers
+        stem, _, bias = g.name.partition(".bias")
+        name = _MERGED.get(stem, stem) + ("." + "bias" if bias or g.name.endswith(".bias") else "")
+        parts = _parts(g, q, out, inp, dtype)
+        for part in sorted(parts, key=_PART_ORDER.index):
+            extra = 0
+            if (
+                part == "zeros" and engine.kernel == "machete" and q.bits == 4
+            ):  # Machete keeps scale x zero point in 16 bits
+                extra = parts[part] * 16 // q.bits - parts[part]
+            entry = merged.setdefault((name, part), [0, 0])
+            entry[0] += times * parts[part]
+            entry[1] += times * extra
+    return tuple(Parameter(f"{n}.{p}", a, b) for (n, p), (a, b) in merged.items())
+
+
+def weights(card: ModelCard, engine: Engine) -> Weights:
+    """One card's weights: sharded, replicated, padded, repacked, and what offload takes away."""
+    dtype = DTYPE_BYTES[engine.dtype]
+    sharded = replicated = padding = 0
+    for g in card.groups:
+        out, inp = _cut(g, card, engine.tp)
+        size = g.count * sum(_parts(g, card.quantization, out, inp, dtype).values())
+        if g.split == "none":
+            replicated += size
+        else:
+            sharded += size
+        if g.split == "vocab":
+            padded = math.ceil(g.out_features / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+            padding += (math.ceil(padded / engine.tp) - out) * inp * dtype * g.count
+    layers = (layer_parameters(card, engine),) * card.layers
+    taken = offloaded_parameters(engine, layers)
+    offloaded = sum(
+        p.loaded
+        for layer, which in zip(layers, taken, strict=True)
+        for i, p in enumerate(layer)
+        if i in which
+    )
+    repacking = sum(
+        p.grown
+        for layer, which in zip(layers, taken, strict=True)
+        for i, p in enumerate(layer)
+        if i not in which
+    )
+    resident = sum(len(which) < len(layer) for layer, which in zip(layers, taken, strict=True))
+    if any(g.quantized for g in card.groups):
+        padding += round(
+            resident * float(constant("memory", "allocator_slack_mib_per_layer").get(engine.kernel, 0)) * MIB
+        )
+    return Weights(sharded, replicated, padding, repacking, offloaded, layers)
+
+
+def offloaded_parameters(engine: Engine, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:
+    """Per layer, the indices of the parameters that live in host RAM. UVA: in order until the budget is met;
+    prefetch: the last N of every G layers.
+
+    vLLM 0.24 to 0.27 take `--cpu-offload-gb` and the prefetch options for Llama models and do nothing (seen
+    with 0.26.0).
+    """
+    taken: list[set[int]] = [set() for _ in layers]
+    if engine.offload == "none" or ignores_offload(engine):
+        return taken
+    if engine.offload == "uva":
+        total = 0
+        for which, layer in zip(taken, layers, strict=True):
+            for i, p in enumerate(layer):
+                if total >= engine.uva_bytes:
+                    return taken
+                if _wanted(p.name, engine.offload_params):
+                    which.add(i)
+                    total += p.loaded
+        return taken
+    for n, (which, layer) in enumerate(zip(taken, layers, strict=True)):
+        if n % engine.group_size >= engine.group_size - engine.num_in_group:
+            which.update(i for i, p in enumerate(layer) if _wanted(p.name, engine.offload_params))
+    return taken
+
+
+def streamed_layers(engine: Engine, card: ModelCard) -> int:
+    """Decoder layers that the prefetch back end copies to the card for every step, 0 with
+    another back end.
+    """
+    if engine.offload != "prefetch" or ignores_offload(engine):
+        return 0
+    return sum(n % engine.group_size >= engine.group_size - engine.num_in_group for n in range(card.layers))
+
+
+def ignores_offload(engine: Engine) -> bool:
+    """True for the versions whose default model runner drops weight offload without a word."""
+    return (0, 24, 0) <= engine.vllm < (0, 28, 0)
+
+
+def _wanted(name: str, segments: tuple[str, ...]) -> bool:
+    return not segments or any(f".{s}." in f".{name}." for s in segments)
+
+
+def largest_linear(card: ModelCard, engine: Engine) -> int:
+    """Weights of the largest parameter that the loader repacks at once on one card (gate and up projection
+    are one).
+    """
+    found: dict[str, int] = {}
+    for g in (g for g in card.groups if g.quantized):
+        out, inp = _cut(g, card, engine.tp)
+        name = _MERGED.get(g.name, g.name)
+        found[name] = found.get(name, 0) + out * inp * (g.count // card.layers)
+    return max(found.values(), default=0)

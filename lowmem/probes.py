@@ -1,0 +1,132 @@
+"""Reads memory from the driver (NVML) and from process trees."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lowmem.measure.sampler import MIB
+
+
+class Gpus:
+    """The visible NVIDIA GPUs, in the order of CUDA_VISIBLE_DEVICES; raises RuntimeError without NVML or
+    without a GPU.
+    """
+
+    def __init__(self, count: int) -> None:
+        try:
+            nvml: Any = importlib.import_module("pynvml")
+        except ImportError:
+            raise RuntimeError(
+                "nvidia-ml-py is not installed: `pip install nvidia-ml-py` into this environment"
+            ) from None
+        self._nvml = nvml
+        try:
+            nvml.nvmlInit()
+        except nvml.NVMLError as error:
+            raise RuntimeError(f"NVML does not start ({error}): look at nvidia-smi") from None
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
+        if visible:
+            handles = [self._handle(name.strip()) for name in visible.split(",")]
+        else:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        if len(handles) < count:
+            raise RuntimeError(f"the plan is for {count} GPUs, {len(handles)} are visible")
+        self._handles = handles[:count]
+
+    def _handle(self, name: str) -> Any:
+        if name.isdigit():
+            return self._nvml.nvmlDeviceGetHandleByIndex(int(name))
+        return self._nvml.nvmlDeviceGetHandleByUUID(name)
+
+    def used_bytes(self) -> tuple[int, ...]:
+        """Per GPU, by whatever process."""
+        version = getattr(self._nvml, "nvmlMemory_v2", None)
+        return tuple(int(self._nvml.nvmlDeviceGetMemoryInfo(h, version=version).used) for h in self._handles)
+
+    def used_by_bytes(self, pids: set[int]) -> tuple[int, ...]:
+        """Per GPU, by these processes; zeros where the driver does not say (as in some containers)."""
+        sums = []
+        for handle in self._handles:
+            processes: list[Any] = []
+            with contextlib.suppress(self._nvml.NVMLError):
+                processes = self._nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            sums.append(sum(int(p.usedGpuMemory or 0) for p in processes if p.pid in pids))
+        return tuple(sums)
+
+    def describe(self) -> dict[str, str]:
+        """Name, memory, driver, link and clocks of the first GPU, and how many there are."""
+        nvml, handle = self._nvml, self._handles[0]
+        facts: dict[str, str] = {"gpus": str(len(self._handles))}
+
+        def note(name: str, read: Callable[[], Any]) -> None:
+            with contextlib.suppress(nvml.NVMLError):
+                value = read()
+                facts[name] = value.decode() if isinstance(value, bytes) else str(value)
+
+        note("gpu", lambda: nvml.nvmlDeviceGetName(handle))
+        note("gpu_total_mib", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total // MIB)
+        note("driver", nvml.nvmlSystemGetDriverVersion)
+        note("cuda_driver", nvml.nvmlSystemGetCudaDriverVersion)
+        note("pcie_generation", lambda: nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle))
+        note("pcie_width", lambda: nvml.nvmlDeviceGetMaxPcieLinkWidth(handle))
+        note("sm_clock_max_mhz", lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM))
+        note("power_limit_w", lambda: nvml.nvmlDeviceGetPowerManagementLimit(handle) // 1000)
+        return facts
+
+
+class ProcessTree:
+    """A process and its descendants; `source` says which figure `memory_bytes` gives.
+
+    Reading PSS walks every page of a process under its memory lock: right for a CPU engine of a few GiB, too
+    rude for one that has pinned tens of GiB for a GPU; there `pss=False` takes RSS.
+    """
+
+    def __init__(self, root_pid: int, pss: bool) -> None:
+        self.root_pid = root_pid
+        self.pss = pss
+        self.source = "PSS of the process tree" if pss else "RSS of the process tree"
+        self._pids: set[int] = {root_pid}
+        self._read_at = 0.0
+
+    def pids(self) -> set[int]:
+        """The processes alive, looked up at most once a second."""
+        if time.monotonic() - self._read_at > 1:
+            self._read_at = time.monotonic()
+            try:
+                self._pids = {
+                    self.root_pid,
+                    *(p.pid for p in psutil.Process(self.root_pid).children(recursive=True)),
+                }
+            except psutil.Error:
+                self._pids = set()
+        return self._pids
+
+    def memory_bytes(self) -> int:
+        total = 0
+        for pid in self.pids():
+            try:
+                total += _pss_bytes(pid) if self.pss else psutil.Process(pid).memory_info().rss
+            except PermissionError:
+                self.pss = False
+                self.source = (
+                    "RSS of the process tree (PSS not readable; shared pages count once per process)"
+                )
+            except (OSError, psutil.Error):  # gone in between
+                continue
+        return total
+
+
+def _pss_bytes(pid: int) -> int:
+    with Path(f"/proc/{pid}/smaps_rollup").open() as rollup:
+        for line in rollup:
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0

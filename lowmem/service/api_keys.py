@@ -1,0 +1,134 @@
+"""The API keys of a server, read from a file and again when it changes, so that a key comes and goes without
+a restart.
+
+vLLM takes its keys at its start only (`--api-key`, VLLM_API_KEY) and guards /v1, /v2, /inference and /cohere
+with them (vllm 0.32, entrypoints/serve/middleware/authenticate.py). `--middleware lowmem.api_keys.ApiKeys`
+takes its place: the same header, the same answer, the same comparison of hashes in constant time, but every
+path is guarded that is not named in OPEN.
+
+LOWMEM_API_KEYS names the file: lines of VLLM_API_KEY=KEY or VLLM_API_KEY_<name>=KEY, mode 0600. The keys
+themselves are in no environment. Standard library only: this runs in the server.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import os
+import shlex
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+OPEN = frozenset({"/health", "/metrics"})
+"""What a load balancer and a scraper read; neither says anything of a request. Any other path needs a key,
+also one that is unknown.
+"""
+
+VARIABLE = "VLLM_API_KEY"
+
+FILE = "LOWMEM_API_KEYS"
+
+# a child of vLLM's own logger, so that it is in the server's log
+log = logging.getLogger("vllm.lowmem.api_keys")
+
+Scope = MutableMapping[str, Any]
+
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def read_keys(text: str) -> dict[str, str]:
+    """Name to key; the name of VLLM_API_KEY itself is empty. Other lines are none of ours."""
+    found = {}
+    for line in text.splitlines():
+        variable, _, value = line.strip().partition("=")
+        key = "".join(shlex.split(value)) if variable.startswith(VARIABLE) else ""
+        if key and variable[len(VARIABLE) :][:1] in ("", "_"):
+            found[variable[len(VARIABLE) + 1 :]] = key
+    return found
+
+
+class KeyFile:
+    """The hashes of a file's keys. A file that cannot be read or holds no key changes nothing: those known
+    before stay.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.hashes: tuple[bytes, ...] = ()
+        self._seen: object = None
+
+    def current(self) -> tuple[bytes, ...]:
+        try:
+            stat = self.path.stat()
+            mark: object = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+        except OSError as error:
+            mark = type(error).__name__
+        if mark != self._seen:
+            self._seen = mark
+            self._read()
+        return self.hashes
+
+    def _read(self) -> None:
+        try:
+            keys = read_keys(self.path.read_text())
+        except (OSError, ValueError) as error:
+            log.error(
+                "API keys: %s cannot be read (%s); those known before stay", self.path, type(error).__name__
+            )
+            return
+        if not keys:
+            log.error("API keys: %s holds none; those known before stay", self.path)
+            return
+        self.hashes = tuple({hashlib.sha256(key.encode()).digest() for key in keys.values()})
+        log.info("API keys: %s", ", ".join(sorted(name for name in keys if name)) or "one without a name")
+
+
+class ApiKeys:
+    """Pure ASGI: a stream that has begun is not touched by it again."""
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self.keys = KeyFile(Path(os.environ.get(FILE, "")))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # OPTIONS is what a browser asks before it may send a key at all
+        if (
+            scope["type"] not in ("http", "websocket")
+            or scope.get("method") == "OPTIONS"
+            or self._open(scope)
+            or self._known(scope)
+        ):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            await _refuse(send, "http.response")
+        elif "websocket.http.response" in (scope.get("extensions") or {}):
+            await _refuse(send, "websocket.http.response")
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": "Unauthorized"})
+
+    def _open(self, scope: Scope) -> bool:
+        path: str = scope["path"]
+        return scope["type"] == "http" and path.removeprefix(scope.get("root_path", "")) in OPEN
+
+    def _known(self, scope: Scope) -> bool:
+        sent = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"")
+        scheme, _, key = sent.partition(b" ")
+        if scheme.lower() != b"bearer":
+            return False
+        digest = hashlib.sha256(key).digest()
+        known = False
+        for one in self.keys.current():  # all of them, so that the time says nothing
+            known |= hmac.compare_digest(digest, one)
+        return known
+
+
+async def _refuse(send: Send, kind: str) -> None:
+    headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
+    await send({"type": f"{kind}.start", "status": 401, "headers": headers})
+    await send({"type": f"{kind}.body", "body": b'{"error":"Unauthorized"}'})

@@ -1,0 +1,136 @@
+"""The hosts of one server that spans several: whether they are joined, and whether they still are, as each of
+them sees it.
+
+A fresh engine of the first host wants fresh ones of the others, and none notices by itself that another one
+is gone (vLLM 0.32: the second host's workers outlive the first's, and wait). What joins them is a TCP
+connection of each other host's worker to the meeting port, torch's TCPStore, which the first host's worker
+holds for as long as it lives. It is made once, at the start, and whoever dies has it closed by his kernel. So
+that connection, with its two ports, is the incarnation: where it is gone, these engines are of no use to each
+other any more, whichever comes next. A host that loses power, or its network, says nothing, and the
+connection stays. So the first host and the others ask each other's kernels at that port: the first has an
+engine there, the others refuse, and either is a sign of the host.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import psutil
+
+from lowmem.schema import Deploy
+
+Connection = tuple[str, int, str, int]
+"""Address and port of this end, and of the other."""
+
+Meeting = Literal["there", "refused", "nothing"]
+
+MEETING_TIMEOUT_S = 3.0
+
+HOST_SILENCE_S = 30.0
+"""Decided: a kernel answers at once, whatever its engine does, and a machine that is moved is back within
+this.
+"""
+
+
+class Hosts(Protocol):
+    """What is asked of the hosts of a server."""
+
+    first: str
+
+    def connections(self) -> frozenset[Connection]:
+        """Those to the meeting port: on the first host of the others, elsewhere of this one."""
+
+    def answers(self) -> dict[str, Meeting]:
+        """What the kernels of other hosts say at the meeting port: to the first host those of all others, to
+        the others the first's.
+        """
+
+
+class MemberHosts:
+    """As the kernel of this host says it."""
+
+    def __init__(self, deploy: Deploy) -> None:
+        self.first, *self.others = deploy.nodes
+        self.port, self.rank = deploy.master_port, deploy.rank
+
+    def connections(self) -> frozenset[Connection]:
+        found = set()
+        for c in psutil.net_connections("tcp"):
+            if c.status != psutil.CONN_ESTABLISHED or len(c.laddr) != 2 or len(c.raddr) != 2:
+                continue
+            (here, port), (there, their_port) = c.laddr, c.raddr
+            here, there = plain(here), plain(there)
+            if (
+                (there, their_port) == (self.first, self.port)
+                if self.rank
+                else port == self.port and there in self.others
+            ):
+                found.add((here, port, there, their_port))
+        return frozenset(found)
+
+    def answers(self) -> dict[str, Meeting]:
+        return {host: self._answer(host) for host in ([self.first] if self.rank else self.others)}
+
+    def _answer(self, host: str) -> Meeting:
+        try:
+            socket.create_connection((host, self.port), timeout=MEETING_TIMEOUT_S).close()
+        except ConnectionRefusedError:
+            return "refused"
+        except OSError:
+            return "nothing"
+        return "there"
+
+
+def plain(address: str) -> str:
+    """10.0.0.2 for ::ffff:10.0.0.2, which a socket of both families shows."""
+    try:
+        mapped = getattr(ipaddress.ip_address(address), "ipv4_mapped", None)
+    except ValueError:  # with a zone
+        return address
+    return str(mapped or address)
+
+
+@dataclass
+class Bond:
+    """What joins this host's engine with the others', without a clock of its own: `look(now)` is called every
+    few seconds.
+
+    `silence_s`: how long another host may not answer at all. One that has never answered cannot be told from
+    one that a firewall hides.
+    """
+
+    hosts: Hosts
+    silence_s: float = HOST_SILENCE_S
+    known: frozenset[Connection] = frozenset()
+    heard: dict[str, float] = field(default_factory=dict)
+    _before: frozenset[Connection] = field(default=frozenset(), repr=False)
+
+    def look(self, now: float) -> str:
+        """Why this host's engine is of no use any more, once; empty while it is joined, or was not yet."""
+        seen = self.hosts.connections()
+        if not self.known:
+            # twice in a row: what only asks whether the port is there is gone by the next look
+            self.known, self._before, self.heard = self._before & seen, seen, {}
+            return ""
+        why = self._broken(seen, now)
+        if why:
+            self.known, self._before = frozenset(), frozenset()
+        return why
+
+    def _broken(self, seen: frozenset[Connection], now: float) -> str:
+        if gone := sorted(self.known - seen):
+            return (
+                f"the connection with {gone[0][2]} has ended, and what comes next there cannot join this"
+                " engine"
+            )
+        for host, answer in self.hosts.answers().items():
+            if answer == "refused" and host == self.hosts.first:
+                return f"{host} has no engine at the meeting port any more"
+            if answer != "nothing":
+                self.heard[host] = now
+            elif now - self.heard.get(host, now) >= self.silence_s:
+                return f"{host} has not answered for {self.silence_s:g} s"
+        return ""

@@ -1,0 +1,172 @@
+"""Starts the engine or finds it running, and ends what it started."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+from lowmem.errors import BadInput
+from lowmem.measure.sampler import MIB
+
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
+
+_TELLING = re.compile(r"^(VLLM_|CUDA_|NCCL_|TORCH|PYTORCH_|OMP_|HF_HUB_OFFLINE|LD_PRELOAD|MALLOC)")
+
+
+class Engine:
+    """The engine's processes and its log, started here or found running."""
+
+    def __init__(
+        self, pid: int | None, log: Path | None, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.pid = pid
+        self.log = log
+        self.process = process
+        self.seen: set[psutil.Process] = set()
+
+    def alive(self) -> bool:
+        if self.process is not None:
+            return self.process.poll() is None
+        return self.pid is None or psutil.pid_exists(self.pid)
+
+    def look(self) -> None:
+        """Notes the processes that live now; psutil knows each by its start time too, so that a number used
+        again is no mistake.
+        """
+        if self.pid is not None:
+            with contextlib.suppress(psutil.Error):
+                main = psutil.Process(self.pid)
+                self.seen |= {main, *main.children(recursive=True)}
+
+    def log_lines(self) -> list[str]:
+        if self.log is None or not self.log.exists():
+            return []
+        with self.log.open("rb") as stream:
+            stream.seek(max(0, self.log.stat().st_size - 50 * MIB))
+            return stream.read().decode(errors="replace").splitlines()
+
+    def argv(self) -> tuple[str, ...]:
+        try:
+            argv = psutil.Process(self.pid).cmdline() if self.pid else []
+        except psutil.Error:
+            return ()
+        return tuple(
+            "<secret>" if before == "--api-key" else word
+            for before, word in zip(["", *argv], argv, strict=False)
+        )
+
+    def environment(self) -> dict[str, str]:
+        try:
+            variables = psutil.Process(self.pid).environ() if self.pid else {}
+        except psutil.Error:
+            return {}
+        return {k: v for k, v in sorted(variables.items()) if _TELLING.match(k) and not _SECRET.search(k)}
+
+    def stop(self, timeout_s: float) -> list[str]:
+        """Ends the processes that were started here and no others; says which had to be killed."""
+        if self.process is None:
+            return []
+        self.look()
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        killed: list[str] = []
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        # Workers outlive the server that ended by a moment; where it did not end, they have had their time.
+        _, alive = psutil.wait_procs(self.seen, timeout=10 if self.process.poll() is not None else 0)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                killed.append(f"{process.pid} ({process.name()})")
+                process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        return killed
+
+
+def vllm_command() -> list[str]:
+    """How to run `vllm`: $VLLM_BIN, the one beside this Python, the one on PATH, or this
+    Python's own module.
+    """
+    if named := os.environ.get("VLLM_BIN"):
+        return shlex.split(named)
+    beside = Path(sys.executable).parent / "vllm"
+    if beside.exists():
+        return [str(beside)]
+    if found := shutil.which("vllm"):
+        return [found]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+
+
+def base_url(words: Sequence[str]) -> str:
+    """Where `vllm serve` with these arguments listens; the last --host and --port win, as in vLLM."""
+    host, port = "127.0.0.1", "8000"
+    # both spellings: `--port 8000` and `--port=8000`
+    split = [
+        part
+        for word in words
+        for part in (word.split("=", 1) if word.startswith(("--host=", "--port=")) else [word])
+    ]
+    for before, word in itertools.pairwise(split):
+        if before == "--host":
+            host = word if word not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 - read, not bound
+        elif before == "--port":
+            port = word
+    return f"http://{host}:{port}"
+
+
+def start_engine(command: list[str], variables: dict[str, str], log: Path) -> Engine:
+    """Starts the command in a session of its own, its output in `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, **variables}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Engine(process.pid, log, process)
+
+
+def listener_pid(url: str) -> int:
+    """The process that listens on the URL's port."""
+    port = int(url.rsplit(":", 1)[1].split("/")[0])
+    try:
+        connections = psutil.net_connections("tcp")
+    except psutil.AccessDenied:
+        connections = []
+    for connection in connections:
+        if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,) and connection.pid:
+            return int(connection.pid)
+    raise BadInput(
+        f"--url {url}: no process of yours listens on port {port}: name it with --pid, or run as its owner"
+    )
+
+
+@contextlib.contextmanager
+def wrapped_vllm() -> Iterator[str]:
+    """A path that runs `vllm`, for launchers, which take one executable."""
+    command = vllm_command()
+    if len(command) == 1:
+        yield command[0]
+        return
+    with tempfile.TemporaryDirectory(prefix="lowmem-") as folder:
+        script = Path(folder) / "vllm"
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+        yield str(script)

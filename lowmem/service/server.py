@@ -1,0 +1,141 @@
+"""Asks a running vLLM server how it is and ends the processes that hang."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import signal
+import urllib.request
+from pathlib import Path
+from typing import Literal, Protocol
+
+import psutil
+
+from lowmem.artefacts import read_environment
+from lowmem.schema import Plan
+
+# set from the engine's scheduler statistics only; what the API server counts by itself proves nothing
+_ENGINE_METRICS = re.compile(
+    r"^vllm:(?:generation_tokens_total|prompt_tokens_total|iteration_tokens_total_count|kv_cache_usage_perc"
+    r"|num_requests_running|num_requests_waiting)\{[^}]*\} (\S+)$",
+    re.MULTILINE,
+)
+
+_RUNNING = re.compile(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", re.MULTILINE)
+
+Answer = Literal["tokens", "nothing", "refused"]
+
+
+class Server(Protocol):
+    """What the watchdog asks of a server; each call ends within `timeout_s`."""
+
+    def figures(self, timeout_s: float) -> tuple[str, ...] | None:
+        """The engine's metrics; empty where the API server does not answer in time, None where nobody
+        listens.
+        """
+
+    def busy(self) -> bool:
+        """Whether the last figures had a running request."""
+
+    def complete(self, timeout_s: float) -> Answer:
+        """Asks for one token. "refused": the API server says no (key, model), which says nothing of the
+        engine.
+        """
+
+
+class VllmServer:
+    """A vLLM server on this host. The key is read again for each completion, so that a rotated one is no
+    fault.
+    """
+
+    def __init__(self, plan: Plan, env_file: Path) -> None:
+        if plan.deploy is None:
+            raise ValueError("a plan without a deployment")
+        host = "127.0.0.1" if plan.deploy.host in ("0.0.0.0", "::") else plan.deploy.host  # noqa: S104 - read, not bound
+        self.url = f"http://{host}:{plan.deploy.port}"
+        self.model = plan.deploy.served_model_name
+        self.argv = plan.argv
+        self.env_file = env_file
+        self._running = 0.0
+        # no proxy: the server is on this host
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def figures(self, timeout_s: float) -> tuple[str, ...] | None:
+        try:
+            with self._opener.open(f"{self.url}/metrics", timeout=timeout_s) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError:
+            return ()
+        except urllib.error.URLError as error:
+            return None if isinstance(error.reason, ConnectionRefusedError) else ()
+        except (OSError, http.client.HTTPException):
+            return ()
+        self._running = sum(float(value) for value in _RUNNING.findall(text))
+        return tuple(_ENGINE_METRICS.findall(text))
+
+    def busy(self) -> bool:
+        return self._running > 0
+
+    def complete(self, timeout_s: float) -> Answer:
+        body = json.dumps(
+            {"model": self.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
+        ).encode()
+        headers = {"Content-Type": "application/json"}
+        key = read_environment(self.env_file).get("VLLM_API_KEY")
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        request = urllib.request.Request(f"{self.url}/v1/completions", data=body, headers=headers)  # noqa: S310 - the plan's own address
+        try:
+            with self._opener.open(request, timeout=timeout_s) as answer:
+                return "tokens" if json.load(answer)["usage"]["completion_tokens"] else "nothing"
+        except urllib.error.HTTPError as error:
+            return "refused" if error.code < 500 else "nothing"
+        except (OSError, ValueError, KeyError, http.client.HTTPException):
+            return "nothing"
+
+    def processes(self) -> list[psutil.Process]:
+        """The API server of this plan, known by its arguments, and all below it, the server last; empty where
+        there is none.
+        """
+        for process in psutil.process_iter():
+            try:
+                command = process.cmdline()
+                if (
+                    self.argv
+                    and command[-len(self.argv) :] == self.argv
+                    and "serve" in command[: -len(self.argv)]
+                ):
+                    return [*process.children(recursive=True), process]
+            except psutil.Error:
+                continue
+        return []
+
+    def end(self, report_s: float) -> list[str]:
+        """Kills the engine and its workers, and the API server too where it has not ended after `report_s`;
+        who was ended.
+        """
+        processes = self.processes()
+        if not processes:
+            return []
+        *workers, server = processes
+        names = [f"{process.pid} ({_name(process)})" for process in processes]
+        for process in workers:
+            _kill(process)
+        if not workers or psutil.wait_procs([server], timeout=report_s)[1]:
+            _kill(server)
+        return names
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return process.name()
+    except psutil.Error:
+        return "gone"
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.send_signal(signal.SIGKILL)
+    except psutil.Error:  # gone by itself
+        return

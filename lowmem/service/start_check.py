@@ -1,0 +1,272 @@
+"""`lowmem start-check`: whether what the plan was made for is still there, asked where and as whom the engine
+is about to start.
+
+The service manager runs it before each start (ExecStartPre, or supervised.sh), inside the same sandbox, with
+the same user, limits and devices: what it cannot open, the engine could not open. One line for each thing
+that is in the way, and status 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib.metadata
+import os
+import resource
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lowmem.checkpoint import manifest
+from lowmem.inputs.devices import load_device
+from lowmem.schema import Plan
+from lowmem.units import MIB, gib, mib
+
+SMALLER_CARD = 0.98
+"""Drivers before 510 print 40,536 MiB where later ones print 40,960: a card is smaller than planned below
+this share of its size.
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU that this process may open. `holders`: who computes on it, `pid (name)`."""
+
+    index: int
+    name: str
+    capability: str
+    total_bytes: int
+    free_bytes: int
+    holders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Passing:
+    """What changes by itself: memory that a killed engine still holds for a moment, a port that is being
+    given back.
+    """
+
+    cards: tuple[Card, ...]
+    cards_trouble: str
+    ram_available_bytes: int
+    port_taken: bool
+    meeting_port_taken: bool = False
+    address_missing: bool = False
+
+
+@dataclass(frozen=True)
+class Lasting:
+    """What stays until somebody changes it."""
+
+    vllm_version: str
+    memlock_unlimited: bool
+    cores: frozenset[int]
+    checkpoint: tuple[str, ...]
+
+
+def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
+    if plan.verdict == "impossible":
+        yield f"the plan of profile {plan.profile} is impossible: {'; '.join(plan.reasons)}"
+    if seen.vllm_version.split("+")[0] != plan.vllm_version:
+        yield (
+            f"the environment has vLLM {seen.vllm_version or 'not at all'}, the plan is for"
+            f" {plan.vllm_version}: run site.yml again"
+        )
+    if plan.service.memlock == "infinity" and not seen.memlock_unlimited:
+        yield (
+            "the plan pins memory and this service may not lock as much as it needs: set"
+            " LimitMEMLOCK=infinity (the unit has it)"
+        )
+    bound = {v.name: v.value for v in plan.environment}.get("VLLM_CPU_OMP_THREADS_BIND", "")
+    missing = sorted(cores_of(bound) - seen.cores)
+    if missing:
+        yield (
+            f"VLLM_CPU_OMP_THREADS_BIND is {bound}, and this service may not run on core"
+            f" {', '.join(map(str, missing))}: set it in vllm_service_extra_environment to cores that are"
+            " there"
+        )
+    for line in seen.checkpoint:
+        yield f"{line}; it is not served: run site.yml again, which makes the checkpoint anew"
+
+
+def passing_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
+    if plan.device_kind == "cuda":
+        yield from _card_refusals(plan, seen)
+    if seen.ram_available_bytes < plan.host_ram_bytes:
+        yield (
+            f"{gib(seen.ram_available_bytes)} of RAM available, the plan needs {gib(plan.host_ram_bytes)}: "
+            "stop what holds it, or choose a profile that offloads less"
+        )
+    if seen.port_taken and plan.deploy:
+        yield (
+            f"port {plan.deploy.port} of {plan.deploy.host} is taken: "
+            f"`ss -ltnp sport = :{plan.deploy.port}` says by whom; stop it, or choose another lowmem_port"
+        )
+    if seen.meeting_port_taken and plan.deploy:
+        yield (
+            f"port {plan.deploy.master_port}, where the hosts of this server meet, is taken: `ss -ltnp sport"
+            f" = :{plan.deploy.master_port}` says by whom; stop it, or choose another lowmem_master_port"
+        )
+    if seen.address_missing and plan.deploy:
+        yield (
+            f"{plan.deploy.nodes[plan.deploy.rank]} is no address of this host, by which the others of this"
+            " server would reach it: `ip address` says which it has; correct lowmem_nodes, or bring the"
+            " interface up"
+        )
+
+
+def _card_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
+    if seen.cards_trouble:
+        yield f"{seen.cards_trouble}: look at nvidia-smi, and run playbooks/doctor.yml"
+        return
+    if len(seen.cards) < plan.device_count:
+        yield (
+            f"{len(seen.cards)} GPU{'' if len(seen.cards) == 1 else 's'} may be opened here, the plan is for"
+            f" {plan.device_count}: look at vllm_service_cards and at nvidia-smi"
+        )
+        return
+    planned = load_device(plan.device)
+    for card in seen.cards[: plan.device_count]:
+        if (
+            card.capability != planned.capability
+            or card.total_bytes < SMALLER_CARD * planned.nvml_total_mib * MIB
+        ):
+            yield (
+                f"GPU {card.index} is {card.name} ({mib(card.total_bytes)}, compute capability"
+                f" {card.capability}), the plan is for {planned.title} ({mib(planned.nvml_total_mib * MIB)},"
+                f" {planned.capability}): set lowmem_device and run site.yml again"
+            )
+        elif card.free_bytes < plan.peak_bytes:
+            held = f", held by {', '.join(card.holders)}" if card.holders else ""
+            yield (
+                f"GPU {card.index} has {mib(card.free_bytes)} free{held}; the plan needs"
+                f" {mib(plan.peak_bytes)}: stop what holds it, or wait for it to end"
+            )
+
+
+def cores_of(bound: str) -> frozenset[int]:
+    """The cores that VLLM_CPU_OMP_THREADS_BIND names, as in 0-1|4,6; none for words such as auto."""
+    cores: set[int] = set()
+    for part in bound.replace("|", ",").split(","):
+        first, _, last = part.strip().partition("-")
+        if first.isdigit() and (not last or last.isdigit()):
+            cores |= set(range(int(first), int(last or first) + 1))
+    return frozenset(cores)
+
+
+def look_at_lasting(plan: Plan) -> Lasting:
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return Lasting(
+        version,
+        soft == resource.RLIM_INFINITY,
+        frozenset(os.sched_getaffinity(0)),
+        tuple(checkpoint_troubles(plan)),
+    )
+
+
+def checkpoint_troubles(plan: Plan) -> list[str]:
+    """Only the bytes that the manifest has are served. What was read once and has not changed since is not
+    read again.
+    """
+    if plan.deploy is None:
+        return []
+    folder = Path(plan.deploy.model_path)
+    listed = folder.with_name(f"{folder.name}.manifest.json")
+    if not folder.is_dir():
+        return [f"{folder}: there is no such checkpoint, or it may not be read"]
+    if not listed.exists():  # a checkpoint of the site's own
+        return []
+    try:
+        return [f"{folder}: {problem}" for problem in manifest.check(listed, folder)]
+    except (manifest.ManifestError, OSError) as error:
+        return [str(error)]
+
+
+def look_at_passing(plan: Plan) -> Passing:
+    trouble = ""
+    found: list[Card] = []
+    if plan.device_kind == "cuda":
+        try:
+            found = cards()
+        except RuntimeError as error:
+            trouble = str(error)
+    place = plan.deploy
+    several = place is not None and len(place.nodes) > 1
+    first = place is not None and not place.rank  # of several hosts it alone listens at known ports
+    return Passing(
+        tuple(found),
+        trouble,
+        psutil.virtual_memory().available,
+        port_taken=place is not None and first and taken(place.host, place.port),
+        meeting_port_taken=place is not None and several and first and taken("0.0.0.0", place.master_port),  # noqa: S104 - as torch binds it
+        address_missing=place is not None
+        and several
+        and why_not_bound(place.nodes[place.rank], 0) == errno.EADDRNOTAVAIL,
+    )
+
+
+def taken(host: str, port: int) -> bool:
+    return why_not_bound(host, port) == errno.EADDRINUSE
+
+
+def why_not_bound(host: str, port: int) -> int | None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        # as the server does it: connections that are closing are no obstacle
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.errno
+    return None
+
+
+def cards() -> list[Card]:
+    """Every GPU that this process may open; RuntimeError where NVML does not start."""
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        raise RuntimeError("nvidia-ml-py is not in this environment") from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise RuntimeError(f"NVML does not start ({error})") from None
+    found = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        except nvml.NVMLError:  # another instance's, closed to this one by DeviceAllow
+            continue
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
+        name = nvml.nvmlDeviceGetName(handle)
+        holders: list[str] = []
+        with contextlib.suppress(nvml.NVMLError):
+            holders = [
+                f"pid {p.pid}{_named(p.pid)}" for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            ]
+        found.append(
+            Card(
+                index=index,
+                name=name.decode() if isinstance(name, bytes) else str(name),
+                capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+                total_bytes=int(memory.total),
+                free_bytes=int(memory.free),
+                holders=tuple(holders),
+            )
+        )
+    return found
+
+
+def _named(pid: int) -> str:
+    try:
+        return f" ({psutil.Process(pid).name()})"
+    except psutil.Error:  # of another user, whom the sandbox hides
+        return ""

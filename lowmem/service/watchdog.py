@@ -1,0 +1,178 @@
+"""`lowmem watch`: notices an engine that hangs while /health still says 200, and ends it so that the service
+manager starts it again.
+
+vLLM's /health looks at a flag in the API server (`AsyncLLM.check_health`, vLLM 0.32): an engine that was
+stopped or waits for ever answers 200 there. What the engine does say is scheduler statistics, with each step
+(`Scheduler.update_from_output`), also with one that only computes a part of a long prompt. So a busy engine
+is never asked anything: its figures move. Where they stand still a real completion of one token is asked for,
+and where nothing comes for the limit's time the server's processes are ended.
+
+Of a server that spans several hosts each watches that they are still joined (`lowmem.members`), and ends its
+own engine where they are not; the first one also watches as above.
+
+The workers first: the API server then answers every open request with an error, and ends with a failure of
+its own. Nothing here knows of systemd or supervisord: both start again what was killed, and both give up by
+their own limits.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import psutil
+
+from lowmem.schema import Deploy, Plan
+from lowmem.service.members import Bond
+from lowmem.service.server import Server, VllmServer
+
+LONGEST_SILENCE_S = 180
+"""A sound engine was seen silent for 126 s, while it made kernels at first use (docs/measurements); half as
+much again.
+"""
+
+Verdict = Literal["starting", "serving", "silent", "hung", "never ready"]
+
+
+@dataclass
+class Watch:
+    """The judgement, without a clock of its own: `look(now)` is called every few seconds, `now` in seconds of
+    a monotonic clock.
+
+    `silence_s`: how long a ready engine may say nothing. `start_s`: how long a server may take until its
+    first completion.
+    """
+
+    server: Server
+    silence_s: float
+    start_s: float
+    ready: bool = False
+    began: float | None = None
+    last_sign: float = 0.0
+    known: tuple[str, ...] = ()
+    remark: str = ""
+
+    def look(self, now: float) -> Verdict:
+        if self.began is None:
+            self._start_over(now)
+        figures = self.server.figures(min(10.0, self.silence_s))
+        if figures is None:
+            if self.ready:  # it died; whoever starts it again has the time that a start has
+                self._start_over(now)
+            return self._still_starting(now)
+        if figures and figures != self.known:
+            # the first figures of a server are no sign yet: they are there before the engine did anything
+            moved, self.known = bool(self.known), figures
+            if moved and self.ready:
+                self.last_sign = now
+                return "serving"
+        if not self.ready:
+            if self._asked(now):
+                self.ready = True
+                return "serving"
+            return self._still_starting(now)
+        # a quarter of the limit, so that an idle engine is asked a few times before the limit is reached
+        if now - self.last_sign >= self.silence_s / 4 and not self.server.busy() and self._asked(now):
+            return "serving"
+        if now - self.last_sign >= self.silence_s:
+            return "hung"
+        return "silent" if now > self.last_sign else "serving"
+
+    def ended(self, now: float) -> None:
+        """The server was ended: the next one starts from nothing."""
+        self._start_over(now)
+
+    def _asked(self, now: float) -> bool:
+        answer = self.server.complete(max(1.0, self.silence_s / 4))
+        self.remark = (
+            "the server refuses this key or model: its engine cannot be judged" if answer == "refused" else ""
+        )
+        if answer == "nothing":
+            return False
+        self.last_sign = now
+        return True
+
+    def _still_starting(self, now: float) -> Verdict:
+        return "never ready" if self.began is not None and now - self.began >= self.start_s else "starting"
+
+    def _start_over(self, now: float) -> None:
+        self.began, self.last_sign, self.ready, self.known = now, now, False, ()
+
+
+def silence_limit_s(plan: Plan) -> float:
+    """Seconds: the plan's own limit for a first token under load, and never less than what a sound engine was
+    seen to need.
+    """
+    return max(LONGEST_SILENCE_S, plan.limits.ttft_p99_ms / 1000)
+
+
+class Look(Protocol):
+    """One thing that the watchdog looks at, and says when it changes."""
+
+    def trouble(self, now: float) -> str:
+        """Why the server has to be ended; empty where it has not."""
+
+    def ended(self, now: float) -> None:
+        """The server was ended."""
+
+
+@dataclass
+class ServerLook:
+    """Whether the server answers."""
+
+    state: Watch
+    said: tuple[str, str] = ("", "")
+
+    def trouble(self, now: float) -> str:
+        verdict = self.state.look(now)
+        if verdict == "hung":
+            return f"no sign of the engine for {self.state.silence_s:g} s"
+        if verdict == "never ready":
+            return f"no completion {self.state.start_s:g} s after the start"
+        if verdict != "silent" and (verdict, self.state.remark) != self.said:
+            self.said = (verdict, self.state.remark)
+            say(f"{verdict}{': ' + self.state.remark if self.state.remark else ''}")
+        return ""
+
+    def ended(self, now: float) -> None:
+        self.state.ended(now)
+
+
+@dataclass
+class MemberLook:
+    """Whether the hosts of one server are still joined."""
+
+    bond: Bond
+    server: VllmServer
+    deploy: Deploy
+    joined: psutil.Process | None = None
+    """The server as which this host joined. The one that its service manager has started since then is
+    nobody's trouble.
+    """
+
+    def trouble(self, now: float) -> str:
+        was = bool(self.bond.known)
+        why = self.bond.look(now)
+        if why:
+            before, self.joined = self.joined, None
+            if before is not None and self._running() == before:
+                return why
+            say(f"{why}; the engine that was joined has ended already")
+        elif not was and self.bond.known:
+            self.joined = self._running()
+            place = f"host {self.deploy.rank + 1} of {len(self.deploy.nodes)}"
+            say(f"joined: {place}, meeting at {self.deploy.nodes[0]} port {self.deploy.master_port}")
+        return ""
+
+    def ended(self, now: float) -> None:
+        self.bond.known, self.joined = frozenset(), None
+
+    def _running(self) -> psutil.Process | None:
+        processes = self.server.processes()
+        return processes[-1] if processes else None
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"watchdog: {text}\n")
+    sys.stdout.flush()

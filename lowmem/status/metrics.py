@@ -1,0 +1,222 @@
+"""What a vLLM server says of itself under /metrics, as figures: one look, the difference of two, and
+quantiles of its histograms.
+
+Pure functions over the text that the server sends. Quantiles are those of Prometheus' `histogram_quantile`
+(promql/quantile.go, BucketQuantile): linear within a bucket, from 0 in the first; in the last bucket, which
+is open, the highest bound that there is.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from itertools import pairwise
+
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from pydantic import Field
+
+from lowmem.schema import Strict
+
+
+class Histogram(Strict):
+    """`counts[i]`: observations up to `bounds[i]`, cumulative; the last count is that of all, so there is one
+    more of them than bounds.
+    """
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[float, ...] = (0.0,)
+
+    @property
+    def total(self) -> float:
+        return self.counts[-1]
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """What was observed after `earlier`; all of it where the two cannot be one server's."""
+        if self.bounds != earlier.bounds or any(
+            now < then for now, then in zip(self.counts, earlier.counts, strict=True)
+        ):
+            return self
+        return Histogram(
+            bounds=self.bounds,
+            counts=tuple(now - then for now, then in zip(self.counts, earlier.counts, strict=True)),
+        )
+
+    def less_lowest(self, number: float) -> Histogram:
+        """Without `number` observations of the lowest bucket."""
+        return Histogram(bounds=self.bounds, counts=tuple(max(0.0, count - number) for count in self.counts))
+
+    def quantile(self, q: float) -> float | None:
+        """0 <= q <= 1; None where nothing was observed."""
+        if not self.bounds or self.total <= 0:
+            return None
+        rank = q * self.total
+        index = bisect.bisect_left(self.counts, rank)
+        if index >= len(self.bounds):
+            return self.bounds[-1]
+        below = self.counts[index - 1] if index else 0.0
+        low, high = self.bounds[index - 1] if index else min(0.0, self.bounds[0]), self.bounds[index]
+        inside = self.counts[index] - below
+        return low + (high - low) * (rank - below) / inside if inside else high
+
+
+class Sample(Strict):
+    """One look at a server. Tokens, requests and preemptions are counted since it started; histograms are in
+    seconds.
+    """
+
+    at: float = Field(description="seconds since 1970")
+    started: float | None = Field(
+        None, description="when the server's process started, in seconds since 1970; None: it does not say"
+    )
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = Field(0, description="share of the KV cache in use, 0 to 1")
+    kv_tokens: int | None = Field(None, description="what the KV cache holds; None: the server does not say")
+    prompt_tokens: float = 0
+    generation_tokens: float = 0
+    preemptions: float = 0
+    finished: dict[str, float] = Field(
+        default_factory=dict, description="finished requests by reason: stop, length, abort, error, ..."
+    )
+    ttft: Histogram = Histogram()
+    tpot: Histogram = Field(Histogram(), description="per request of two tokens or more")
+    itl: Histogram = Field(Histogram(), description="gaps between tokens, of all requests")
+    memory_bytes: tuple[int, ...] = Field(
+        (), description="per GPU; on a CPU one figure, the server's processes. Empty: unknown"
+    )
+
+    def same_server(self, earlier: Sample) -> bool:
+        """Whether its counters go on from the earlier ones."""
+        return self.started == earlier.started and self.generation_tokens >= earlier.generation_tokens
+
+
+class Window(Strict):
+    """What happened between two looks at one server, or since it started where there is but one."""
+
+    seconds: float | None = Field(description="None: since the server started, which nobody saw")
+    output_tokens: float
+    prompt_tokens: float
+    requests: float
+    preemptions: float
+    ttft: Histogram
+    tpot: Histogram
+    itl: Histogram
+
+    @property
+    def output_tokens_per_s(self) -> float | None:
+        return self.output_tokens / self.seconds if self.seconds else None
+
+    @property
+    def prompt_tokens_per_s(self) -> float | None:
+        return self.prompt_tokens / self.seconds if self.seconds else None
+
+
+def window(now: Sample, earlier: Sample | None) -> Window:
+    """From `earlier` to `now`; from the server's start where there is no earlier look, or it was at another
+    server.
+    """
+    if earlier is None or not now.same_server(earlier):
+        earlier = Sample(at=now.started if now.started is not None else now.at)
+    seconds = now.at - earlier.at
+    return Window(
+        seconds=seconds if seconds > 0 else None,
+        output_tokens=now.generation_tokens - earlier.generation_tokens,
+        prompt_tokens=now.prompt_tokens - earlier.prompt_tokens,
+        requests=sum(now.finished.values()) - sum(earlier.finished.values()),
+        preemptions=now.preemptions - earlier.preemptions,
+        ttft=now.ttft.since(earlier.ttft),
+        tpot=now.tpot.since(earlier.tpot),
+        itl=now.itl.since(earlier.itl),
+    )
+
+
+def idle_since(samples: Iterable[Sample]) -> float | None:
+    """Since when the last of these looks, oldest first, has shown running requests and no token; None where
+    it has not.
+
+    A time in seconds since 1970. The engine's counters move with each step, so that a busy engine never shows
+    this for long.
+    """
+    since = None
+    for before, now in pairwise(samples):
+        moved = not now.same_server(before) or (now.generation_tokens, now.prompt_tokens) != (
+            before.generation_tokens,
+            before.prompt_tokens,
+        )
+        if moved or not now.running or not before.running:
+            since = None
+        elif since is None:
+            since = before.at
+    return since
+
+
+def parse(text: str, at: float) -> Sample:
+    """Raises ValueError for what is not the text of a vLLM server. Several engines of one server are taken
+    together: counters, requests and histograms as sums, KV use as the mean.
+    """
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    if "vllm:num_requests_running" not in families:
+        raise ValueError(
+            "no vllm:num_requests_running among the metrics: not a vLLM server, or one with"
+            " --disable-log-stats"
+        )
+
+    def values(name: str, suffix: str = "") -> list[float]:
+        family = families.get(name)
+        return [sample.value for sample in family.samples if sample.name == name + suffix] if family else []
+
+    usage = values("vllm:kv_cache_usage_perc")
+    started = values("process_start_time_seconds")
+    short = _buckets(families.get("vllm:request_generation_tokens"))
+    single = short.counts[short.bounds.index(1.0)] if 1.0 in short.bounds else 0.0
+    return Sample(
+        at=at,
+        started=started[0] if started else None,
+        running=round(sum(values("vllm:num_requests_running"))),
+        waiting=round(sum(values("vllm:num_requests_waiting"))),
+        kv_usage=sum(usage) / len(usage) if usage else 0.0,
+        kv_tokens=_kv_tokens(families.get("vllm:cache_config_info")),
+        prompt_tokens=sum(values("vllm:prompt_tokens", "_total")),
+        generation_tokens=sum(values("vllm:generation_tokens", "_total")),
+        preemptions=sum(values("vllm:num_preemptions", "_total")),
+        finished=_by_label(families.get("vllm:request_success"), "finished_reason"),
+        ttft=_buckets(families.get("vllm:time_to_first_token_seconds")),
+        # An answer of one token has no time per output token. vLLM 0.32 counts it as 0 (v1/metrics/stats.py),
+        # and health checks are such.
+        tpot=_buckets(families.get("vllm:request_time_per_output_token_seconds")).less_lowest(single),
+        itl=_buckets(families.get("vllm:inter_token_latency_seconds")),
+    )
+
+
+def _buckets(family: Metric | None) -> Histogram:
+    found: dict[float, float] = {}
+    for sample in family.samples if family else ():
+        if sample.name.endswith("_bucket"):
+            bound = float(sample.labels["le"])
+            found[bound] = found.get(bound, 0.0) + sample.value
+    ordered = sorted(found)
+    return (
+        Histogram(bounds=tuple(ordered[:-1]), counts=tuple(found[bound] for bound in ordered))
+        if ordered
+        else Histogram()
+    )
+
+
+def _by_label(family: Metric | None, label: str) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for sample in family.samples if family else ():
+        if sample.name.endswith("_total"):
+            found[sample.labels[label]] = found.get(sample.labels[label], 0.0) + sample.value
+    return found
+
+
+def _kv_tokens(family: Metric | None) -> int | None:
+    try:
+        return (
+            sum(int(s.labels["num_gpu_blocks"]) * int(s.labels["block_size"]) for s in family.samples)
+            if family
+            else None
+        )
+    except (KeyError, ValueError):
+        return None

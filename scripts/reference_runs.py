@@ -1,0 +1,240 @@
+"""Runs measured on real GPUs, read back as inputs of the plan: what was predicted beside what was seen."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowmem.artefacts import read
+from lowmem.inputs import profiles
+from lowmem.inputs.devices import by_nvml_name
+from lowmem.plan.planner import make_plan
+from lowmem.schema import Plan, Receipt, Scalar
+from lowmem.units import MIB
+
+_SHORT = {"-tp": "--tensor-parallel-size"}
+
+_BARE = ("--enforce-eager", "--enable-chunked-prefill", "--disable-log-stats", "--disable-custom-all-reduce")
+
+_NOT_KNOBS = ("model", "served_model_name", "load_format")
+
+
+def knobs_of(args: str) -> dict[str, Scalar]:
+    """The arguments of a run as knob -> value."""
+    words, found, i = shlex.split(args), {}, 0
+    while i < len(words):
+        flag = _SHORT.get(words[i], words[i])
+        name = flag.removeprefix("--").replace("-", "_")
+        if flag in _BARE:
+            value: Scalar = True
+        elif name.startswith("no_"):
+            name, value = name.removeprefix("no_"), False
+        else:
+            i += 1
+            value = words[i]
+        if name not in _NOT_KNOBS:
+            found[name] = value
+        i += 1
+    return found
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One run: the plan made for it, and what was measured (None: the run did not get that far)."""
+
+    name: str
+    vllm: str
+    plan: Plan
+    idle_mib: float | None
+    kv_gib: float | None
+    kv_tokens: int | None
+    tpot_ms: float | None
+    error: str | None
+
+    @property
+    def planned_idle_mib(self) -> float:
+        return self.plan.per_gpu["total"] / MIB
+
+
+def _logged(lines: list[str], pattern: str) -> str | None:
+    for line in lines:
+        if match := re.search(pattern, line):
+            return match[1]
+    return None
+
+
+def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
+    """A run of the reference file beside its plan; nothing of the run but its arguments, versions and load
+    goes into the plan.
+    """
+    bare = profiles.load_profile("low_mem")
+    awq = bare.quantization.model_copy(update={"method": "awq"})
+    empty = bare.model_copy(update={"name": "reference", "quantization": awq, "knobs": {}, "environment": {}})
+    knobs = knobs_of(run["args"])
+    count = int(knobs.get("tensor_parallel_size", 1))
+    plan = make_plan(
+        empty,
+        "llama-2-70b",
+        device,
+        count,
+        knobs,
+        clients=run["clients"],
+        input_tokens=run["input_tokens"],
+        output_tokens=run["output_tokens"],
+        vllm_version=run["vllm"],
+        memory_limit_bytes=143771 * MIB,
+        search=False,
+    )
+    log = run["engine_log"]
+    kv, tokens = (
+        _logged(log, r"Available KV cache memory: (-?[\d.]+) GiB"),
+        _logged(log, r"GPU KV cache size: ([\d,]+) tokens"),
+    )
+    error = _logged(log, r"(unrecognized arguments: .*|No available memory for the cache blocks)")
+    return Compared(
+        name=run["name"],
+        vllm=run["vllm"],
+        plan=plan,
+        idle_mib=float(run["idle_mib"][0]) if run["ready_s"] is not None else None,
+        kv_gib=float(kv) if kv else None,
+        kv_tokens=int(tokens.replace(",", "")) if tokens else None,
+        tpot_ms=run["tpot_ms_mean"],
+        error=error,
+    )
+
+
+def load_runs(path: Path) -> list[Compared]:
+    """All runs of a reference file."""
+    return [compare(run) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of our own sessions: its plan, and what was read (None: the run did not get that far), MiB a
+    card.
+    """
+
+    name: str
+    plan: Plan
+    calibrates: bool
+    loaded_mib: float
+    before_start_mib: float
+    idle_mib: float | None
+    start_peak_mib: float | None
+    outcome: str
+
+    @property
+    def planned_before_start_mib(self) -> float:
+        """What the plan has on the card when the engine first reads free memory."""
+        return self.plan.before_start_bytes / MIB
+
+
+def load_session(path: Path) -> list[Session]:
+    """Our own runs (tests/data/gpu_session.json)."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    for run in data["runs"]:
+        p = profiles.load_profile(run["profile"])
+        q = p.quantization.model_copy(update={"method": run["method"], "bits": run["bits"]})
+        p = p.model_copy(update={"quantization": q, "environment": {}})
+        plan = make_plan(
+            p,
+            "llama-2-70b",
+            data["device"],
+            run["count"],
+            run["knobs"],
+            environment=run["environment"],
+            vllm_version=data["vllm"],
+            memory_limit_bytes=143771 * MIB,
+            search=False,
+        )
+        seen = {
+            k: run[k]
+            for k in ("calibrates", "loaded_mib", "before_start_mib", "idle_mib", "start_peak_mib", "outcome")
+        }
+        found.append(Session(run["name"], plan, **seen))
+    return found
+
+
+_PLAYED = (
+    "host", "port", "middleware", "shutdown_timeout", "gpu_memory_utilization", "attention_config.flash_attn_version", "attention_backend",
+)  # fmt: skip
+"""Arguments that say nothing about memory or time: address, keys and stop, and what playing a smaller card
+takes.
+"""
+
+
+@dataclass(frozen=True)
+class Received:
+    """A receipt of a run on a real card beside the plan that today's code makes for that card with the same
+    arguments.
+    """
+
+    name: str
+    receipt: Receipt
+    plan: Plan
+
+    @property
+    def idle_mib(self) -> float:
+        return (
+            max(
+                a - b
+                for a, b in zip(self.receipt.memory_idle_bytes, self.receipt.memory_before_bytes, strict=True)
+            )
+            / MIB
+        )
+
+    @property
+    def peak_mib(self) -> float:
+        """Highest under load."""
+        return float(next(t.measured_bytes or 0 for t in self.receipt.terms if t.name == "peak")) / MIB
+
+    @property
+    def tpot_ms(self) -> float:
+        """Mean over the requests of the first load."""
+        return self.receipt.loads[0].tpot_ms.mean
+
+
+def received(name: str, receipt: Receipt) -> Received:
+    """Nothing of the receipt but the card, arguments, environment, model and load goes into the plan."""
+    words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    knobs = {k: v for k, v in knobs_of(shlex.join(words)).items() if k not in _PLAYED}
+    names = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CUDA_ALLOC_CONF")
+    old, load = receipt.plan, receipt.loads[0].load
+    empty = profiles.load_profile("low_mem").model_copy(
+        update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}
+    )
+    plan = make_plan(
+        empty,
+        "llama-2-70b",
+        by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
+        old.device_count,
+        knobs,
+        clients=load.clients,
+        input_tokens=load.input_tokens,
+        output_tokens=load.output_tokens,
+        environment={n: receipt.environment[n] for n in names if n in receipt.environment},
+        vllm_version=old.vllm_version,
+        memory_limit_bytes=143771 * MIB,
+        search=False,
+    )
+    return Received(name, receipt, plan)
+
+
+def load_receipts(folder: Path) -> list[Received]:
+    """The receipts of a folder whose service answered a load, by name, each planned for its own card; other
+    JSON files are passed over.
+    """
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        if '"argv"' in file.read_text(encoding="utf-8"):
+            receipt = read(file)
+            if receipt.loads:
+                found.append(received(file.stem, receipt))
+    return found
