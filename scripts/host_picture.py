@@ -1,6 +1,6 @@
-"""Draws docs/host.svg: what runs on a GPU host, who asks whom, and which file each part reads.
+"""Draw docs/host.svg: what runs on a GPU host, who asks whom, and which file each part reads.
 
-    .lowmem/venv/bin/python scripts/host_picture.py
+.lowmem/venv/bin/python scripts/host_picture.py
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ STYLE = """
 """
 
 
+def words(kind: str, x: int, y: int, text: str) -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}" text-anchor="middle">{escape(text)}</text>'
+
+
 @dataclass(frozen=True)
 class Box:
     """Holds the place and the words of one part; lengths are in pixels of the picture."""
@@ -51,10 +55,14 @@ class Box:
 
     def svg(self) -> str:
         middle = self.x + self.width // 2
-        lines = [f'<rect class="box {self.kind}" x="{self.x}" y="{self.y}" width="{self.width}" height="{self.height}" rx="8"/>']
-        lines.append(f'<text class="name" x="{middle}" y="{self.y + 28}" text-anchor="middle">{escape(self.name)}</text>')
-        for number, note in enumerate(self.notes):
-            lines.append(f'<text class="note" x="{middle}" y="{self.y + 50 + 18 * number}" text-anchor="middle">{escape(note)}</text>')
+        place = f'x="{self.x}" y="{self.y}" width="{self.width}" height="{self.height}"'
+        lines = [
+            f'<rect class="box {self.kind}" {place} rx="8"/>',
+            words("name", middle, self.y + 28, self.name),
+        ]
+        lines += [
+            words("note", middle, self.y + 50 + 18 * number, note) for number, note in enumerate(self.notes)
+        ]
         return "\n".join(lines)
 
 
@@ -98,8 +106,10 @@ def arrow(points: tuple[tuple[int, int], ...]) -> str:
 def picture() -> str:
     """Return the SVG; the same text each time."""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" role="img" aria-labelledby="title">',
-        '<title id="title">A client asks the gateway, the gateway asks vLLM; watchdog, status page and Prometheus watch it by the plan.</title>',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
+        ' role="img" aria-labelledby="title">',
+        '<title id="title">A client asks the gateway, which asks vLLM;'
+        " watchdog, status page and Prometheus watch vLLM by the plan.</title>",
         f"<style>{STYLE}</style>",
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
         '<path class="head" d="M0 0L8 4L0 8z"/></marker></defs>',
@@ -111,9 +121,9 @@ def picture() -> str:
         parts.append(arrow(points))
         if label:
             text, x, y = label
-            parts.append(f'<text class="note" x="{x}" y="{y}" text-anchor="middle">{escape(text)}</text>')
+            parts.append(words("note", x, y, text))
     parts.append(arrow(DEPLOY))
-    parts.append('<text class="note" x="170" y="450" text-anchor="middle">SSH</text>')
+    parts.append(words("note", 170, 450, "SSH"))
     parts += [box.svg() for box in BOXES]
     return "\n".join([*parts, "</svg>", ""])
 

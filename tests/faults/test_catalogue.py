@@ -14,11 +14,15 @@ PAGE = (ROOT / "docs/reliability.md").read_text()
 
 
 def test_the_page_lists_exactly_the_catalogue() -> None:
-    rows = re.findall(r"^\| \*\*([\w-]+)\*\*: (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", PAGE, re.MULTILINE)
+    rows = re.findall(r"^\| \[([\w-]+)\]\(#([\w-]+)\) \| (.+?) \| (.+?) \| \[[\w-]+\]\(runbooks/([\w-]+\.md)\) \|$", PAGE, re.MULTILINE)
+    details = re.findall(r"^### (.+)\n\n\*\*(.+)\.\*\*\n\n- Injected: (.+)\n- Expected: (.+)\n- Seen: (.+)$", PAGE, re.MULTILINE)
     [unseen] = re.findall(r"^Written and not seen yet: (.+)\.$", PAGE, re.MULTILINE)
     seen = {name: f for name, f in CATALOGUE.items() if name not in unseen.split(", ")}
-    assert [row[:4] for row in rows] == [(name, f["fault"], f["injected"], f["expected"]) for name, f in seen.items()]
-    assert all(seen.strip() for *_, seen, _ in rows)
+    assert [(name, link, fault, runbook) for name, link, fault, _, runbook in rows] == [
+        (name, name, f["fault"], f["runbook"]) for name, f in seen.items()
+    ]
+    assert [detail[:4] for detail in details] == [(name, f["fault"], f["injected"], f["expected"]) for name, f in seen.items()]
+    assert all(seen.strip() for *_, seen in details)
 
 
 def test_each_fault_has_a_test_and_each_test_its_fault() -> None:

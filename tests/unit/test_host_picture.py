@@ -15,9 +15,12 @@ def test_picture_is_up_to_date():
 
 def test_picture_names_every_part_and_stays_within_its_frame():
     root = ET.fromstring(picture())
-    names = [node.text for node in root.iter("{http://www.w3.org/2000/svg}text") if node.get("class") == "name"]
+    names = [
+        node.text for node in root.iter("{http://www.w3.org/2000/svg}text") if node.get("class") == "name"
+    ]
     assert names == [
-        "GPU host", "Client", "nginx gateway", "vLLM", "GPUs", "Status page", "Watchdog", "Prometheus", "receipt.json", "plan.json", "Controller",
+        "GPU host", "Client", "nginx gateway", "vLLM", "GPUs", "Status page", "Watchdog", "Prometheus",
+        "receipt.json", "plan.json", "Controller",
     ]  # fmt: skip
     assert [float(number) for number in root.get("viewBox").split()] == [0, 0, 960, 470]
     for path in root.iter("{http://www.w3.org/2000/svg}path"):

@@ -25,6 +25,8 @@ def test_the_index_names_each_runbook_once():
     assert sorted(named) == sorted(path.name for path in folder.glob("*.md") if path.name != "README.md")
 
 
-@pytest.mark.parametrize("suite", sorted(path.stem.removeprefix("test_") for path in (ROOT / "checks").glob("test_*.py")))
+@pytest.mark.parametrize(
+    "suite", sorted(path.stem.removeprefix("test_") for path in (ROOT / "checks").glob("test_*.py"))
+)
 def test_a_broken_host_is_shown_to_each_suite_of_checks(suite):
     assert f'"{suite}"' in (ROOT / "tests/measure/test_checks.py").read_text()
