@@ -32,6 +32,7 @@ HOW_THE_WORK_WENT = re.compile(
 def plain(line: str) -> str:
     """Return the line with code and link targets replaced, so that their dots and words do not count."""
     line = re.sub(r"`[^`]*`", "`0`", line)
+    line = re.sub(r'"[^"]*"', "`0`", line)
     line = re.sub(r"\]\([^)]*\)", "]", line)
     return ABBREVIATION.sub("0", line)
 
