@@ -106,12 +106,13 @@ def arrow(points: tuple[tuple[int, int], ...]) -> str:
 def picture() -> str:
     """Return the SVG; the same text each time."""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
-        ' role="img" aria-labelledby="title">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}"'
+        f' width="{WIDTH}" height="{HEIGHT}" role="img" aria-labelledby="title">',
         '<title id="title">A client asks the gateway, which asks vLLM;'
         " watchdog, status page and Prometheus watch vLLM by the plan.</title>",
         f"<style>{STYLE}</style>",
-        '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
+        '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4"'
+        ' markerWidth="8" markerHeight="8" orient="auto">'
         '<path class="head" d="M0 0L8 4L0 8z"/></marker></defs>',
         f'<rect class="page" width="{WIDTH}" height="{HEIGHT}"/>',
         '<rect class="host" x="200" y="30" width="740" height="436" rx="12"/>',

@@ -1,8 +1,12 @@
-"""Hand-written pages are in plain English, as far as a program can tell: one sentence a line, short sentences, nothing on how the work was done."""
+"""Hold hand-written pages to plain English, as far as a program can tell.
+
+One sentence a line, short sentences, and no word on how the work was organised.
+"""
 
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,15 +20,15 @@ PAGES = sorted(
 )
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 
-# The aim is 25 words. Figures, units and code are not counted, since a reader takes them in at a glance; the tolerance
-# of 5 is for sentences that name parts in a row, which would only get longer if they were cut.
+# The aim is 25 words. Figures, units and code are not counted, since a reader takes them in at a glance.
+# The tolerance of 5 is for sentences that name parts in a row, which would only get longer if they were cut.
 MOST_WORDS = 30
 
 SENTENCE_END = re.compile(r"(?<=[.!?])[)\"*]* +(?=[A-Z*`\[(\"])")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|etc)\.")
 HOW_THE_WORK_WENT = re.compile(
-    r"\b(?:lent|borrowed|lease|device time|(?:next|same|other|our) session|thirty minutes|30 minutes|when (?:the|its|our) time"
-    r"|time (?:ended|ran out|was over|is over)|given back to|sub-?agents?|issue \d+)\b",
+    r"\b(?:lent|borrowed|lease|device time|(?:next|same|other|our) session|thirty minutes|30 minutes"
+    r"|when (?:the|its|our) time|time (?:ended|ran out|was over|is over)|given back to|sub-?agents?|issue \d+)\b",
     re.IGNORECASE,
 )
 
@@ -38,7 +42,7 @@ def plain(line: str) -> str:
 
 
 def prose(text: str) -> list[tuple[int, str, bool]]:
-    """Return number and text of each line of prose, and whether the line before it belongs to the same paragraph."""
+    """Return number and text of each line of prose, and whether it continues the paragraph of the line before."""
     found, before, fenced = [], False, False
     for number, line in enumerate(text.splitlines(), 1):
         bare = line.strip()
@@ -78,7 +82,7 @@ def test_one_sentence_a_line(path: Path) -> None:
     several = [f"{number}: {text}" for number, text, _ in lines if len(sentences(text)) > 1]
     cut = [
         f"{number}: {text}"
-        for (_, previous, _), (number, text, follows) in zip(lines, lines[1:], strict=False)
+        for (_, previous, _), (number, text, follows) in pairwise(lines)
         if follows and not re.search(r"[.:;!?…][)\"*`\]]*$", re.sub(r"\]\([^)]*\)", "]", previous))
     ]
     assert several == []
