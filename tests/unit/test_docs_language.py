@@ -28,7 +28,8 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[)\"*]* +(?=[A-Z*`\[(\"])")
 ABBREVIATION = re.compile(r"\b(?:e\.g|i\.e|vs|etc)\.")
 HOW_THE_WORK_WENT = re.compile(
     r"\b(?:lent|borrowed|lease|device time|(?:next|same|other|our) session|thirty minutes|30 minutes"
-    r"|when (?:the|its|our) time|time (?:ended|ran out|was over|is over)|given back to|sub-?agents?|issue \d+)\b",
+    r"|when (?:the|its|our) time|time (?:ended|ran out|was over|is over)"
+    r"|given back to|sub-?agents?|issue \d+)\b",
     re.IGNORECASE,
 )
 
@@ -42,7 +43,7 @@ def plain(line: str) -> str:
 
 
 def prose(text: str) -> list[tuple[int, str, bool]]:
-    """Return number and text of each line of prose, and whether it continues the paragraph of the line before."""
+    """Return number and text of each line of prose, and whether it continues a paragraph."""
     found, before, fenced = [], False, False
     for number, line in enumerate(text.splitlines(), 1):
         bare = line.strip()
