@@ -45,3 +45,11 @@ def test_the_runbook_of_a_fault_names_it(name: str) -> None:
     assert named, "the runbook says for which faults it is: `Faults: …`"
     known = set(re.split(r"[, \n]+", named[1]))
     assert name in known or name.removeprefix("unit-") in known
+
+
+def test_the_generator_reads_its_own_page_and_writes_it_again() -> None:
+    from scripts import reliability_doc
+
+    kept = reliability_doc.kept(PAGE)
+    rows = {name: reliability_doc.row(f, None, kept.get(name)) for name, f in CATALOGUE.items()}
+    assert PAGE.endswith("\n|---|---|--:|---|\n" + reliability_doc.body(CATALOGUE, rows))

@@ -30,3 +30,13 @@ def test_the_index_names_each_runbook_once():
 )
 def test_a_broken_host_is_shown_to_each_suite_of_checks(suite):
     assert f'"{suite}"' in (ROOT / "tests/measure/test_checks.py").read_text()
+
+
+def test_links_between_pages_lead_somewhere():
+    pages = [*ROOT.glob("*.md"), ROOT / "locks/README.md"]
+    broken = []
+    for page in [*pages, *(ROOT / "docs").rglob("*.md"), *(ROOT / "roles").glob("*/README.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#\s]+)(?:#[\w-]*)?\)", page.read_text()):
+            if not (page.parent / target).exists():
+                broken.append(f"{page.relative_to(ROOT)}: {target}")
+    assert broken == []
