@@ -30,68 +30,86 @@ PAGE = REPOSITORY / "docs/reliability.md"
 
 HEAD = """# Reliability
 
-Each fault is injected for real into a running service by a test, with requests under way where that matters. A client keeps a ledger of
-them: each ends with a complete answer or with an error that the client saw; a request that ends otherwise is lost, and fails the test.
+Each fault below was injected into a running service by a test, with requests under way if that matters.
+A client keeps a ledger of its requests: each ends with a complete answer or with an error that the client saw.
+A request that ends otherwise is lost, and fails the test.
 
-Written by `scripts/reliability_doc.py` from the records that the tests leave (`LOWMEM_SLOW=1 pytest -m fault`, `make molecule
-SCENARIO="service cluster two_hosts"`): vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}). Recovery: from
-the fault to the next complete answer; most of it is vLLM's own start. Beside it stand the day and the machine's load (mean of a
-minute, when the test ended): where 15 programs want two cores a start takes several times as long as alone. Rows without a day are of
-2026-11-23, those named `unit-` at a load of 15 to 20.
+**What was run.** vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}).
+Rows `unit-` ran the same engine as `vllm@main.service` in its sandbox, on a systemd host (scenario `service`).
+Rows `cluster-` ran two such hosts behind the router on a third (scenario `cluster`).
+Rows `two-hosts-` ran two such hosts that are one server, with half of the layers on each (scenario `two_hosts`).
 
-Rows `unit-`: the same engine as `vllm@main.service` in its sandbox, on a systemd host (Molecule's scenario `service`, which
-runs `tests/faults/test_units.py` and `test_unit_plays.py`).
+**Recovery** is the time from the fault to the next complete answer; most of it is vLLM's own start.
+Beside it stand the day and the machine's load (mean of a minute, when the test ended).
+If 15 programs want two cores, a start takes several times as long as alone.
+Rows without a day are of 2026-11-23, those named `unit-` at a load of 15 to 20.
 
-Rows `cluster-`: two such hosts behind the router on a third (scenario `cluster`, `tests/faults/test_cluster.py`).
+**How to repeat it.** `scripts/reliability_doc.py` writes this page from the records that these tests leave:
 
-Rows `two-hosts-`: two such hosts that are one server, half of the layers on each (`two_hosts`, `tests/faults/test_two_hosts.py`).
+```
+LOWMEM_SLOW=1 pytest -m fault
+make molecule SCENARIO="service cluster two_hosts"
+```
 
-Not to be had on the machine of these runs: a kernel that enforces MemoryMax in the hosts (scenario `vm` has one), a clock of a host's own
-(`unit-clock-jump` shows the service's programs another one), a card.
+**What these runs could not have.** No kernel enforced MemoryMax in the hosts (scenario `vm` has one).
+No host had a clock of its own (`unit-clock-jump` shows another clock to the service's programs).
+No machine had a GPU.
 
 Written and not seen yet: {unseen}.
 
-| fault | injected | expected | seen | recovery | runbook |
-|---|---|---|---|--:|---|
+| fault | what happens | recovery | runbook |
+|---|---|--:|---|
 """
 
 
-def cells(text: str) -> list[str]:
-    """Of a row of the page, as they stand."""
-    return [cell.strip() for cell in re.split(r"(?<!\\)\|", text)[1:-1]]
-
-
 def kept(page: str) -> dict[str, list[str]]:
-    return {
-        found[1]: cells(line)
-        for line in page.splitlines()
-        if (found := re.match(r"\| \*\*([\w-]+)\*\*: ", line))
-    }
+    """Return fault, injected, expected, seen and recovery of each fault on the page."""
+    short = re.finditer(
+        r"^\| \[([\w-]+)\]\(#[\w-]+\) \| .+ \| (.+?) \| \[[\w-]+\]\(.+\) \|$", page, re.MULTILINE
+    )
+    recoveries = {found[1]: found[2] for found in short}
+    details = re.finditer(
+        r"^### ([\w-]+)\n\n\*\*(.+)\.\*\*\n\n- Injected: (.+)\n- Expected: (.+)\n- Seen: (.+)$",
+        page,
+        re.MULTILINE,
+    )
+    return {found[1]: [*found.groups()[1:], recoveries[found[1]]] for found in details}
 
 
-def row(
-    name: str, fault: dict[str, Any], record: dict[str, Any] | None, old: list[str] | None
-) -> list[str] | None:
-    """None where nothing was seen of the fault as the catalogue now has it."""
-    runbook = f"[{Path(fault['runbook']).stem}](runbooks/{fault['runbook']})"
-    words = [f"**{name}**: {fault['fault']}", fault["injected"], fault["expected"]]
-    words = [word.replace("|", "\\|") for word in words]
+def row(fault: dict[str, Any], record: dict[str, Any] | None, old: list[str] | None) -> list[str] | None:
+    """Return fault, injected, expected, seen and recovery; None if nothing was seen of the fault as the
+    catalogue now has it.
+    """
+    words = [fault["fault"], fault["injected"], fault["expected"]]
     if record is None:
-        return [*words, *old[3:5], runbook] if old and old[:3] == words else None
+        return old if old and old[:3] == words else None
     recovery = "-" if record["recovery_s"] is None else f"{record['recovery_s']:.0f} s"
-    seen = "; ".join(record["seen"]).replace("|", "\\|").replace("\n", " ")
-    return [*words, seen, f"{recovery} ({record['taken']}, load {record['load']:.0f})", runbook]
+    seen = "; ".join(record["seen"]).replace("\n", " ")
+    return [*words, seen, f"{recovery} ({record['taken']}, load {record['load']:.0f})"]
+
+
+def body(catalogue: dict[str, Any], rows: dict[str, list[str] | None]) -> str:
+    """Return the short rows, then the details of each fault."""
+    found = {name: cells for name, cells in rows.items() if cells}
+    table, details = [], []
+    for name, (fault, injected, expected, seen, recovery) in found.items():
+        runbook = f"[{Path(catalogue[name]['runbook']).stem}](runbooks/{catalogue[name]['runbook']})"
+        table.append(f"| [{name}](#{name}) | {fault.replace('|', chr(92) + '|')} | {recovery} | {runbook} |")
+        details.append(
+            f"### {name}\n\n**{fault}.**\n\n- Injected: {injected}\n- Expected: {expected}\n- Seen: {seen}\n"
+        )
+    return "\n".join([*table, "", "## Details", "", *details])
 
 
 def main() -> None:
     catalogue = yaml.safe_load(CATALOGUE.read_text())
     records = {path.stem: json.loads(path.read_text()) for path in RECORDS.glob("*.json")}
     page = kept(PAGE.read_text())
-    rows = {name: row(name, fault, records.get(name), page.get(name)) for name, fault in catalogue.items()}
+    rows = {name: row(fault, records.get(name), page.get(name)) for name, fault in catalogue.items()}
     unseen = [name for name, found in rows.items() if found is None]
     plan = json.loads((REPOSITORY / ".lowmem/host/etc/plan.json").read_text())
     head = HEAD.format(unseen=", ".join(unseen) or "none", vllm=plan["vllm_version"], **host_facts())
-    write_text(PAGE, head + "\n".join(f"| {' | '.join(found)} |" for found in rows.values() if found))
+    write_text(PAGE, head + body(catalogue, rows))
     again = [name for name in rows if name not in records and name not in unseen]
     sys.stdout.write(
         f"from records: {len(rows.keys() & records.keys())} rows\nas they stood:"

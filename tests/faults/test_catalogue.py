@@ -15,14 +15,24 @@ PAGE = (ROOT / "docs/reliability.md").read_text()
 
 def test_the_page_lists_exactly_the_catalogue() -> None:
     rows = re.findall(
-        r"^\| \*\*([\w-]+)\*\*: (.+?) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|", PAGE, re.MULTILINE
+        r"^\| \[([\w-]+)\]\(#([\w-]+)\) \| (.+?) \| (.+?) \| \[[\w-]+\]\(runbooks/([\w-]+\.md)\) \|$",
+        PAGE,
+        re.MULTILINE,
+    )
+    details = re.findall(
+        r"^### (.+)\n\n\*\*(.+)\.\*\*\n\n- Injected: (.+)\n- Expected: (.+)\n- Seen: (.+)$",
+        PAGE,
+        re.MULTILINE,
     )
     [unseen] = re.findall(r"^Written and not seen yet: (.+)\.$", PAGE, re.MULTILINE)
     seen = {name: f for name, f in CATALOGUE.items() if name not in unseen.split(", ")}
-    assert [row[:4] for row in rows] == [
+    assert [(name, link, fault, runbook) for name, link, fault, _, runbook in rows] == [
+        (name, name, f["fault"], f["runbook"]) for name, f in seen.items()
+    ]
+    assert [detail[:4] for detail in details] == [
         (name, f["fault"], f["injected"], f["expected"]) for name, f in seen.items()
     ]
-    assert all(seen.strip() for *_, seen, _ in rows)
+    assert all(seen.strip() for *_, seen in details)
 
 
 def test_each_fault_has_a_test_and_each_test_its_fault() -> None:
@@ -47,3 +57,11 @@ def test_the_runbook_of_a_fault_names_it(name: str) -> None:
     assert named, "the runbook says for which faults it is: `Faults: …`"
     known = set(re.split(r"[, \n]+", named[1]))
     assert name in known or name.removeprefix("unit-") in known
+
+
+def test_the_generator_reads_its_own_page_and_writes_it_again() -> None:
+    from scripts import reliability_doc
+
+    kept = reliability_doc.kept(PAGE)
+    rows = {name: reliability_doc.row(f, None, kept.get(name)) for name, f in CATALOGUE.items()}
+    assert PAGE.endswith("\n|---|---|--:|---|\n" + reliability_doc.body(CATALOGUE, rows))
