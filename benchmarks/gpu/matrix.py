@@ -201,11 +201,10 @@ def run_one(run: dict[str, Any], folder: Path, out: Path, gpus: str, port: int, 
 def run_command(run: dict[str, Any], out: Path, gpus: str, until: float) -> None:
     """Ended with all that it started when its time is over."""
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus, "PYTHONUNBUFFERED": "1", **run.get("env", {})}
-    command, began, file = (
-        shlex.split(run["command"].replace("{out}", str(out))),
-        time.monotonic(),
-        out / f"{run['name']}.out",
-    )
+    text = run["command"]
+    for word, value in {"out": out, "name": run["name"], **run.get("with", {})}.items():
+        text = text.replace(f"{{{word}}}", str(value))
+    command, began, file = shlex.split(text), time.monotonic(), out / f"{run['name']}.out"
     with file.open("w") as said:
         process = subprocess.Popen(
             command, env=environment, cwd=TOP, stdout=said, stderr=subprocess.STDOUT, start_new_session=True

@@ -11,6 +11,7 @@ measured with it as well.
 from __future__ import annotations
 
 import argparse
+import functools
 import http.client
 import json
 import os
@@ -68,12 +69,15 @@ def percentiles(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "p50": cuts[49], "p90": cuts[89], "p99": cuts[98]}
 
 
-def drive(
-    port: int, model: str, clients: int, requests: int, inputs: int, outputs: int, seed: int
-) -> dict[str, Any]:
-    """Closed loop: each client sends its next request when the last is answered. Milliseconds."""
-    rng = random.Random(seed)
-    prompts = [[rng.randrange(300, 31000) for _ in range(inputs)] for _ in range(requests)]
+def prompt_of(rng: random.Random, inputs: int, pattern: int | None) -> list[int]:
+    """Make random token ids; with `pattern`, repeat that many, so that n-gram lookup always finds a draft."""
+    ids = [rng.randrange(300, 31000) for _ in range(pattern or inputs)]
+    return (ids * -(-inputs // len(ids)))[:inputs]
+
+
+def drive(port: int, model: str, clients: int, prompts: list[list[int]], outputs: int) -> dict[str, Any]:
+    """Drive a closed loop: each client sends its next request when the last is answered. Milliseconds."""
+    requests, inputs = len(prompts), len(prompts[0])
     began = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(lambda prompt: stream(port, model, prompt, outputs), prompts))
@@ -99,6 +103,9 @@ def main() -> None:
     parser.add_argument("--requests-per-client", type=int, default=4)
     parser.add_argument("--input-tokens", type=int, default=1024)
     parser.add_argument("--output-tokens", type=int, default=256)
+    parser.add_argument(
+        "--pattern", type=int, help="tokens that each prompt repeats (default: all are random)"
+    )
     parser.add_argument("--start-timeout-s", type=float, default=240)
     parser.add_argument("command", nargs="+")
     options = parser.parse_args()
@@ -141,17 +148,11 @@ def main() -> None:
             time.sleep(3)
             for number, clients in enumerate(int(c) for c in options.clients.split(",")):
                 sampler.phase = f"load:{clients}"
-                drive(options.port, options.model, clients, clients, options.input_tokens, 8, 99)
-                requests = clients * options.requests_per_client
-                load = drive(
-                    options.port,
-                    options.model,
-                    clients,
-                    requests,
-                    options.input_tokens,
-                    options.output_tokens,
-                    number,
-                )
+                make = functools.partial(prompt_of, inputs=options.input_tokens, pattern=options.pattern)
+                first, then = random.Random(99), random.Random(number)
+                drive(options.port, options.model, clients, [make(first) for _ in range(clients)], 8)
+                prompts = [make(then) for _ in range(clients * options.requests_per_client)]
+                load = drive(options.port, options.model, clients, prompts, options.output_tokens)
                 result["loads"].append(load)
                 print(options.name, json.dumps({k: v for k, v in load.items() if k != "itl_ms"}), flush=True)
         except RuntimeError as error:

@@ -1,6 +1,6 @@
 #!/bin/bash
-# On the lent machine, in the repository, when every part is in /tmp/rig: unpacks them, and leaves /tmp/rig-env.sh to source.
-# HERE has the wheels that are not in the parts: zstandard; for fleet_two_replicas.py also vllm_router and orjson. MODELS is
+# On the GPU machine, in the repository, when every part is in /tmp/rig: unpacks them, and leaves /tmp/rig-env.sh to source.
+# HERE has the wheels that are not in the parts: zstandard; for fleet_two_replicas.py also vllm_router and orjson; for speculation.yml also vllm_offload_drafts. MODELS is
 # what models.py made.
 #   benchmarks/gpu/stage.sh HERE MODELS
 set -euo pipefail
@@ -25,6 +25,9 @@ program /tmp/vllm 'exec python3 -m vllm.entrypoints.cli.main'
 . /tmp/rig-env.sh
 python3 benchmarks/gpu/rig.py unpack /tmp/rig /tmp/site --try torch --try torchvision --try vllm.model_executor.warmup.kernel_warmup
 rm -f /tmp/rig/part-*
+if ls "$here"/vllm_offload_drafts-*.whl > /dev/null 2>&1; then
+    install /tmp/site "$here"/vllm_offload_drafts-*.whl
+fi
 if ls "$here"/vllm_router-*.whl > /dev/null 2>&1; then
     install /tmp/router "$here"/vllm_router-*.whl "$here"/orjson-*.whl
     program /tmp/vllm-router 'PYTHONPATH=/tmp/router:/tmp/site exec python3 -m vllm_router.launch_router'

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 GENERATED = {"claims.md", "variables.md", "planning.md", "reliability.md"}
 PAGES = sorted(
     [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
-    + [ROOT / "benchmarks/gpu/README.md", ROOT / "locks/README.md", ROOT / "lowmem/data/planning.md"]
+    + [ROOT / "benchmarks/gpu/README.md", ROOT / "locks/README.md", ROOT / "scripts/planning.md.in"]
     + [path for path in (ROOT / "docs").rglob("*.md") if path.name not in GENERATED]
 )
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]

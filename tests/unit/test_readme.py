@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from lowmem import cards, schema
+from lowmem import schema
+from lowmem.inputs import model_cards
 
 ROOT = Path(__file__).parents[2]
 ROWS = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
 
 
 def test_the_model_families_are_those_that_the_plan_counts():
-    assert tuple(re.findall(r"`(\w+)`", ROWS["model families"].split(".")[0])) == cards.MODEL_TYPES
+    assert tuple(re.findall(r"`(\w+)`", ROWS["model families"].split(".")[0])) == model_cards.MODEL_TYPES
 
 
 def test_the_engine_is_the_pinned_one():
