@@ -272,14 +272,14 @@ def ready(receipt: Path) -> bool:
 def within(receipt: Path) -> bool:
     """Whether that run's service came up and kept to its memory limit."""
     return ready(receipt) and not any(
-        f.startswith("memory:") for f in json.loads(receipt.read_text())["findings"]
+        f.startswith("memory:") for f in json.loads(receipt.read_text()).get("findings", [])
     )
 
 
 def lacks_module(receipt: Path) -> bool:
     """Whether that run's engine died for a package that is not there."""
     return receipt.exists() and any(
-        "ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text())["findings"]
+        "ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text()).get("findings", [])
     )
 
 
