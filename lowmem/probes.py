@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from lowmem.measure.sampler import MIB
+from lowmem.units import MIB
 
 
 class Gpus:

@@ -30,7 +30,8 @@ from servers import end_on_sigterm, stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
-from lowmem.measure.sampler import MIB, Sampler  # noqa: E402
+from lowmem.measure.sampler import Sampler
+from lowmem.units import MIB  # noqa: E402
 from lowmem.probes import Gpus  # noqa: E402 - run from a checkout that is not installed
 
 

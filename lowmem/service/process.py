@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 from lowmem.errors import BadInput
-from lowmem.measure.sampler import MIB
+from lowmem.units import MIB
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
