@@ -28,9 +28,9 @@ import numpy as np
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
-from lowmem.measure.sampler import Sampler
+from lowmem.measure.sampler import Sampler  # noqa: E402 - run from a checkout that is not installed
+from lowmem.probes import Gpus  # noqa: E402
 from lowmem.units import MIB  # noqa: E402
-from lowmem.probes import Gpus  # noqa: E402 - run from a checkout that is not installed
 
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 8192, 28672, 64, 8, 32000
 # GGML's number, weights and bytes of a block, where its 16-bit scale lies

@@ -30,9 +30,9 @@ from servers import end_on_sigterm, stop
 
 TOP = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(TOP))
-from lowmem.measure.sampler import Sampler
+from lowmem.measure.sampler import Sampler  # noqa: E402 - run from a checkout that is not installed
+from lowmem.probes import Gpus  # noqa: E402
 from lowmem.units import MIB  # noqa: E402
-from lowmem.probes import Gpus  # noqa: E402 - run from a checkout that is not installed
 
 
 def stream(port: int, model: str, prompt: list[int], tokens: int) -> list[float]:

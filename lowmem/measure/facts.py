@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 
-from lowmem.measure.sampler import MIB
 from lowmem.schema import Plan
+from lowmem.units import MIB
 
 
 def versions() -> dict[str, str]:

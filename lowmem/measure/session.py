@@ -27,7 +27,7 @@ from lowmem.files import write_text
 from lowmem.measure import engine_log, judge
 from lowmem.measure.facts import host_facts, same_device, versions
 from lowmem.measure.load import Api, drive, say, warm_up
-from lowmem.measure.sampler import MIB, Sampler
+from lowmem.measure.sampler import Sampler
 from lowmem.probes import Gpus, ProcessTree
 from lowmem.schema import Load, LoadResult, Plan, Receipt
 from lowmem.service.process import (
@@ -40,6 +40,7 @@ from lowmem.service.process import (
     vllm_command,
     wrapped_vllm,
 )
+from lowmem.units import MIB
 
 FREED_WITHIN_MIB = 64
 
