@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards
-from lowmem.plan import engine_config
 from lowmem.plan.compute import compute
 from lowmem.plan.memory import card_memory, next_power_of_two
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import gather
+from lowmem.plan.resolve import resolve
 from lowmem.plan.weights import stored_bytes, weights
 from lowmem.schema import Knob, Limits, Load, Plan, Profile, Quantization
 from lowmem.units import MIB
@@ -176,7 +176,7 @@ def test_fewer_bits_are_fewer_bytes(model, width):
 @given(MODELS, GPUS)
 def test_memory_is_a_function_of_its_arguments(model, device):
     card, d = model_cards.load_card(model), devices.load_device(device)
-    engine = engine_config.resolve({}, card, d, 1, "0.32.0", {})
+    engine = resolve({}, card, d, 1, "0.32.0", {})
     assert card_memory(card, engine, d, 20 * 1024 * MIB) == card_memory(
         card, replace(engine), d, 20 * 1024 * MIB
     )
