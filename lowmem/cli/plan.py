@@ -13,6 +13,7 @@ from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import VLLM_VERSION, Deploy
 from lowmem.units import parse_bytes
 
@@ -95,20 +96,22 @@ def plan(
     except ValueError as e:
         raise BadInput(f"--memory-limit: {e}") from None
     result = make_plan(
-        profile,
-        model,
-        device,
-        count,
-        parse_assignments(set_ or []),
-        deploy,
-        clients=clients,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        memory_limit_bytes=limit,
-        environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
-        vllm_version=vllm_version,
-        hosts=hosts,
-        network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+        PlanRequest(
+            profile,
+            model,
+            device,
+            count,
+            parse_assignments(set_ or []),
+            deploy,
+            clients=clients,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            memory_limit_bytes=limit,
+            environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
+            vllm_version=vllm_version,
+            hosts=hosts,
+            network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+        )
     )
     if suggest:
         from lowmem.plan.render import show_suggestions

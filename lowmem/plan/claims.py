@@ -10,6 +10,7 @@ from typing import Literal
 from lowmem.inputs import model_cards
 from lowmem.inputs.devices import load_device
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import Plan, Quantization
 from lowmem.units import GB, GIB, MIB, gib, mib
@@ -42,7 +43,7 @@ class Claim:
 
 
 def _plan(profile: str, **more: object) -> Plan:
-    return make_plan(profile, search=False, **more)  # type: ignore[arg-type]
+    return make_plan(PlanRequest(profile, search=False, **more))  # type: ignore[arg-type]
 
 
 def claims() -> list[Claim]:

@@ -14,6 +14,7 @@ from lowmem.errors import BadInput
 from lowmem.fleet.simulation import Host, Request, closed_loop, hosts_needed, open_loop
 from lowmem.fleet.speed import Speed, measured, planned
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 
 RECEIPTS = Path(__file__).parents[2] / "docs" / "measurements" / "2026-11-23-2xh200"
 SIMPLE = Speed(
@@ -109,7 +110,7 @@ def test_a_receipt_without_a_lone_client_is_refused():
 
 
 def test_a_plan_gives_the_same_steps_as_it_says():
-    plan = make_plan("low_latency", search=False)
+    plan = make_plan(PlanRequest("low_latency", search=False))
     speed = planned(plan)
     assert speed.step_ms(8, 0) == plan.latency_ms.terms["steady_step"]
     assert speed.step_ms(8, 512) == pytest.approx(plan.latency_ms.terms["chunk_step"])
