@@ -14,7 +14,7 @@ from lowmem.inputs.profiles import load_profile
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
-from lowmem.schema import VLLM_VERSION, Deploy
+from lowmem.schema import VLLM_VERSION, Deploy, Plan
 from lowmem.units import parse_bytes
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
@@ -114,26 +114,7 @@ def plan(
         )
     )
     if suggest:
-        from lowmem.plan.render import show_suggestions
-        from lowmem.plan.search import suggestions
-
-        found = suggestions(
-            model or result.model,
-            result.device,
-            result.device_count,
-            result.limits,
-            result.load,
-            vllm_version,
-        )
-        if json_:
-            rows = [
-                {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")}
-                for o in found
-            ]
-            sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        else:
-            show_suggestions(found, result)
-        raise typer.Exit(0 if found else 2)
+        raise typer.Exit(0 if show_options(model or result.model, result, json_) else 2)
     if json_:
         sys.stdout.write(result.model_dump_json(indent=2) + "\n")
     else:
@@ -141,3 +122,26 @@ def plan(
 
         show_plan(result)
     raise typer.Exit(EXIT[result.verdict])
+
+
+def show_options(model: str, plan: Plan, as_json: bool) -> bool:
+    """Print what meets the limits of a plan; False where nothing does."""
+    from lowmem.plan.render import show_suggestions
+    from lowmem.plan.search import suggestions
+
+    found = suggestions(
+        model,
+        plan.device,
+        plan.device_count,
+        plan.limits,
+        plan.load,
+        plan.vllm_version,
+    )
+    if as_json:
+        rows = [
+            {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in found
+        ]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        show_suggestions(found, plan)
+    return bool(found)
