@@ -292,7 +292,7 @@ def compared(folder: Path) -> Iterator[tuple[str, str, float, float]]:
             load = f"{per_s:.2f} requests/s"
             said = [
                 simulation.open_loop(
-                    speed, 2, per_s, *tokens, requests=row["requests"], seed=seed, left_out=0
+                    speed, 2, simulation.Arrivals(per_s, row["requests"], seed), *tokens, left_out=0
                 )
                 for seed in range(SEEDS)
             ]

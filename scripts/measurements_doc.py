@@ -15,6 +15,7 @@ from pathlib import Path
 from reference_runs import Received, load_receipts
 
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import Scalar
 from lowmem.status.page import bars
 from lowmem.units import MIB
@@ -86,7 +87,9 @@ def headline(runs: dict[str, Received]) -> str:
         load, limit = run.receipt.loads[0], run.receipt.plan.limits.memory_bytes / MIB
         over = f" (**{run.peak_mib - limit:,.0f} over**)" if run.peak_mib > limit else ""
         a100 = (
-            make_plan(row.profile, overrides=row.knobs, clients=row.clients, search=False).latency_ms
+            make_plan(
+                PlanRequest(row.profile, overrides=row.knobs, clients=row.clients, search=False)
+            ).latency_ms
             if row.profile
             else None
         )

@@ -13,6 +13,7 @@ from reference_runs import load_runs, load_session
 from lowmem.data import load_yaml
 from lowmem.inputs import links, model_cards, profiles
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import Quantization
 from lowmem.units import GB, GIB, MIB
@@ -105,7 +106,7 @@ def profile_table() -> list[str]:
         "|---|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name in profiles.names():
-        p = make_plan(name, search=False)
+        p = make_plan(PlanRequest(name, search=False))
         cells = [
             name,
             f"{f'{p.hosts} hosts, ' if p.hosts > 1 else ''}{p.device_count} x {p.device}",
@@ -146,7 +147,7 @@ def two_hosts_rows() -> list[str]:
     """The profile of two hosts over each link of the table."""
     lines = []
     for name in links.names():
-        p = make_plan("two_hosts", network=name, search=False)
+        p = make_plan(PlanRequest("two_hosts", network=name, search=False))
         if p.pipeline is None:
             raise RuntimeError("profile two_hosts has no stages")
         cells = [

@@ -14,6 +14,7 @@ from lowmem.artefacts import read
 from lowmem.inputs import profiles
 from lowmem.inputs.devices import by_nvml_name
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan, Receipt, Scalar
 from lowmem.units import MIB
 
@@ -78,17 +79,19 @@ def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
     knobs = knobs_of(run["args"])
     count = int(knobs.get("tensor_parallel_size", 1))
     plan = make_plan(
-        empty,
-        "llama-2-70b",
-        device,
-        count,
-        knobs,
-        clients=run["clients"],
-        input_tokens=run["input_tokens"],
-        output_tokens=run["output_tokens"],
-        vllm_version=run["vllm"],
-        memory_limit_bytes=143771 * MIB,
-        search=False,
+        PlanRequest(
+            empty,
+            "llama-2-70b",
+            device,
+            count,
+            knobs,
+            clients=run["clients"],
+            input_tokens=run["input_tokens"],
+            output_tokens=run["output_tokens"],
+            vllm_version=run["vllm"],
+            memory_limit_bytes=143771 * MIB,
+            search=False,
+        )
     )
     log = run["engine_log"]
     kv, tokens = (
@@ -143,15 +146,17 @@ def load_session(path: Path) -> list[Session]:
         q = p.quantization.model_copy(update={"method": run["method"], "bits": run["bits"]})
         p = p.model_copy(update={"quantization": q, "environment": {}})
         plan = make_plan(
-            p,
-            "llama-2-70b",
-            data["device"],
-            run["count"],
-            run["knobs"],
-            environment=run["environment"],
-            vllm_version=data["vllm"],
-            memory_limit_bytes=143771 * MIB,
-            search=False,
+            PlanRequest(
+                p,
+                "llama-2-70b",
+                data["device"],
+                run["count"],
+                run["knobs"],
+                environment=run["environment"],
+                vllm_version=data["vllm"],
+                memory_limit_bytes=143771 * MIB,
+                search=False,
+            )
         )
         seen = {
             k: run[k]
@@ -211,18 +216,20 @@ def received(name: str, receipt: Receipt) -> Received:
         update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}
     )
     plan = make_plan(
-        empty,
-        "llama-2-70b",
-        by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
-        old.device_count,
-        knobs,
-        clients=load.clients,
-        input_tokens=load.input_tokens,
-        output_tokens=load.output_tokens,
-        environment={n: receipt.environment[n] for n in names if n in receipt.environment},
-        vllm_version=old.vllm_version,
-        memory_limit_bytes=143771 * MIB,
-        search=False,
+        PlanRequest(
+            empty,
+            "llama-2-70b",
+            by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
+            old.device_count,
+            knobs,
+            clients=load.clients,
+            input_tokens=load.input_tokens,
+            output_tokens=load.output_tokens,
+            environment={n: receipt.environment[n] for n in names if n in receipt.environment},
+            vllm_version=old.vllm_version,
+            memory_limit_bytes=143771 * MIB,
+            search=False,
+        )
     )
     return Received(name, receipt, plan)
 

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from lowmem.plan.explain import effects, inputs_for, measured_effects
+from lowmem.plan.explain import effects, measured_effects
 from lowmem.plan.knobs import flag_of, parse_assignments
+from lowmem.plan.request import PlanRequest, gather
 
 
 def explain(
@@ -27,7 +28,7 @@ def explain(
     from rich.console import Console
     from rich.markup import escape
 
-    inputs = inputs_for(profile, model, device, count, overrides=parse_assignments(set_ or []))
+    inputs = gather(PlanRequest(profile, model, device, count, parse_assignments(set_ or [])))
     out = Console(highlight=False)
     out.print(f"[bold]{inputs.profile.name}[/]: {escape(inputs.profile.summary)}")
     each = (

@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from lowmem.errors import BadInput
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
 
 PROFILES = ("low_mem", "low_latency", "extreme")
@@ -69,7 +70,9 @@ def fleet(
         )
     for name in profile or (() if receipt else PROFILES):
         plan = make_plan(
-            name, device=device, search=False, input_tokens=input_tokens, output_tokens=output_tokens
+            PlanRequest(
+                name, device=device, search=False, input_tokens=input_tokens, output_tokens=output_tokens
+            )
         )
         if plan.verdict == "impossible":
             raise BadInput(f"profile {name} is impossible with this load: {plan.reasons[0]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from lowmem.inputs.devices import load_device
 from lowmem.plan.search import Option, frontier, needed_bytes, pareto
 from lowmem.schema import VLLM_VERSION, Load
 from lowmem.units import GIB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _COLOURS = {
     "16-bit": "#4c566a",
@@ -81,8 +84,6 @@ def draw(
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, LogLocator
 
     plt.rcParams.update({"font.size": 10, "svg.hashsalt": "lowmem"})
     fig, ax = plt.subplots(figsize=(9, 5.6), layout="constrained")
@@ -122,6 +123,17 @@ def draw(
     )
     ax.set_ylabel(f"ms a token expected at {load.clients} clients")
     ax.set_title(f"{points[0].plan.model} on up to {count} x {title}", loc="left", fontsize=11)
+    _axes(ax)
+    _legend(ax, points)
+    metadata = {"Date": None} if out.suffix == ".svg" else {"Software": None}
+    fig.savefig(out, dpi=150, metadata=metadata)
+    plt.close(fig)
+
+
+def _axes(ax: Axes) -> None:
+    """Ticks of a logarithmic axis as plain numbers, and a light grid."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
@@ -129,6 +141,12 @@ def draw(
     ax.set_axisbelow(True)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
+
+
+def _legend(ax: Axes, points: list[Option]) -> None:
+    """What colours and marks mean, beside the picture."""
+    from matplotlib.lines import Line2D
+
     used = [w for w in _COLOURS if any(o.weights == w for o in points)]
     splits = sorted({o.plan.tensor_parallel_size for o in points})
     handles = [Line2D([], [], ls="", marker="o", color=_COLOURS[w], label=f"{w} weights") for w in used]
@@ -146,6 +164,3 @@ def draw(
         Line2D([], [], ls="", label="beside one another: 16, 8, 4-bit KV"),
     ]
     ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    metadata = {"Date": None} if out.suffix == ".svg" else {"Software": None}
-    fig.savefig(out, dpi=150, metadata=metadata)
-    plt.close(fig)

@@ -13,7 +13,8 @@ from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
-from lowmem.schema import VLLM_VERSION, Deploy
+from lowmem.plan.request import PlanRequest
+from lowmem.schema import VLLM_VERSION, Deploy, Plan
 from lowmem.units import parse_bytes
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
@@ -95,42 +96,25 @@ def plan(
     except ValueError as e:
         raise BadInput(f"--memory-limit: {e}") from None
     result = make_plan(
-        profile,
-        model,
-        device,
-        count,
-        parse_assignments(set_ or []),
-        deploy,
-        clients=clients,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
-        memory_limit_bytes=limit,
-        environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
-        vllm_version=vllm_version,
-        hosts=hosts,
-        network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+        PlanRequest(
+            profile,
+            model,
+            device,
+            count,
+            parse_assignments(set_ or []),
+            deploy,
+            clients=clients,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            memory_limit_bytes=limit,
+            environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
+            vllm_version=vllm_version,
+            hosts=hosts,
+            network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+        )
     )
     if suggest:
-        from lowmem.plan.render import show_suggestions
-        from lowmem.plan.search import suggestions
-
-        found = suggestions(
-            model or result.model,
-            result.device,
-            result.device_count,
-            result.limits,
-            result.load,
-            vllm_version,
-        )
-        if json_:
-            rows = [
-                {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")}
-                for o in found
-            ]
-            sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        else:
-            show_suggestions(found, result)
-        raise typer.Exit(0 if found else 2)
+        raise typer.Exit(0 if show_options(model or result.model, result, json_) else 2)
     if json_:
         sys.stdout.write(result.model_dump_json(indent=2) + "\n")
     else:
@@ -138,3 +122,26 @@ def plan(
 
         show_plan(result)
     raise typer.Exit(EXIT[result.verdict])
+
+
+def show_options(model: str, plan: Plan, as_json: bool) -> bool:
+    """Print what meets the limits of a plan; False where nothing does."""
+    from lowmem.plan.render import show_suggestions
+    from lowmem.plan.search import suggestions
+
+    found = suggestions(
+        model,
+        plan.device,
+        plan.device_count,
+        plan.limits,
+        plan.load,
+        plan.vllm_version,
+    )
+    if as_json:
+        rows = [
+            {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in found
+        ]
+        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
+    else:
+        show_suggestions(found, plan)
+    return bool(found)

@@ -142,29 +142,36 @@ def _seen(requests: list[Request], now_ms: float, left_out: float = 0.0) -> Seen
     )
 
 
+@dataclass(frozen=True)
+class Arrivals:
+    """Requests that come at random times (Poisson)."""
+
+    per_s: float
+    requests: int = 1000
+    seed: int = 7
+
+
 def open_loop(
     speed: Speed,
     hosts: int,
-    per_s: float,
+    arrivals: Arrivals,
     input_tokens: int,
     output_tokens: int,
-    requests: int = 1000,
-    seed: int = 7,
     left_out: float = WARM_SHARE,
 ) -> Seen:
-    """Requests arrive by themselves (Poisson), each goes to the host with the fewest unfinished ones.
+    """Requests arrive by themselves, each goes to the host with the fewest unfinished ones.
 
     `left_out`: part of the first ones that is not counted; 0 for what a measurement from an empty start saw.
     """
     clock = simpy.Environment()
     fleet = [Host(clock, speed) for _ in range(hosts)]
-    rng = random.Random(seed)  # noqa: S311 - a simulation
+    rng = random.Random(arrivals.seed)  # noqa: S311 - a simulation
     sent: list[Request] = []
 
     def arrive() -> Generator[simpy.Event, Any, None]:
         ends = []
-        for _ in range(requests):
-            yield clock.timeout(rng.expovariate(per_s) * 1e3)
+        for _ in range(arrivals.requests):
+            yield clock.timeout(rng.expovariate(arrivals.per_s) * 1e3)
             sent.append(Request(clock.now, input_tokens, output_tokens))
             ends.append(min(fleet, key=len).submit(sent[-1]))
         yield clock.all_of(ends)
@@ -222,7 +229,7 @@ def hosts_needed(
     full = closed_loop(speed, speed.max_num_seqs, input_tokens, output_tokens, 4 * speed.max_num_seqs)
     share = per_s * output_tokens / full.tokens_per_s
     for hosts in range(math.ceil(share / FULL_SHARE), at_most + 1):
-        seen = open_loop(speed, hosts, per_s, input_tokens, output_tokens, requests=max(1000, 200 * hosts))
+        seen = open_loop(speed, hosts, Arrivals(per_s, max(1000, 200 * hosts)), input_tokens, output_tokens)
         if seen.tpot_p99_ms <= tpot_p99_ms and seen.ttft_p99_ms <= ttft_p99_ms:
             return hosts, replace(seen, full_share=share / hosts)
     return f"more than {at_most} hosts"

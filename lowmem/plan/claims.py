@@ -10,6 +10,7 @@ from typing import Literal
 from lowmem.inputs import model_cards
 from lowmem.inputs.devices import load_device
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import Plan, Quantization
 from lowmem.units import GB, GIB, MIB, gib, mib
@@ -42,45 +43,31 @@ class Claim:
 
 
 def _plan(profile: str, **more: object) -> Plan:
-    return make_plan(profile, search=False, **more)  # type: ignore[arg-type]
+    return make_plan(PlanRequest(profile, search=False, **more))  # type: ignore[arg-type]
 
 
 def claims() -> list[Claim]:
     """Every claim, computed now."""
+    article, recipe, offload = _plan("article"), _plan("low_mem"), _plan("offload")
+    return [
+        *_results(article, recipe, offload),
+        *_flags(article, recipe, offload),
+        *_pool(recipe),
+        *_practices(),
+    ]
+
+
+def _results(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
+    """What the article says it measured."""
     device = load_device("a100-40g")
     card = model_cards.quantized(model_cards.load_card("llama-2-70b"), AWQ)
-    article, recipe = _plan("article"), _plan("low_mem")
-    extreme, offload = _plan("extreme"), _plan("offload")
+    extreme = _plan("extreme")
     weight = stored_bytes(card)
-
     request_s = CLIENTS / STATED_QPS
     per_token_ms = request_s / OUTPUT_TOKENS * 1e3
     floor_ms = weight / (device.hbm_gb_per_s * GB) * 1e3
     active = sum(g.parameters for g in card.groups if g.kind != "embedding")
     prefill_tflops = 2 * active * INPUT_TOKENS * STATED_QPS / 1e12
-
-    graphs = _plan("low_latency", device="h200")
-    eager = _plan("low_latency", device="h200", overrides={"enforce_eager": True})
-    half = _plan("low_latency", overrides={"max_model_len": 1280, "gpu_memory_utilization": 0.95})
-    whole = _plan("low_latency", overrides={"max_model_len": 4096, "gpu_memory_utilization": 0.95})
-    lower = _plan("article", overrides={"gpu_memory_utilization": 0.40})
-    capped = _plan(
-        "low_mem",
-        device="h200",
-        overrides={"gpu_memory_utilization": 0.1424, "enforce_eager": True},
-        vllm_version="0.26.0",
-    )
-    budget = 0.1424 * load_device("h200").torch_total_mib
-    token_kib = recipe.per_gpu["kv_cache"] / max(1, recipe.kv_tokens) * recipe.tensor_parallel_size / 1024
-    naive_kib = card.layers * card.hidden_size * 2 / 1024
-    ignored = _plan(
-        "offload",
-        device="h200",
-        overrides=UVA | {"cpu_offload_gb": 19, "gpu_memory_utilization": 0.1389},
-        vllm_version="0.26.0",
-    )
-    flags = [r for r in article.reasons if r.startswith("unrecognized")]
-
     return [
         Claim(
             "70B with 4-bit AWQ on one A100 40G peaks at 19 GB",
@@ -103,6 +90,21 @@ def claims() -> list[Claim]:
             f" {recipe.latency_ms.decode_floor:.1f}); results that break the roofline or Little's law are"
             " refused",
         ),
+    ]
+
+
+def _flags(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
+    """What the article says of batch, swap and utilization."""
+    flags = [r for r in article.reasons if r.startswith("unrecognized")]
+    lower = _plan("article", overrides={"gpu_memory_utilization": 0.40})
+    capped = _plan(
+        "low_mem",
+        device="h200",
+        overrides={"gpu_memory_utilization": 0.1424, "enforce_eager": True},
+        vllm_version="0.26.0",
+    )
+    budget = 0.1424 * load_device("h200").torch_total_mib
+    return [
         Claim(
             "--max-batch-size 2 bounds the batch",
             "no",
@@ -128,6 +130,23 @@ def claims() -> list[Claim]:
             f"the plan sizes the pool ({recipe.per_gpu['kv_cache'] / MIB:,.0f} MiB) and the limit is checked"
             " by NVML under load",
         ),
+    ]
+
+
+def _pool(recipe: Plan) -> list[Claim]:
+    """What the article says of the KV cache and of offload."""
+    card = model_cards.quantized(model_cards.load_card("llama-2-70b"), AWQ)
+    half = _plan("low_latency", overrides={"max_model_len": 1280, "gpu_memory_utilization": 0.95})
+    whole = _plan("low_latency", overrides={"max_model_len": 4096, "gpu_memory_utilization": 0.95})
+    token_kib = recipe.per_gpu["kv_cache"] / max(1, recipe.kv_tokens) * recipe.tensor_parallel_size / 1024
+    naive_kib = card.layers * card.hidden_size * 2 / 1024
+    ignored = _plan(
+        "offload",
+        device="h200",
+        overrides=UVA | {"cpu_offload_gb": 19, "gpu_memory_utilization": 0.1389},
+        vllm_version="0.26.0",
+    )
+    return [
         Claim(
             "--max-model-len 2048 halves the KV cache",
             "no",
@@ -149,6 +168,14 @@ def claims() -> list[Claim]:
             f"{gib(ignored.per_gpu['weights'])} loaded, {gib(ignored.kv_available_bytes)} left for KV",
             'vLLM is pinned, and the log must say "Total CPU offloaded parameters"',
         ),
+    ]
+
+
+def _practices() -> list[Claim]:
+    """What the article advises for every deployment."""
+    graphs = _plan("low_latency", device="h200")
+    eager = _plan("low_latency", device="h200", overrides={"enforce_eager": True})
+    return [
         Claim(
             "--quantization awq is needed",
             "harmful",

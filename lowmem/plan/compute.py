@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lowmem.errors import BadInput
-from lowmem.plan import engine_config, support
-from lowmem.plan.engine_config import Engine
-from lowmem.plan.latency import hops, idle_share, latency, link_needs
+from lowmem.plan import support
+from lowmem.plan.engine_config import EngineConfig
+from lowmem.plan.latency import idle_share, latency, link_needs
 from lowmem.plan.launch import arguments_of, environment_of, nodes_of, service_limits
 from lowmem.plan.memory import (
     CardMemory,
@@ -20,7 +21,9 @@ from lowmem.plan.memory import (
     usable_kv_tokens,
 )
 from lowmem.plan.request import Inputs
+from lowmem.plan.resolve import resolve
 from lowmem.plan.stages import Part, hop_bytes_per_token
+from lowmem.plan.steps import StepModel
 from lowmem.plan.verdict import (
     ceiling,
     fit_notes,
@@ -31,41 +34,62 @@ from lowmem.plan.verdict import (
     start_notes,
 )
 from lowmem.plan.weights import stored_bytes
-from lowmem.schema import Device, Latency, Pipeline, Plan, Stage, Verdict
+from lowmem.schema import Device, Limits, Pipeline, Plan, Stage, Verdict
 from lowmem.units import mib
 
 
-def compute(inputs: Inputs) -> Plan:
-    """The plan without a search for alternatives."""
-    p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
+def engine_of(inputs: Inputs) -> EngineConfig:
+    """The engine that the knobs make. BadInput where a request of the load is longer than it takes."""
+    load = inputs.load
     env = {name: str(k.value) for name, k in inputs.environment.items()}
-    engine = engine_config.resolve(
-        inputs.knobs, card, device, inputs.count, inputs.vllm_version, env, inputs.hosts
+    engine = resolve(
+        inputs.knobs, inputs.card, inputs.device, inputs.count, inputs.vllm_version, env, inputs.hosts
     )
     if load.input_tokens + load.output_tokens > engine.max_model_len:
         raise BadInput(
             f"input_tokens={load.input_tokens} + output_tokens={load.output_tokens} is more than"
             f" max_model_len={engine.max_model_len}; shorten the request or raise max_model_len"
         )
-    request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
-    held = min(load.clients, engine.max_num_seqs) * request
-    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
-    part, memory = max(stages, key=lambda s: s[1].peak)  # the card that the limit is held against
-    speed = latency(card, engine, device, stages, load, inputs.link)
-    requests = usable_kv_tokens(memory.kv_tokens, engine) // request
-    pipeline = pipeline_of(inputs, engine, stages, speed)
+    return engine
+
+
+def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None, requests: int) -> list[str]:
+    """Why the plan is impossible; empty where it is not. `requests`: of the load, that the KV pool holds."""
+    engine, load, limits = steps.engine, inputs.load, inputs.limits
     blocked = [
         *support.missing_flags(inputs.knobs, engine.vllm),
-        *support.refusals(engine, card, device),
-        *stage_reasons(engine, device, stages, limits),
+        *support.refusals(engine, inputs.card, inputs.device),
+        *stage_reasons(engine, inputs.device, steps.stages, limits),
         *network_reasons(pipeline, load, limits),
     ]
     if not blocked and requests < 1:
+        part, memory = fullest(steps.stages)
         need = kv_bytes_per_token(part.card, engine) * (load.input_tokens + load.output_tokens)
         blocked = [
             f"kv_cache: the pool of {mib(memory.terms['kv_cache'])} holds no request of the load; one needs"
             f" {mib(need)}"
         ]
+    return blocked
+
+
+def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
+    """The stage whose card the limit is held against."""
+    return max(stages, key=lambda s: s[1].peak)
+
+
+def compute(inputs: Inputs) -> Plan:
+    """The plan without a search for alternatives."""
+    p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
+    engine = engine_of(inputs)
+    request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
+    held = min(load.clients, engine.max_num_seqs) * request
+    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
+    part, memory = fullest(stages)
+    steps = StepModel(card, engine, device, stages, load, inputs.link)
+    speed = latency(steps)
+    requests = usable_kv_tokens(memory.kv_tokens, engine) // request
+    pipeline = pipeline_of(steps, limits)
+    blocked = blocking_reasons(inputs, steps, pipeline, requests)
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
@@ -129,7 +153,9 @@ def weight_terms(memory: CardMemory) -> dict[str, int]:
     }
 
 
-def stages_of(engine: Engine, device: Device, stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Stage, ...]:
+def stages_of(
+    engine: EngineConfig, device: Device, stages: Sequence[tuple[Part, CardMemory]]
+) -> tuple[Stage, ...]:
     """One card of each pipeline stage; empty where there is one stage, which the plan itself describes."""
     if engine.pp == 1:
         return ()
@@ -148,18 +174,16 @@ def stages_of(engine: Engine, device: Device, stages: Sequence[tuple[Part, CardM
     )
 
 
-def pipeline_of(
-    inputs: Inputs, engine: Engine, stages: Sequence[tuple[Part, CardMemory]], speed: Latency
-) -> Pipeline | None:
+def pipeline_of(steps: StepModel, limits: Limits) -> Pipeline | None:
     """What passes between the stages at the load, and what the link must be; None for one stage."""
+    engine, load, link = steps.engine, steps.load, steps.link
     if engine.pp == 1:
         return None
-    card, device, load, link = inputs.card, inputs.device, inputs.load, inputs.link
     together = min(load.clients, engine.max_num_seqs)
-    hop = hops(card, engine, device, link, together)
-    token = hop_bytes_per_token(card, engine)
-    one = load.model_copy(update={"clients": 1})
-    needs = link_needs(card, engine, device, stages, load, inputs.limits, link) if link else (None, None)
+    hop = steps.hops(together)
+    token = hop_bytes_per_token(steps.card, engine)
+    alone = replace(steps, load=load.model_copy(update={"clients": 1}))
+    needs = link_needs(steps, link, limits) if link else (None, None)
     return Pipeline(
         network=link,
         bytes_per_token=token,
@@ -167,8 +191,8 @@ def pipeline_of(
         bytes_per_prefill_step=token * min(engine.max_num_batched_tokens, load.input_tokens),
         hop_floor_ms=round(hop.floor, 4),
         hop_ms=round(hop.expected, 4),
-        idle_share_one_client=round(idle_share(card, engine, device, stages, one, link), 4),
-        idle_share=round(idle_share(card, engine, device, stages, load, link), 4),
+        idle_share_one_client=round(idle_share(alone), 4),
+        idle_share=round(idle_share(steps), 4),
         least_gb_per_s=needs[0],
         most_round_trip_us=needs[1],
     )

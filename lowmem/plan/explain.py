@@ -12,7 +12,7 @@ from typing import Any
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan.compute import compute
-from lowmem.plan.request import Inputs, gather
+from lowmem.plan.request import Inputs
 from lowmem.schema import Knob, Plan
 from lowmem.units import MIB
 
@@ -119,8 +119,3 @@ def measured_effects(folder: Path, profile: str) -> dict[str, str]:
         return {}
     table = parse_yaml(file.read_text(encoding="utf-8")) or {}
     return {str(k): str(v) for k, v in (table.get(profile) or {}).items()}
-
-
-def inputs_for(profile: str, model: str | None, device: str | None, count: int | None, **more: Any) -> Inputs:
-    """The names of the command line as inputs of a plan."""
-    return gather(profile, model, device, count, **more)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from lowmem.plan import knobs
-from lowmem.plan.engine_config import Engine
+from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory
 from lowmem.plan.request import Inputs
 from lowmem.plan.weights import stored_bytes
@@ -25,7 +25,9 @@ from lowmem.schema import (
 from lowmem.units import MIB
 
 
-def arguments_of(inputs: Inputs, engine: Engine, memory: CardMemory, pool_bytes: int) -> tuple[Argument, ...]:
+def arguments_of(
+    inputs: Inputs, engine: EngineConfig, memory: CardMemory, pool_bytes: int
+) -> tuple[Argument, ...]:
     """The arguments of `vllm serve`, each with its reason, in the profile's order."""
     place, card = inputs.deploy, inputs.card
     made = (
@@ -207,7 +209,7 @@ def drain_s(load: Load, limits: Limits) -> int:
 
 
 def service_limits(
-    engine: Engine, device: Device, host: Mapping[str, int], card: ModelCard, load: Load, limits: Limits
+    engine: EngineConfig, device: Device, host: Mapping[str, int], card: ModelCard, load: Load, limits: Limits
 ) -> ServiceLimits:
     """What the service manager is told: time to start by checkpoint size, RAM with a quarter of headroom
     (half for pinned buffers).

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import _mib, constant
-from lowmem.plan.engine_config import Engine
+from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.stages import Part, parts, pipeline_buffers
 from lowmem.plan.weights import (
     Weights,
@@ -24,7 +24,7 @@ from lowmem.schema import Device, ModelCard
 from lowmem.units import MIB
 
 
-def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
+def kv_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:
     """Keys and values of one token on one card, all layers, in bytes."""
     heads = max(1, card.kv_heads // engine.tp)
     full = 2 * card.head_dim * DTYPE_BYTES[engine.dtype]
@@ -55,7 +55,7 @@ def kv_bytes_per_token(card: ModelCard, engine: Engine) -> int:
     return heads * (ends * full + (card.layers - ends) * small)
 
 
-def peak_activations(card: ModelCard, engine: Engine, samples: bool = True) -> int:
+def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True) -> int:
     """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, the
     sampled rows' logits.
 
@@ -76,7 +76,7 @@ def peak_activations(card: ModelCard, engine: Engine, samples: bool = True) -> i
     return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
 
 
-def graphs(card: ModelCard, engine: Engine) -> int:
+def graphs(card: ModelCard, engine: EngineConfig) -> int:
     """CUDA graphs of the captured sizes; NCCL's all-reduces keep more in them than vLLM's own."""
     if not engine.graph_sizes:
         return 0
@@ -86,7 +86,7 @@ def graphs(card: ModelCard, engine: Engine) -> int:
     return _mib("graph_base_mib") + round(len(engine.graph_sizes) * card.layers * each * MIB)
 
 
-def offload_buffers(engine: Engine, w: Weights) -> int:
+def offload_buffers(engine: EngineConfig, w: Weights) -> int:
     """Prefetch back end: `prefetch_step` slots of one layer's offloaded parameters on the card."""
     if engine.offload != "prefetch" or ignores_offload(engine):
         return 0
@@ -94,7 +94,7 @@ def offload_buffers(engine: Engine, w: Weights) -> int:
     return engine.prefetch_step * layer
 
 
-def of_loading(which: str, card: ModelCard, engine: Engine) -> float | None:
+def of_loading(which: str, card: ModelCard, engine: EngineConfig) -> float | None:
     """A constant of the checkpoint's format; of the format with torch's expandable segments where that was
     measured.
     """
@@ -128,13 +128,13 @@ class CardMemory:
         return self.total + sum(self.load.values())
 
 
-def usable_kv_tokens(kv_tokens: int, engine: Engine) -> int:
+def usable_kv_tokens(kv_tokens: int, engine: EngineConfig) -> int:
     """What requests can have of a pool: block 0 is the engine's own."""
     return max(0, kv_tokens - engine.block_tokens)
 
 
 def stage_memories(
-    card: ModelCard, engine: Engine, device: Device, limit_bytes: int, load_tokens: int = 0
+    card: ModelCard, engine: EngineConfig, device: Device, limit_bytes: int, load_tokens: int = 0
 ) -> tuple[tuple[Part, CardMemory], ...]:
     """One card of each stage. The pool has as many blocks on each as the stage with the least room (0.32.0,
     kv_cache_utils.py).
@@ -159,7 +159,7 @@ def stage_memories(
 
 def card_memory(
     card: ModelCard,
-    engine: Engine,
+    engine: EngineConfig,
     device: Device,
     limit_bytes: int,
     load_tokens: int = 0,
@@ -222,7 +222,7 @@ def card_memory(
     return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, before + terms["nccl"])
 
 
-def start_room(terms: dict[str, int], engine: Engine, device: Device) -> int:
+def start_room(terms: dict[str, int], engine: EngineConfig, device: Device) -> int:
     """Bytes the card can give when the engine allocates its pool: graphs are not there yet, pieces left from
     loading and profiling are.
 
@@ -240,7 +240,7 @@ def start_room(terms: dict[str, int], engine: Engine, device: Device) -> int:
     return device.torch_total_mib * MIB - there - left
 
 
-def loading(card: ModelCard, engine: Engine, memory: CardMemory, which: str) -> int:
+def loading(card: ModelCard, engine: EngineConfig, memory: CardMemory, which: str) -> int:
     """Bytes on one card while weights are loaded and repacked, before there is a KV pool; `which`:
     loading_needs or loading_seen.
     """
@@ -248,7 +248,7 @@ def loading(card: ModelCard, engine: Engine, memory: CardMemory, which: str) -> 
     return memory.weights.on_card + memory.before_start + round(extra)
 
 
-def start_peak(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> int:
+def start_peak(card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory) -> int:
     """What NVML may show while starting, up to what the card has: freed blocks stay in the allocator's cache
     until the card is short.
     """
@@ -257,7 +257,7 @@ def start_peak(card: ModelCard, engine: Engine, device: Device, memory: CardMemo
     return max(memory.peak, min(loading(card, engine, memory, "loading_seen"), device.torch_total_mib * MIB))
 
 
-def nccl(engine: Engine, device: Device) -> int:
+def nccl(engine: EngineConfig, device: Device) -> int:
     """NCCL's buffers (a base and a share for each channel) and those of the all-reduces beside it, 0 on a
     single card.
     """
@@ -281,7 +281,7 @@ def nccl(engine: Engine, device: Device) -> int:
 
 def cpu_memory(
     card: ModelCard,
-    engine: Engine,
+    engine: EngineConfig,
     device: Device,
     limit_bytes: int,
     load_tokens: int = 0,
@@ -311,7 +311,7 @@ def cpu_memory(
     return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, 0)
 
 
-def chosen_pool(engine: Engine, block: int, room: int, limit_bytes: int, load_tokens: int) -> int:
+def chosen_pool(engine: EngineConfig, block: int, room: int, limit_bytes: int, load_tokens: int) -> int:
     """Bytes of the KV pool that the plan chooses in the room there is.
 
     At most what `max_num_seqs` requests of `max_model_len` can use, leaving the model's own error below the
@@ -328,7 +328,7 @@ def next_power_of_two(n: int) -> int:
     return 1 if n <= 1 else 1 << (n - 1).bit_length()
 
 
-def host_ram(card: ModelCard, engine: Engine, device: Device, memory: CardMemory) -> dict[str, int]:
+def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory) -> dict[str, int]:
     """Host RAM of the running service by term, in bytes; of several hosts the one that serves. On a CPU the
     service itself is the use.
     """

@@ -4,44 +4,21 @@ package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from lowmem.plan.compute import compute
-from lowmem.plan.request import gather
+from lowmem.plan.request import PlanRequest, gather
 from lowmem.plan.search import nearest
-from lowmem.schema import VLLM_VERSION, Deploy, Device, Link, ModelCard, Plan, Profile, Scalar
+from lowmem.schema import Plan
 
 
-def make_plan(
-    profile: str | Profile,
-    model: str | ModelCard | None = None,
-    device: str | Device | None = None,
-    count: int | None = None,
-    overrides: Mapping[str, Scalar] | None = None,
-    deploy: Deploy | Mapping[str, object] | None = None,
-    *,
-    clients: int | None = None,
-    input_tokens: int | None = None,
-    output_tokens: int | None = None,
-    memory_limit_bytes: int | None = None,
-    environment: Mapping[str, str] | None = None,
-    vllm_version: str = VLLM_VERSION,
-    hosts: int | None = None,
-    network: str | Link | None = None,
-    search: bool = True,
-) -> Plan:
-    """The plan of a profile for a model on `count` devices a host; None takes the profile's own. `overrides`:
-    knob -> value, as `--set`.
+def make_plan(request: PlanRequest) -> Plan:
+    """The plan of a request.
 
     Never raises for a plan that does not fit (the verdict says so); BadInput, one line, for input that cannot
-    be planned. `search=False` leaves `nearest` out.
+    be planned.
     """
-    inputs = gather(
-        profile, model, device, count, overrides, deploy, clients=clients, input_tokens=input_tokens, output_tokens=output_tokens,
-        memory_limit_bytes=memory_limit_bytes, environment=environment, vllm_version=vllm_version, hosts=hosts, network=network,
-    )  # fmt: skip
+    inputs = gather(request)
     plan = compute(inputs)
-    if not search or plan.verdict == "fits":
+    if not request.search or plan.verdict == "fits":
         return plan
     found = nearest(inputs, plan)
     if found is None:

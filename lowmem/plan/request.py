@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, links, model_cards, profiles
@@ -29,6 +29,28 @@ _POOL_KNOBS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_block
 
 
 @dataclass(frozen=True)
+class PlanRequest:
+    """What someone asks a plan for; None takes the profile's own."""
+
+    profile: str | Profile
+    model: str | ModelCard | None = None
+    device: str | Device | None = None
+    count: int | None = None  # cards of each host
+    overrides: Mapping[str, Scalar] = field(default_factory=dict)  # knob -> value, as `--set`
+    deploy: Deploy | Mapping[str, object] | None = None
+    _: KW_ONLY
+    clients: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    memory_limit_bytes: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    vllm_version: str = VLLM_VERSION
+    hosts: int | None = None
+    network: str | Link | None = None
+    search: bool = True  # for the nearest profile that does better
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Everything a plan is a function of."""
 
@@ -47,74 +69,101 @@ class Inputs:
     link: Link | None = None  # between the hosts; None: there is one host
 
 
-def gather(
-    profile: str | Profile,
-    model: str | ModelCard | None = None,
-    device: str | Device | None = None,
-    count: int | None = None,
-    overrides: Mapping[str, Scalar] | None = None,
-    deploy: Deploy | Mapping[str, object] | None = None,
-    *,
-    clients: int | None = None,
-    input_tokens: int | None = None,
-    output_tokens: int | None = None,
-    memory_limit_bytes: int | None = None,
-    environment: Mapping[str, str] | None = None,
-    vllm_version: str = VLLM_VERSION,
-    hosts: int | None = None,
-    network: str | Link | None = None,
-) -> Inputs:
+def gather(request: PlanRequest) -> Inputs:
     """Names to data, overrides checked. BadInput for anything that cannot be planned."""
-    p = profiles.load_profile(profile) if isinstance(profile, str) else profile
-    d = devices.load_device(device or p.device) if not isinstance(device, Device) else device
-    c = model_cards.load_card(model or p.model) if not isinstance(model, ModelCard) else model
-    n = p.device_count if count is None else count
+    p = profiles.load_profile(request.profile) if isinstance(request.profile, str) else request.profile
+    wanted_device, wanted_model = request.device or p.device, request.model or p.model
+    d = devices.load_device(wanted_device) if isinstance(wanted_device, str) else wanted_device
+    c = model_cards.load_card(wanted_model) if isinstance(wanted_model, str) else wanted_model
+    n = _count(request, p, d)
+    given = _knobs(request, p)
+    environment = {name: Knob(value=v, why="set by the operator") for name, v in request.environment.items()}
+    load, limits = _load(request, p), _limits(request, p)
+    quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
+    place = Deploy.model_validate(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
+    hosts, link = _hosts(request, p)
+    if place:
+        refuse_place(place, hosts)
+    return Inputs(
+        profile=p,
+        base=c,
+        card=quantized,
+        device=d,
+        count=n,
+        knobs=given,
+        environment={**p.environment, **environment},
+        load=load,
+        limits=limits,
+        vllm_version=request.vllm_version,
+        deploy=place,
+        hosts=hosts,
+        link=link,
+    )
+
+
+def _count(request: PlanRequest, profile: Profile, device: Device) -> int:
+    """Cards of one host."""
+    n = profile.device_count if request.count is None else request.count
     if not 1 <= n <= 64:
         raise BadInput(f"count={n} is not from 1 to 64; give the number of cards of one host")
-    if d.kind == "cpu" and n != 1:
-        raise BadInput(f"count={n} with device {d.name}: a CPU is one device; use --count 1")
-    merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in p.knobs.items()}
-    given = {name: knobs.checked(name, value) for name, value in (overrides or {}).items()}
+    if device.kind == "cpu" and n != 1:
+        raise BadInput(f"count={n} with device {device.name}: a CPU is one device; use --count 1")
+    return n
+
+
+def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
+    """The profile's knobs, and over them those of the request."""
+    merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in profile.knobs.items()}
+    given = {name: knobs.checked(name, value) for name, value in request.overrides.items()}
     if any(name in given for name in _POOL_KNOBS):
         merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
-    merged.update(
-        {
-            name: Knob(value=v, why=f"set by the operator (profile {p.name}: {_before(p, name)})")
-            for name, v in given.items()
-        }
-    )
-    env = dict(p.environment)
-    env.update({name: Knob(value=v, why="set by the operator") for name, v in (environment or {}).items()})
-    asked = {"clients": clients, "input_tokens": input_tokens, "output_tokens": output_tokens}
+    for name, value in given.items():
+        why = f"set by the operator (profile {profile.name}: {_before(profile, name)})"
+        merged[name] = Knob(value=value, why=why)
+    return merged
+
+
+def _load(request: PlanRequest, profile: Profile) -> Load:
+    """The profile's load with what the request changes of it."""
+    asked = {
+        "clients": request.clients,
+        "input_tokens": request.input_tokens,
+        "output_tokens": request.output_tokens,
+    }
     for name, value in asked.items():
         if value is not None and not 1 <= value <= 10_000_000:
             raise BadInput(f"{name}={value} is not from 1 to 10,000,000; correct it")
-    if clients is not None and clients > 100_000:
-        raise BadInput(f"clients={clients} is more than 100,000; correct it")
-    load = p.load.model_copy(update={k: v for k, v in asked.items() if v is not None})
-    limits = p.limits
-    if memory_limit_bytes is not None:
-        if memory_limit_bytes < MIB:
-            raise BadInput(
-                f"memory limit {memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g."
-                " 20GiB"
-            )
-        limits = limits.model_copy(update={"memory_bytes": memory_limit_bytes})
-    quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, merged), merged))
-    place = Deploy.model_validate(deploy) if deploy is not None and not isinstance(deploy, Deploy) else deploy
-    h = p.hosts if hosts is None else hosts
-    if not 1 <= h <= 64:
-        raise BadInput(f"hosts={h} is not from 1 to 64; give the number of hosts that one server spans")
-    link = (
-        (links.load_link(joined) if isinstance(joined := network or p.network, str) else joined)
-        if h > 1
-        else None
-    )
-    if h > 1 and link is None:
-        raise BadInput(f"hosts={h} needs the network between them: name one of {', '.join(links.names())}")
-    if place:
-        refuse_place(place, h)
-    return Inputs(p, c, quantized, d, n, merged, env, load, limits, vllm_version, place, h, link)
+    if request.clients is not None and request.clients > 100_000:
+        raise BadInput(f"clients={request.clients} is more than 100,000; correct it")
+    return profile.load.model_copy(update={k: v for k, v in asked.items() if v is not None})
+
+
+def _limits(request: PlanRequest, profile: Profile) -> Limits:
+    """The profile's limits with the request's memory limit, if it has one."""
+    if request.memory_limit_bytes is None:
+        return profile.limits
+    if request.memory_limit_bytes < MIB:
+        raise BadInput(
+            f"memory limit {request.memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g."
+            " 20GiB"
+        )
+    return profile.limits.model_copy(update={"memory_bytes": request.memory_limit_bytes})
+
+
+def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
+    """Hosts that one server spans, and the link between them; None for one host."""
+    hosts = profile.hosts if request.hosts is None else request.hosts
+    if not 1 <= hosts <= 64:
+        raise BadInput(f"hosts={hosts} is not from 1 to 64; give the number of hosts that one server spans")
+    if hosts == 1:
+        return hosts, None
+    joined = request.network or profile.network
+    link = links.load_link(joined) if isinstance(joined, str) else joined
+    if link is None:
+        raise BadInput(
+            f"hosts={hosts} needs the network between them: name one of {', '.join(links.names())}"
+        )
+    return hosts, link
 
 
 class BadPlace(BadInput):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards, profiles
 from lowmem.plan.compute import compute
-from lowmem.plan.request import Inputs, gather
+from lowmem.plan.request import Inputs, PlanRequest, gather
 from lowmem.schema import Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
 from lowmem.units import GIB, MIB, mib
 
@@ -29,12 +29,17 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
                 continue
             for count in sorted({inputs.count, p.device_count}):
                 try:
-                    plan = compute(
-                        gather(
-                            p, inputs.base, inputs.device, count, None, clients=inputs.load.clients, input_tokens=inputs.load.input_tokens,
-                            output_tokens=inputs.load.output_tokens, vllm_version=inputs.vllm_version,
-                        )
-                    )  # fmt: skip
+                    request = PlanRequest(
+                        p,
+                        inputs.base,
+                        inputs.device,
+                        count,
+                        clients=inputs.load.clients,
+                        input_tokens=inputs.load.input_tokens,
+                        output_tokens=inputs.load.output_tokens,
+                        vllm_version=inputs.vllm_version,
+                    )
+                    plan = compute(gather(request))
                 except BadInput:
                     continue
                 found.append(plan)
@@ -156,13 +161,12 @@ def options(
                         knobs["kv_cache_dtype"] = kv
                     try:
                         p = _profile(quantization, limits, load, count, device, card.name)
-                        plain = compute(gather(p, card, device, count, knobs, vllm_version=vllm_version))
+                        asked = PlanRequest(p, card, device, count, knobs, vllm_version=vllm_version)
+                        plan = compute(gather(asked))
                         if share:
-                            layered = sum(plain.weight_terms[k] for k in ("sharded", "replicated"))
-                            knobs["cpu_offload_gb"] = round(layered * share / GIB, 1)
-                            plan = compute(gather(p, card, device, count, knobs, vllm_version=vllm_version))
-                        else:
-                            plan = plain
+                            layered = sum(plan.weight_terms[k] for k in ("sharded", "replicated"))
+                            knobs = {**knobs, "cpu_offload_gb": round(layered * share / GIB, 1)}
+                            plan = compute(gather(replace(asked, overrides=knobs)))
                     except BadInput:
                         continue
                     shown = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import _mib
-from lowmem.plan.engine_config import Engine
+from lowmem.plan.engine_config import EngineConfig
 from lowmem.schema import ModelCard
 
 
@@ -21,7 +21,7 @@ class Part:
     last: bool
 
 
-def parts(card: ModelCard, engine: Engine) -> tuple[Part, ...]:
+def parts(card: ModelCard, engine: EngineConfig) -> tuple[Part, ...]:
     """The stages in order; a single one is the model itself.
 
     0.32.0, models/llama.py: the embedding is on the first stage (and on the last where lm_head is the same
@@ -47,14 +47,14 @@ def parts(card: ModelCard, engine: Engine) -> tuple[Part, ...]:
     return tuple(found)
 
 
-def hop_bytes_per_token(card: ModelCard, engine: Engine) -> int:
+def hop_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:
     """Hidden states and residual of one token, which each stage hands to the
     next (0.32.0, models/llama.py).
     """
     return 2 * card.hidden_size * DTYPE_BYTES[engine.dtype]
 
 
-def pipeline_buffers(part: Part, engine: Engine) -> int:
+def pipeline_buffers(part: Part, engine: EngineConfig) -> int:
     """On a card: what a stage receives, once for the captured graphs and once as it comes; what it has handed
     on stays until it is sent.
 

@@ -1,11 +1,13 @@
-"""Says what a vLLM version or a device refuses."""
+"""Says what a vLLM version, a device, a model or the knobs together refuse."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from lowmem.data import load_yaml
-from lowmem.plan.engine_config import KV_DTYPES, Engine
+from lowmem.errors import BadInput
+from lowmem.plan.engine_config import FORMATS, KV_DTYPES, EngineConfig
 from lowmem.plan.knobs import _capability, flag_of, version_tuple
 from lowmem.schema import Device, Knob, ModelCard
 
@@ -31,7 +33,7 @@ PIPELINE_SINCE = (0, 32, 0)
 """The version whose pipeline stages and multi-node mode were read."""
 
 
-def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
+def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]:
     """What this version or this capability cannot run, each with what it needs."""
     reasons = []
     if engine.pp > 1 and engine.vllm < PIPELINE_SINCE:
@@ -89,3 +91,145 @@ def refusals(engine: Engine, card: ModelCard, device: Device) -> list[str]:
             " float16"
         )
     return reasons
+
+
+def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
+    """BadInput where the cards of a host are too few, or a layer would be split across hosts."""
+    if tp > count and hosts > 1:
+        raise BadInput(
+            f"tensor_parallel_size={tp} is more than the {count} card(s) of a host: each layer would wait"
+            f" twice a token for the network between hosts; use tensor_parallel_size={count} inside a host"
+            f" and pipeline_parallel_size={hosts} across"
+        )
+    if tp > count:
+        raise BadInput(
+            f"tensor_parallel_size={tp} is more than the {count} card(s); lower it or raise --count"
+        )
+    if pp % hosts:
+        raise BadInput(
+            f"pipeline_parallel_size={pp} does not deal its stages evenly to {hosts} hosts; use a multiple of"
+            f" {hosts}"
+        )
+    if tp * pp // hosts > count:
+        raise BadInput(
+            f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} need {tp * pp // hosts} cards a host"
+            f" and there are {count}; lower one of them or raise --count"
+        )
+
+
+def refuse_split(card: ModelCard, tp: int) -> None:
+    """BadInput where so many cards cannot share the model's layers."""
+    if card.heads % tp:
+        raise BadInput(
+            f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use"
+            " a divisor"
+        )
+    if card.kv_heads % tp and tp % card.kv_heads:
+        raise BadInput(
+            f"tensor_parallel_size={tp} and the {card.kv_heads} key/value heads of {card.name} do not divide"
+            " one another; use a divisor"
+        )
+    for g in card.groups:
+        side = g.out_features if g.split in ("column", "kv") else g.in_features
+        if g.split in ("column", "row") and side % tp:
+            raise BadInput(
+                f"tensor_parallel_size={tp} does not divide the {side} features of {g.name} in {card.name};"
+                " use a divisor"
+            )
+        group = card.quantization.group_size
+        if g.quantized and g.split == "row" and group > 0 and (side // tp) % group:
+            raise BadInput(
+                f"tensor_parallel_size={tp} leaves {side // tp} inputs of {g.name} a card, no multiple of the"
+                f" quantization group {group}; use a divisor or a smaller group"
+            )
+
+
+def refuse_dtype(card: ModelCard, dtype: str) -> None:
+    """BadInput where the checkpoint's format has no kernels of this type."""
+    if dtype == "float32" and card.quantization.method in ("awq", "gptq"):
+        raise BadInput(
+            f"dtype=float32 is not supported for quantization method {card.quantization.method}; use float16"
+            " or bfloat16"
+        )
+
+
+def refuse_quantization(card: ModelCard, v: Mapping[str, Any]) -> None:
+    """BadInput where the `quantization` knob contradicts the checkpoint."""
+    if "quantization" in v and v["quantization"] not in (*FORMATS, "fp8"):
+        raise BadInput(
+            f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from"
+            " the checkpoint"
+        )
+    named = FORMATS.get(str(v.get("quantization")))
+    if named and card.quantization.method not in ("none", named):
+        raise BadInput(
+            f"quantization={v['quantization']} does not match the checkpoint's own method,"
+            f" {card.quantization.method}; leave the knob out"
+        )
+    if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
+        raise BadInput(
+            f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none;"
+            " quantize it first or leave the knob out"
+        )
+
+
+def refuse_batch(v: Mapping[str, Any], seqs: int, batched: int, max_len: int) -> None:
+    """BadInput where a step has no room for its sequences, or for the whole prompt that it must take."""
+    if batched < seqs:
+        raise BadInput(
+            f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}; each sequence needs one"
+            " token of a step: raise it"
+        )
+    if v.get("enable_chunked_prefill") is False and batched < max_len:
+        raise BadInput(
+            f"max_num_batched_tokens={batched} is smaller than max_model_len={max_len} and"
+            " enable_chunked_prefill is false; raise it or leave chunked prefill on"
+        )
+
+
+def refuse_kv(kv_dtype: str, block: int) -> None:
+    """BadInput for a KV type or a block size that no version has."""
+    if kv_dtype not in KV_DTYPES:
+        raise BadInput(f"kv_cache_dtype={kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
+    if block % 16:
+        raise BadInput(f"block_size={block} is not a multiple of 16; use 16, 32, 64 or 128")
+
+
+def offload_groups(v: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Layers of a group, how many of them are prefetched, and how many layers ahead."""
+    return (
+        int(v.get("offload_group_size", 0)),
+        int(v.get("offload_num_in_group", 1)),
+        int(v.get("offload_prefetch_step", 1)),
+    )
+
+
+def refuse_offload(v: Mapping[str, Any], card: ModelCard) -> None:
+    """BadInput where the knobs of weight offload contradict one another or the model."""
+    uva, backend = float(v.get("cpu_offload_gb", 0)), str(v.get("offload_backend", "auto"))
+    group, num, step = offload_groups(v)
+    if uva > 0 and group > 0:
+        raise BadInput(
+            f"cpu_offload_gb={uva:g} and offload_group_size={group} ask for two offload back ends; set one of"
+            " them to 0"
+        )
+    if (backend == "uva" and group > 0) or (backend == "prefetch" and uva > 0):
+        raise BadInput(
+            f"offload_backend={backend} contradicts {'offload_group_size' if group else 'cpu_offload_gb'},"
+            " which would be ignored; set it to 0"
+        )
+    if backend == "prefetch" and group == 0:
+        raise BadInput("offload_backend=prefetch needs offload_group_size of 1 or more; set it")
+    if group:
+        if num > group:
+            raise BadInput(f"offload_num_in_group={num} is more than offload_group_size={group}; lower it")
+        if step < 1:
+            raise BadInput(
+                f"offload_prefetch_step={step} must be 1 or more with offload_group_size={group}; raise it"
+            )
+        if group > card.layers:
+            raise BadInput(
+                f"offload_group_size={group} is more than the {card.layers} layers of {card.name}; lower it"
+            )
+    elif num > 1:
+        raise BadInput(f"offload_num_in_group={num} does nothing without offload_group_size; set it")

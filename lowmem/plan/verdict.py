@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lowmem.plan.engine_config import Engine
+from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory, loading, start_peak, start_room
 from lowmem.plan.stages import Part
 from lowmem.plan.weights import ignores_offload
@@ -21,7 +21,7 @@ def ceiling(device: Device, limits: Limits) -> int:
 
 
 def stage_reasons(
-    engine: Engine, device: Device, stages: Sequence[tuple[Part, CardMemory]], limits: Limits
+    engine: EngineConfig, device: Device, stages: Sequence[tuple[Part, CardMemory]], limits: Limits
 ) -> list[str]:
     """As `memory_reasons` of each stage, with its number where there are several; the same one on several
     stages is said once.
@@ -39,7 +39,7 @@ def stage_reasons(
 
 
 def memory_reasons(
-    engine: Engine, card: ModelCard, device: Device, memory: CardMemory, limits: Limits
+    engine: EngineConfig, card: ModelCard, device: Device, memory: CardMemory, limits: Limits
 ) -> list[str]:
     """Why the engine would not start, or would pass the limit: the term and by how many bytes."""
     reasons = []
@@ -140,7 +140,7 @@ def pipeline_notes(pipeline: Pipeline | None, speed: Latency) -> list[str]:
     ]
 
 
-def _pool_advice(engine: Engine) -> str:
+def _pool_advice(engine: EngineConfig) -> str:
     return (
         "raise the memory limit"
         if engine.kv_auto
@@ -150,7 +150,9 @@ def _pool_advice(engine: Engine) -> str:
     )
 
 
-def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, requests: int) -> list[str]:
+def slow_reasons(
+    engine: EngineConfig, speed: Latency, load: Load, limits: Limits, requests: int
+) -> list[str]:
     """Which latency limit is missed, by how much, and which term it is."""
     reasons = []
     terms = speed.terms
@@ -196,7 +198,7 @@ def slow_reasons(engine: Engine, speed: Latency, load: Load, limits: Limits, req
 
 
 def fit_notes(
-    engine: Engine, card: ModelCard, memory: CardMemory, limits: Limits, requests: int, load: Load
+    engine: EngineConfig, card: ModelCard, memory: CardMemory, limits: Limits, requests: int, load: Load
 ) -> list[str]:
     """What a plan that fits has to say for itself."""
     room = limits.memory_bytes - memory.peak
@@ -207,7 +209,7 @@ def fit_notes(
 
 
 def start_notes(
-    card: ModelCard, engine: Engine, device: Device, memory: CardMemory, limits: Limits
+    card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory, limits: Limits
 ) -> list[str]:
     """A note when the engine passes the limit for some seconds while it starts, which matters on a card that
     others share.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
-from lowmem.plan.engine_config import Engine
+from lowmem.plan.engine_config import EngineConfig
 from lowmem.schema import ModelCard, Quantization, WeightGroup
 from lowmem.units import MIB
 
@@ -109,7 +109,7 @@ _MERGED = {
 _PART_ORDER = ("weight", "zeros", "scales")
 
 
-def layer_parameters(card: ModelCard, engine: Engine) -> tuple[Parameter, ...]:
+def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, ...]:
     """The parameters of one decoder layer on one card, merged and ordered as vLLM registers them (the order
     UVA offload takes them in).
     """
@@ -133,7 +133,7 @@ def layer_parameters(card: ModelCard, engine: Engine) -> tuple[Parameter, ...]:
     return tuple(Parameter(f"{n}.{p}", a, b) for (n, p), (a, b) in merged.items())
 
 
-def weights(card: ModelCard, engine: Engine) -> Weights:
+def weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """One card's weights: sharded, replicated, padded, repacked, and what offload takes away."""
     dtype = DTYPE_BYTES[engine.dtype]
     sharded = replicated = padding = 0
@@ -169,7 +169,7 @@ def weights(card: ModelCard, engine: Engine) -> Weights:
     return Weights(sharded, replicated, padding, repacking, offloaded, layers)
 
 
-def offloaded_parameters(engine: Engine, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:
+def offloaded_parameters(engine: EngineConfig, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:
     """Per layer, the indices of the parameters that live in host RAM. UVA: in order until the budget is met;
     prefetch: the last N of every G layers.
 
@@ -195,7 +195,7 @@ def offloaded_parameters(engine: Engine, layers: tuple[tuple[Parameter, ...], ..
     return taken
 
 
-def streamed_layers(engine: Engine, card: ModelCard) -> int:
+def streamed_layers(engine: EngineConfig, card: ModelCard) -> int:
     """Decoder layers that the prefetch back end copies to the card for every step, 0 with
     another back end.
     """
@@ -204,7 +204,7 @@ def streamed_layers(engine: Engine, card: ModelCard) -> int:
     return sum(n % engine.group_size >= engine.group_size - engine.num_in_group for n in range(card.layers))
 
 
-def ignores_offload(engine: Engine) -> bool:
+def ignores_offload(engine: EngineConfig) -> bool:
     """True for the versions whose default model runner drops weight offload without a word."""
     return (0, 24, 0) <= engine.vllm < (0, 28, 0)
 
@@ -213,7 +213,7 @@ def _wanted(name: str, segments: tuple[str, ...]) -> bool:
     return not segments or any(f".{s}." in f".{name}." for s in segments)
 
 
-def largest_linear(card: ModelCard, engine: Engine) -> int:
+def largest_linear(card: ModelCard, engine: EngineConfig) -> int:
     """Weights of the largest parameter that the loader repacks at once on one card (gate and up projection
     are one).
     """

@@ -146,6 +146,12 @@ def _driver(gpu: dict[str, Any], plan: dict[str, Any] | None) -> Iterator[Findin
             else "run site.yml, or `modprobe nvidia` and read journalctl -k -g NVRM"
         ),
     )
+    yield from _driver_answers(smi, present)
+    yield from _driver_services(gpu)
+
+
+def _driver_answers(smi: dict[str, Any], present: int) -> Iterator[Finding]:
+    """Whether nvidia-smi sees every card, and which CUDA the driver runs."""
     answers = smi["rc"] == 0
     yield _line(
         "driver answers",
@@ -172,6 +178,10 @@ def _driver(gpu: dict[str, Any], plan: dict[str, Any] | None) -> Iterator[Findin
             f" {ENGINE_CUDA_MAJOR}",
             "upgrade the driver to branch 580 or later (docs/runbooks/driver-upgrade.md)",
         )
+
+
+def _driver_services(gpu: dict[str, Any]) -> Iterator[Finding]:
+    """What stands beside the driver: modules, daemons, held packages, headers."""
     yield _line(
         "nvidia-uvm",
         gpu["uvm"]["loaded"],
@@ -240,7 +250,12 @@ def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None
         says + (f"; the plan needs {need:,.0f} MiB" if need and not enough else ""),
         "stop what holds it, or wait for it to end",
     )
+    yield from _card_faults(card, name)
+    yield from _card_speed(card, name)
 
+
+def _card_faults(card: dict[str, Any], name: str) -> Iterator[Finding]:
+    """A split card, and errors of its memory."""
     if card["mig"] == "Enabled":
         yield Finding(
             subject=f"{name} MIG",
@@ -284,6 +299,9 @@ def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None
             do="reboot when it suits, so that the spare row is used",
         )
 
+
+def _card_speed(card: dict[str, Any], name: str) -> Iterator[Finding]:
+    """What makes a card slower than it is: its link, its clocks."""
     generation, best = card["link_generation"], card["link_generation_max"]
     width, widest = card["link_width"], card["link_width_max"]
     if None not in (generation, best, width, widest):

@@ -136,13 +136,6 @@ def tiles(live: Live, seen: Status) -> list[Tile]:
     """The live figures, most asked for first."""
     samples = live.samples
     curves = _Curves(samples, live.look.at)
-    used = max(seen.memory_bytes, default=None)
-    most_used = max((max(s.memory_bytes) for s in samples if s.memory_bytes), default=None)
-    several = len(seen.memory_bytes) > 1
-    over = used is not None and used > seen.memory_limit_bytes
-    above = (
-        f"{mib(used - seen.memory_limit_bytes)} over the limit of" if used is not None and over else "limit"
-    )
     kv = seen.kv_usage or 0
     return [
         Tile(
@@ -191,24 +184,35 @@ def tiles(live: Live, seen: Status) -> list[Tile]:
             curves,
             lambda w: w.ttft.quantile(0.99),
         ),
-        Tile(
-            "Memory" if not several else "Memory, fullest GPU",
-            mib(used) or "-",
-            "MiB",
-            (
-                f"{above} {mib(seen.memory_limit_bytes)}; planned peak {mib(seen.memory_plan_bytes)}"
-                if used is not None
-                else seen.memory_source
-            ),
-            share=100 * used / seen.memory_limit_bytes if used is not None else None,
-            over=over,
-            curve=curves.of(
-                [max(s.memory_bytes) / MIB if s.memory_bytes else None for s in samples],
-                limit=seen.memory_limit_bytes / MIB,
-            ),
-            curve_says=f"MiB, at most {mib(most_used)}; dashed: the limit",
-        ),
+        _memory_tile(seen, samples, curves),
     ]
+
+
+def _memory_tile(seen: Status, samples: Sequence[Sample], curves: _Curves) -> Tile:
+    used = max(seen.memory_bytes, default=None)
+    most_used = max((max(s.memory_bytes) for s in samples if s.memory_bytes), default=None)
+    several = len(seen.memory_bytes) > 1
+    over = used is not None and used > seen.memory_limit_bytes
+    above = (
+        f"{mib(used - seen.memory_limit_bytes)} over the limit of" if used is not None and over else "limit"
+    )
+    return Tile(
+        "Memory" if not several else "Memory, fullest GPU",
+        mib(used) or "-",
+        "MiB",
+        (
+            f"{above} {mib(seen.memory_limit_bytes)}; planned peak {mib(seen.memory_plan_bytes)}"
+            if used is not None
+            else seen.memory_source
+        ),
+        share=100 * used / seen.memory_limit_bytes if used is not None else None,
+        over=over,
+        curve=curves.of(
+            [max(s.memory_bytes) / MIB if s.memory_bytes else None for s in samples],
+            limit=seen.memory_limit_bytes / MIB,
+        ),
+        curve_says=f"MiB, at most {mib(most_used)}; dashed: the limit",
+    )
 
 
 def _latency_tile(name: str, short: str, seen: Quantiles, limit_ms: float, curves: _Curves, p99: Any) -> Tile:

@@ -20,7 +20,7 @@ try:
     from lowmem.inputs.profiles import load_profile
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
-    from lowmem.plan.request import BadPlace
+    from lowmem.plan.request import BadPlace, PlanRequest
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
 else:
@@ -80,12 +80,14 @@ class ActionModule(ActionBase):
                     " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
                 )
             plan = make_plan(
-                wanted["profile"],
-                model=wanted["model"] or None,
-                device=wanted["device"] or None,
-                count=wanted["count"] or None,
-                overrides=wanted["overrides"],
-                deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+                PlanRequest(
+                    wanted["profile"],
+                    model=wanted["model"] or None,
+                    device=wanted["device"] or None,
+                    count=wanted["count"] or None,
+                    overrides=wanted["overrides"],
+                    deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+                )
             )
         except BadPlace as error:
             # what it names is in the inventory under the same name

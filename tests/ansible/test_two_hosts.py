@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 
 from .test_templates import render
 
@@ -159,7 +160,7 @@ def plan(rank: int) -> dict[str, Any]:
         "interface": "eth1",
         "rank": rank,
     }
-    return json.loads(make_plan(str(PROFILE), deploy=deploy).model_dump_json())
+    return json.loads(make_plan(PlanRequest(str(PROFILE), deploy=deploy)).model_dump_json())
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 from lowmem.artefacts import read
 from lowmem.cli.main import app
 from lowmem.errors import BadInput
-from lowmem.fleet.simulation import Host, Request, closed_loop, hosts_needed, open_loop
+from lowmem.fleet.simulation import Arrivals, Host, Request, closed_loop, hosts_needed, open_loop
 from lowmem.fleet.speed import Speed, measured, planned
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 
 RECEIPTS = Path(__file__).parents[2] / "docs" / "measurements" / "2026-11-23-2xh200"
 SIMPLE = Speed(
@@ -109,7 +110,7 @@ def test_a_receipt_without_a_lone_client_is_refused():
 
 
 def test_a_plan_gives_the_same_steps_as_it_says():
-    plan = make_plan("low_latency", search=False)
+    plan = make_plan(PlanRequest("low_latency", search=False))
     speed = planned(plan)
     assert speed.step_ms(8, 0) == plan.latency_ms.terms["steady_step"]
     assert speed.step_ms(8, 512) == pytest.approx(plan.latency_ms.terms["chunk_step"])
@@ -126,14 +127,14 @@ def test_more_hosts_for_more_load_and_for_tighter_limits():
 
 def test_the_first_requests_are_not_counted_unless_asked_for():
     assert [
-        open_loop(SIMPLE, 1, 0.5, 512, 256, requests=50, **asked).requests
+        open_loop(SIMPLE, 1, Arrivals(0.5, 50), 512, 256, **asked).requests
         for asked in ({}, {"left_out": 0.0})
     ] == [40, 50]
 
 
 def test_two_hosts_shorten_the_queue_of_one():
     speed = measured(read(RECEIPTS / "low_latency.json"))
-    one, two = (open_loop(speed, hosts, 0.9, 1024, 256, requests=300) for hosts in (1, 2))
+    one, two = (open_loop(speed, hosts, Arrivals(0.9, 300), 1024, 256) for hosts in (1, 2))
     assert two.ttft_p99_ms < one.ttft_p99_ms / 2
 
 

@@ -15,6 +15,7 @@ from lowmem.inputs import profiles
 from lowmem.plan.engine_config import graph_sizes
 from lowmem.plan.knobs import checked, flag_of, parse_assignments, tokens_of
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.plan.support import missing_flags
 from lowmem.schema import Knob
 from lowmem.units import parse_bytes
@@ -51,19 +52,21 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
     python = engine_python()
     if python is None:
         pytest.skip("no vLLM environment; `make demo` builds one, $LOWMEM_ENGINE_PYTHON names another")
-    wanted = {name: make_plan(name, search=False).argv for name in profiles.names()}
-    wanted["two_hosts, second host"] = make_plan("two_hosts", search=False).nodes[1].argv
+    wanted = {name: make_plan(PlanRequest(name, search=False)).argv for name in profiles.names()}
+    wanted["two_hosts, second host"] = make_plan(PlanRequest("two_hosts", search=False)).nodes[1].argv
     prefetch = {
         "cpu_offload_gb": 0,
         "offload_group_size": 16,
         "offload_num_in_group": 9,
         "offload_params": "gate_up_proj down_proj",
     }
-    wanted["prefetch"] = make_plan("offload", overrides=prefetch, search=False).argv
+    wanted["prefetch"] = make_plan(PlanRequest("offload", overrides=prefetch, search=False)).argv
     wanted["graphs"] = make_plan(
-        "low_latency",
-        overrides={"cudagraph_capture_sizes": "1 2 4 8", "enable_prefix_caching": False},
-        search=False,
+        PlanRequest(
+            "low_latency",
+            overrides={"cudagraph_capture_sizes": "1 2 4 8", "enable_prefix_caching": False},
+            search=False,
+        )
     ).argv
     script = (
         "import json, sys\nfrom vllm.entrypoints.launchers.cli_args import make_arg_parser\nfrom"
@@ -93,7 +96,7 @@ def test_every_profile_is_accepted_by_the_engines_own_parser():
     assert result.pop("article") == "refused"
     assert "unrecognized arguments: --max-batch-size 2 --swap-space 20" in done.stderr
     assert "refused" not in result.values(), done.stderr
-    plan = make_plan("low_mem", search=False)
+    plan = make_plan(PlanRequest("low_mem", search=False))
     assert result["low_mem"] == ["llama-2-70b-compressed-tensors", plan.per_gpu["kv_cache"], 2048, None]
     assert result["graphs"][3] == [1, 2, 4, 8]
 

@@ -11,6 +11,7 @@ from lowmem.errors import BadInput
 from lowmem.inputs import links
 from lowmem.plan.engine_config import layer_partition
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
 from lowmem.units import GIB, MIB
 from tests.unit.test_knobs import engine_python
@@ -54,7 +55,7 @@ def test_the_engine_deals_the_same():
 
 
 def test_weights_of_each_stage():
-    plan = make_plan("two_hosts")
+    plan = make_plan(PlanRequest("two_hosts"))
     first, last = plan.stages
     assert [(s.node, s.first_layer, s.layers) for s in plan.stages] == [(0, 0, 40), (1, 40, 40)]
     # half of 68,451,041,280 weights at 4 bits, 2 bytes of scale and half a byte of zero point for each 128;
@@ -64,22 +65,24 @@ def test_weights_of_each_stage():
     # two norms a layer, and the last one before lm_head
     assert first.weight_terms["replicated"] == 40 * 2 * 8192 * 2
     assert last.weight_terms["replicated"] == 40 * 2 * 8192 * 2 + 8192 * 2
-    one = make_plan("low_latency", search=False)
+    one = make_plan(PlanRequest("low_latency", search=False))
     for term in ("sharded", "replicated"):
         assert first.weight_terms[term] + last.weight_terms[term] == one.weight_terms[term]
 
 
 def test_keys_and_values_of_each_stage_and_one_pool_for_both():
-    plan = make_plan("two_hosts")
+    plan = make_plan(PlanRequest("two_hosts"))
     assert {s.per_gpu["kv_cache"] for s in plan.stages} == {plan.kv_tokens * 160 * 1024}
     assert plan.max_requests == 8
-    uneven = make_plan("two_hosts", environment={"VLLM_PP_LAYER_PARTITION": "39,41"}, search=False)
+    uneven = make_plan(
+        PlanRequest("two_hosts", environment={"VLLM_PP_LAYER_PARTITION": "39,41"}, search=False)
+    )
     assert [s.per_gpu["kv_cache"] // uneven.kv_tokens for s in uneven.stages] == [39 * 4096, 41 * 4096]
     assert uneven.argv[uneven.argv.index("--kv-cache-memory-bytes") + 1] == str(uneven.kv_tokens * 41 * 4096)
 
 
 def test_communication_buffers_as_expected():
-    plan = make_plan("two_hosts")
+    plan = make_plan(PlanRequest("two_hosts"))
     # a base, and three communicators of two channels; a step of 64 tokens is received twice over and kept
     # once while it is sent; the last stage's logits and sampler besides
     assert {s.per_gpu["nccl"] for s in plan.stages} == {(354 + 3 * 2 * 18) * MIB}
@@ -87,17 +90,19 @@ def test_communication_buffers_as_expected():
 
 
 def test_the_limit_is_held_against_the_fullest_stage():
-    plan = make_plan("two_hosts")
+    plan = make_plan(PlanRequest("two_hosts"))
     assert plan.verdict == "fits"
     assert plan.peak_bytes == max(s.peak_bytes for s in plan.stages) <= 20 * GIB
     assert plan.per_gpu == plan.stages[1].per_gpu
-    refused = make_plan("two_hosts", environment={"VLLM_PP_LAYER_PARTITION": "20,60"}, search=False)
+    refused = make_plan(
+        PlanRequest("two_hosts", environment={"VLLM_PP_LAYER_PARTITION": "20,60"}, search=False)
+    )
     assert refused.verdict == "impossible"
     assert refused.reasons[0].startswith("stage 1: kv_cache: No available memory")
 
 
 def test_what_passes_between_the_stages():
-    pipeline = make_plan("two_hosts").pipeline
+    pipeline = make_plan(PlanRequest("two_hosts")).pipeline
     assert pipeline is not None
     assert pipeline.bytes_per_token == 2 * 8192 * 2
     assert pipeline.bytes_per_decode_step == 8 * 32768
@@ -107,32 +112,34 @@ def test_what_passes_between_the_stages():
 
 
 def test_the_floor_is_the_whole_models_reading():
-    two = make_plan("two_hosts")
+    two = make_plan(PlanRequest("two_hosts"))
     # 17,782,538,240 and 18,306,842,624 bytes read; four of eight clients in each of two steps, which pass the
     # slower stage in turn
     slower = 18_306_842_624 / 1.555e9 + 4 * 1152 * 163_840 / 1.555e9
     assert two.latency_ms.decode_floor == pytest.approx(2 * slower, abs=0.01)
-    alone = make_plan("two_hosts", clients=1).latency_ms
+    alone = make_plan(PlanRequest("two_hosts", clients=1)).latency_ms
     way = 32_768 / 2.94e6 + 0.06
     assert alone.decode_floor == pytest.approx(
         (17_782_538_240 + 18_306_842_624) / 1.555e9 + 1152 * 327_680 / 1.555e9 + way, abs=0.01
     )
-    assert alone.decode_floor > 1.9 * make_plan("low_mem", clients=1).latency_ms.decode_floor
+    assert alone.decode_floor > 1.9 * make_plan(PlanRequest("low_mem", clients=1)).latency_ms.decode_floor
 
 
 def test_one_client_leaves_each_card_idle_half_of_the_time():
-    pipeline = make_plan("two_hosts").pipeline
+    pipeline = make_plan(PlanRequest("two_hosts")).pipeline
     assert pipeline is not None
     assert 0.55 < pipeline.idle_share_one_client < 0.57
     four = make_plan(
-        "low_latency", hosts=4, network="ib", overrides={"pipeline_parallel_size": 4}, search=False
+        PlanRequest(
+            "low_latency", hosts=4, network="ib", overrides={"pipeline_parallel_size": 4}, search=False
+        )
     ).pipeline
     assert four is not None
     assert 0.75 < four.idle_share_one_client < 0.80
 
 
 def test_a_prompts_steps_follow_one_another_through_the_stages():
-    plan = make_plan("two_hosts", clients=1).latency_ms
+    plan = make_plan(PlanRequest("two_hosts", clients=1)).latency_ms
     # sixteen steps of 64 tokens: fifteen at the pace of the slower stage, the last through both
     assert plan.prefill_expected == pytest.approx(
         15 * plan.terms["chunk_step"] + 2 * plan.terms["chunk_step"], rel=0.05
@@ -141,7 +148,7 @@ def test_a_prompts_steps_follow_one_another_through_the_stages():
 
 
 def test_the_link_that_the_limits_need_is_where_the_verdict_turns():
-    needs = make_plan("two_hosts").pipeline
+    needs = make_plan(PlanRequest("two_hosts")).pipeline
     assert needs is not None
     assert needs.least_gb_per_s is not None
     assert needs.most_round_trip_us is not None
@@ -153,14 +160,14 @@ def test_the_link_that_the_limits_need_is_where_the_verdict_turns():
     ):
         assert (
             make_plan(
-                "two_hosts", network=links.load_link("25gbe", gb_per_s, round_trip), search=False
+                PlanRequest("two_hosts", network=links.load_link("25gbe", gb_per_s, round_trip), search=False)
             ).verdict
             == verdict
         )
 
 
 def test_a_link_too_slow_is_refused_with_the_one_that_would_do():
-    plan = make_plan("two_hosts", network=links.load_link("10gbe", 0.01))
+    plan = make_plan(PlanRequest("two_hosts", network=links.load_link("10gbe", 0.01)))
     assert plan.verdict == "impossible"
     assert plan.reasons[0].startswith(
         "network: 10 Gbit/s Ethernet with 0.01 GB/s and a round trip of 100 us is too slow for 200 ms a token"
@@ -171,7 +178,7 @@ def test_a_link_too_slow_is_refused_with_the_one_that_would_do():
 
 
 def test_a_limit_that_no_link_meets_is_not_the_links_fault():
-    plan = make_plan("two_hosts", input_tokens=1900, output_tokens=100, clients=64, search=False)
+    plan = make_plan(PlanRequest("two_hosts", input_tokens=1900, output_tokens=100, clients=64, search=False))
     assert plan.pipeline is not None
     assert plan.pipeline.least_gb_per_s is None
     assert plan.verdict == "slow"
@@ -222,21 +229,21 @@ def test_a_limit_that_no_link_meets_is_not_the_links_fault():
 )
 def test_bad_input_is_one_line(arguments, message):
     with pytest.raises(BadInput) as e:
-        make_plan("two_hosts", **arguments)
+        make_plan(PlanRequest("two_hosts", **arguments))
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
 
 def test_several_hosts_need_a_network():
     with pytest.raises(BadInput, match="hosts=2 needs the network between them: name one of 10gbe"):
-        make_plan("low_mem", hosts=2, overrides={"pipeline_parallel_size": 2})
+        make_plan(PlanRequest("low_mem", hosts=2, overrides={"pipeline_parallel_size": 2}))
     for figures in ({"gb_per_s": 0.0}, {"round_trip_us": float("nan")}):
         with pytest.raises(BadInput, match="is not a positive number"):
             links.load_link("10gbe", **figures)
 
 
 def test_what_each_host_runs():
-    plan = make_plan("two_hosts", deploy=DEPLOY)
+    plan = make_plan(PlanRequest("two_hosts", deploy=DEPLOY))
     head, worker = plan.nodes
     engine = [
         "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2", "--dtype", "float16", "--max-model-len", "2048",
@@ -261,7 +268,7 @@ def test_what_each_host_runs():
 
 
 def test_each_host_has_the_same_plan_with_its_own_arguments():
-    plans = [make_plan("two_hosts", deploy={**DEPLOY, "rank": rank}) for rank in (0, 1)]
+    plans = [make_plan(PlanRequest("two_hosts", deploy={**DEPLOY, "rank": rank})) for rank in (0, 1)]
     assert plans[0].nodes == plans[1].nodes
     assert [plan.argv for plan in plans] == [node.argv for node in plans[0].nodes]
     assert [plan.environment for plan in plans] == [node.environment for node in plans[0].nodes]
@@ -275,7 +282,9 @@ def test_each_host_has_the_same_plan_with_its_own_arguments():
 
 
 def test_stages_inside_one_host_need_no_network():
-    plan = make_plan("low_latency", count=2, overrides={"pipeline_parallel_size": 2}, search=False)
+    plan = make_plan(
+        PlanRequest("low_latency", count=2, overrides={"pipeline_parallel_size": 2}, search=False)
+    )
     assert [s.node for s in plan.stages] == [0, 0]
     assert plan.nodes == ()
     assert plan.pipeline is not None
@@ -285,9 +294,11 @@ def test_stages_inside_one_host_need_no_network():
 
 def test_a_host_with_two_cards_cuts_its_stage_in_two():
     plan = make_plan(
-        "low_mem", hosts=2, network="25gbe", overrides={"pipeline_parallel_size": 2}, search=False
+        PlanRequest(
+            "low_mem", hosts=2, network="25gbe", overrides={"pipeline_parallel_size": 2}, search=False
+        )
     )
-    whole = make_plan("two_hosts", search=False)
+    whole = make_plan(PlanRequest("two_hosts", search=False))
     assert plan.device_count == 2
     assert plan.stages[0].weight_terms["sharded"] == whole.stages[0].weight_terms["sharded"] // 2
     assert len(plan.nodes) == 2
@@ -295,17 +306,21 @@ def test_a_host_with_two_cards_cuts_its_stage_in_two():
 
 def test_a_tied_embedding_is_on_both_ends():
     plan = make_plan(
-        "demo_cpu", hosts=2, network="10gbe", overrides={"pipeline_parallel_size": 2}, search=False
+        PlanRequest(
+            "demo_cpu", hosts=2, network="10gbe", overrides={"pipeline_parallel_size": 2}, search=False
+        )
     )
     first, last = plan.stages
     assert first.weight_terms["sharded"] == last.weight_terms["sharded"]
-    assert first.weight_terms["sharded"] > make_plan("demo_cpu").weight_terms["sharded"] / 2
+    assert first.weight_terms["sharded"] > make_plan(PlanRequest("demo_cpu")).weight_terms["sharded"] / 2
 
 
 def test_older_engines_and_types_that_are_not_modelled_are_refused():
     assert any(
         "use 0.32.0 or later" in r
-        for r in make_plan("two_hosts", vllm_version="0.31.0", search=False).reasons
+        for r in make_plan(PlanRequest("two_hosts", vllm_version="0.31.0", search=False)).reasons
     )
-    refused = make_plan("two_hosts", overrides={"kv_cache_dtype": "turboquant_4bit_nc"}, search=False)
+    refused = make_plan(
+        PlanRequest("two_hosts", overrides={"kv_cache_dtype": "turboquant_4bit_nc"}, search=False)
+    )
     assert any("is not modelled with pipeline stages" in r for r in refused.reasons)

@@ -9,6 +9,7 @@ import pytest
 from lowmem.errors import BadInput
 from lowmem.inputs import profiles
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
 from lowmem.units import GIB, MIB
 
@@ -32,7 +33,7 @@ def test_the_eight_profiles():
 
 @pytest.mark.parametrize(("name", "verdict"), VERDICT.items())
 def test_verdict_of_each_profile(name, verdict):
-    plan = make_plan(name)
+    plan = make_plan(PlanRequest(name))
     assert plan.verdict == verdict, plan.reasons
 
 
@@ -42,8 +43,15 @@ def test_golden_arguments(name):
     them anew.
     """
     plan = make_plan(
-        name,
-        deploy={"model_path": "/srv/models/m", "served_model_name": "m", "host": "127.0.0.1", "port": 8000},
+        PlanRequest(
+            name,
+            deploy={
+                "model_path": "/srv/models/m",
+                "served_model_name": "m",
+                "host": "127.0.0.1",
+                "port": 8000,
+            },
+        )
     )
     text = (
         json.dumps(
@@ -65,13 +73,13 @@ def test_golden_arguments(name):
 
 @pytest.mark.parametrize("name", VERDICT)
 def test_a_plan_reads_back_as_it_was(name):
-    plan = make_plan(name)
+    plan = make_plan(PlanRequest(name))
     assert Plan.model_validate_json(plan.model_dump_json()) == plan
 
 
 @pytest.mark.parametrize("name", VERDICT)
 def test_the_documented_interface(name):
-    data = json.loads(make_plan(name).model_dump_json())
+    data = json.loads(make_plan(PlanRequest(name)).model_dump_json())
     for key in (
         "verdict",
         "reasons",
@@ -91,24 +99,24 @@ def test_the_documented_interface(name):
 
 @pytest.mark.parametrize("name", [n for n, v in VERDICT.items() if v != "impossible"])
 def test_a_plan_that_deploys_stays_under_its_limit_and_holds_its_load(name):
-    plan = make_plan(name)
+    plan = make_plan(PlanRequest(name))
     assert plan.per_gpu["total"] <= plan.peak_bytes <= plan.limit_bytes
     assert plan.max_requests >= plan.load.clients
 
 
 @pytest.mark.parametrize("name", VERDICT)
 def test_every_argument_has_its_reason(name):
-    plan = make_plan(name)
+    plan = make_plan(PlanRequest(name))
     assert all(a.why for a in plan.arguments)
     assert all(v.why for v in plan.environment)
 
 
 def test_a_fitting_plan_has_no_nearest():
-    assert make_plan("low_mem").nearest is None
+    assert make_plan(PlanRequest("low_mem")).nearest is None
 
 
 def test_the_article_is_sent_to_a_profile_that_fits():
-    plan = make_plan("article")
+    plan = make_plan(PlanRequest("article"))
     assert plan.nearest == "low_mem"
     assert plan.reasons[0].startswith("unrecognized arguments: --max-batch-size")
     assert any(
@@ -117,7 +125,7 @@ def test_the_article_is_sent_to_a_profile_that_fits():
 
 
 def test_slow_names_term_and_excess():
-    plan = make_plan("offload")
+    plan = make_plan(PlanRequest("offload"))
     assert plan.latency_ms.terms["link_offload"] == pytest.approx(
         plan.weight_terms["offloaded"] / 25e9 * 1e3, rel=1e-3
     )
@@ -126,27 +134,27 @@ def test_slow_names_term_and_excess():
 
 
 def test_a_given_utilization_replaces_the_profiles_pool():
-    plan = make_plan("low_mem", overrides={"gpu_memory_utilization": 0.5})
+    plan = make_plan(PlanRequest("low_mem", overrides={"gpu_memory_utilization": 0.5}))
     assert "--kv-cache-memory-bytes" not in plan.argv
     assert plan.argv[plan.argv.index("--gpu-memory-utilization") + 1] == "0.5"
 
 
 def test_a_given_pool_is_used_in_whole_blocks():
-    plan = make_plan("low_mem", overrides={"kv_cache_memory_bytes": "1GiB"})
+    plan = make_plan(PlanRequest("low_mem", overrides={"kv_cache_memory_bytes": "1GiB"}))
     assert plan.kv_tokens == 1024**3 // (160 * 1024 * 16) * 16
     assert plan.per_gpu["kv_cache"] == plan.kv_tokens * 160 * 1024
     assert plan.argv[plan.argv.index("--kv-cache-memory-bytes") + 1] == str(1024**3)
 
 
 def test_the_start_up_check_asks_for_no_more_than_the_plan_needs():
-    plan = make_plan("low_mem")
+    plan = make_plan(PlanRequest("low_mem"))
     share = float(plan.argv[plan.argv.index("--gpu-memory-utilization") + 1])
     assert share * 40335 * MIB <= plan.peak_bytes
     assert share < 0.55
 
 
 def test_a_cpu_plan_has_no_gpu_arguments():
-    assert "--gpu-memory-utilization" not in make_plan("demo_cpu").argv
+    assert "--gpu-memory-utilization" not in make_plan(PlanRequest("demo_cpu")).argv
 
 
 @pytest.mark.parametrize(
@@ -161,14 +169,18 @@ def test_a_cpu_plan_has_no_gpu_arguments():
 )
 def test_kv_bytes_per_token(dtype, bytes_per_token):
     plan = make_plan(
-        "low_latency", device="h200", overrides={"kv_cache_dtype": dtype, "kv_cache_memory_bytes": 4 * GIB}
+        PlanRequest(
+            "low_latency",
+            device="h200",
+            overrides={"kv_cache_dtype": dtype, "kv_cache_memory_bytes": 4 * GIB},
+        )
     )
     assert plan.per_gpu["kv_cache"] == plan.kv_tokens * bytes_per_token
 
 
 def test_uva_offload_takes_whole_parameters_in_order():
     # the engine logged "Total CPU offloaded parameters: 19.04" for 19 asked
-    plan = make_plan("offload", overrides=UVA | {"cpu_offload_gb": 19})
+    plan = make_plan(PlanRequest("offload", overrides=UVA | {"cpu_offload_gb": 19}))
     assert plan.weight_terms["offloaded"] / GIB == pytest.approx(19.04, abs=0.005)
 
 
@@ -179,16 +191,18 @@ def test_prefetch_offload_takes_the_last_layers_of_each_group():
         "offload_num_in_group": 1,
         "offload_prefetch_step": 1,
     }
-    plan = make_plan("offload", overrides=knobs)
+    plan = make_plan(PlanRequest("offload", overrides=knobs))
     layer = plan.weight_terms["offloaded"] // 40
     assert plan.weight_terms["offloaded"] == 40 * layer
     assert plan.per_gpu["offload_buffers"] == layer
 
 
 def test_machete_keeps_zero_points_in_16_bits_and_marlin_does_not():
-    hopper = make_plan("low_latency", device="h200")
+    hopper = make_plan(PlanRequest("low_latency", device="h200"))
     marlin = make_plan(
-        "low_latency", device="h200", environment={"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+        PlanRequest(
+            "low_latency", device="h200", environment={"VLLM_DISABLED_KERNELS": "MacheteLinearKernel"}
+        )
     )
     zeros = 68_451_041_280 // 128
     assert hopper.weight_terms["repacking"] == zeros * 2 - zeros // 2
@@ -210,13 +224,13 @@ def test_machete_keeps_zero_points_in_16_bits_and_marlin_does_not():
     ],
 )
 def test_what_cannot_run_is_impossible_and_says_why(overrides, words):
-    plan = make_plan("low_mem", overrides=overrides)
+    plan = make_plan(PlanRequest("low_mem", overrides=overrides))
     assert plan.verdict == "impossible"
     assert all(any(w in r for r in plan.reasons) for w in words), plan.reasons
 
 
 def test_weights_larger_than_the_card_are_out_of_memory():
-    plan = make_plan("low_latency", device="l4")
+    plan = make_plan(PlanRequest("low_latency", device="l4"))
     assert plan.verdict == "impossible"
     assert plan.reasons[0].startswith("weights: CUDA out of memory")
 
@@ -268,7 +282,7 @@ def test_weights_larger_than_the_card_are_out_of_memory():
 )
 def test_bad_input_is_one_line_that_names_variable_and_value(arguments, message):
     with pytest.raises(BadInput) as e:
-        make_plan("low_mem", **arguments)
+        make_plan(PlanRequest("low_mem", **arguments))
     assert message in str(e.value)
     assert "\n" not in str(e.value)
 
@@ -277,31 +291,35 @@ def test_a_mistyped_profile_key_is_an_error(tmp_path):
     text = (profiles.folder() / "low_mem.yml").read_text().replace("device_count:", "device_cuont:")
     (tmp_path / "mine.yml").write_text(text)
     with pytest.raises(BadInput, match="device_cuont"):
-        make_plan(str(tmp_path / "mine.yml"))
+        make_plan(PlanRequest(str(tmp_path / "mine.yml")))
 
 
 def test_a_quantization_knob_names_the_format_of_the_checkpoint_to_come():
-    plan = make_plan("low_mem", overrides={"quantization": "awq"})
+    plan = make_plan(PlanRequest("low_mem", overrides={"quantization": "awq"}))
     assert plan.quantization.method == "awq"
     assert plan.verdict == "fits"
     assert plan.start_peak_bytes > plan.limit_bytes
     assert any(r.startswith("start: while loading") for r in plan.reasons)
-    assert make_plan("low_mem").start_peak_bytes <= plan.limit_bytes
+    assert make_plan(PlanRequest("low_mem")).start_peak_bytes <= plan.limit_bytes
 
 
 def test_loading_awq_needs_eight_and_a_half_bytes_a_weight_of_the_largest_linear():
     plan = make_plan(
-        "low_mem", device="rtx-4090", overrides={"quantization": "awq"}, memory_limit_bytes=24 * GIB
+        PlanRequest(
+            "low_mem", device="rtx-4090", overrides={"quantization": "awq"}, memory_limit_bytes=24 * GIB
+        )
     )
     largest = 8192 * 2 * 28672 // 2
     assert plan.verdict == "fits"
-    small = make_plan("low_mem", device="a10", overrides={"quantization": "awq"}, memory_limit_bytes=22 * GIB)
+    small = make_plan(
+        PlanRequest("low_mem", device="a10", overrides={"quantization": "awq"}, memory_limit_bytes=22 * GIB)
+    )
     need = plan.per_gpu["weights"] + plan.before_start_bytes + round(8.5 * largest)
     assert (need > 22589 * MIB) == (small.verdict == "impossible")
 
 
 def test_max_model_len_auto_is_what_the_pool_holds():
-    plan = make_plan("low_latency", overrides={"max_model_len": "auto"})
+    plan = make_plan(PlanRequest("low_latency", overrides={"max_model_len": "auto"}))
     assert plan.verdict in ("fits", "slow")
     assert plan.argv[plan.argv.index("--max-model-len") + 1] == "auto"
 
@@ -309,7 +327,7 @@ def test_max_model_len_auto_is_what_the_pool_holds():
 def test_a_two_bit_awq_does_not_exist():
     assert any(
         "2-bit AWQ has no loader" in r
-        for r in make_plan("extreme", overrides={"quantization": "awq"}).reasons
+        for r in make_plan(PlanRequest("extreme", overrides={"quantization": "awq"})).reasons
     )
 
 
@@ -331,5 +349,5 @@ def test_a_two_bit_awq_does_not_exist():
 def test_the_group_size_fits_the_model_and_its_split(
     model: str, device: str, count: int, knobs: dict[str, int], group_size: int
 ) -> None:
-    plan = make_plan("low_latency", model=model, device=device, count=count, overrides=knobs)
+    plan = make_plan(PlanRequest("low_latency", model=model, device=device, count=count, overrides=knobs))
     assert plan.quantization.group_size == group_size

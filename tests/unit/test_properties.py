@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards
-from lowmem.plan import engine_config
 from lowmem.plan.compute import compute
 from lowmem.plan.memory import card_memory, next_power_of_two
 from lowmem.plan.planner import make_plan
-from lowmem.plan.request import gather
+from lowmem.plan.request import PlanRequest, gather
+from lowmem.plan.resolve import resolve
 from lowmem.plan.weights import stored_bytes, weights
 from lowmem.schema import Knob, Limits, Load, Plan, Profile, Quantization
 from lowmem.units import MIB
@@ -43,7 +43,7 @@ def plan_of(model, device, count, quantization, load=None, **values) -> Plan:
         knobs={},
     )
     try:
-        return compute(gather(p, model, device, count, {"max_model_len": 2048, **values}))
+        return compute(gather(PlanRequest(p, model, device, count, {"max_model_len": 2048, **values})))
     except BadInput:
         assume(False)
         raise
@@ -130,7 +130,7 @@ def test_the_chosen_pool_keeps_the_limit(model, device, width, limit):
         knobs=pool,
     )
     try:
-        p = make_plan(profile, overrides={"max_model_len": 2048}, search=False)
+        p = make_plan(PlanRequest(profile, overrides={"max_model_len": 2048}, search=False))
     except BadInput:
         assume(False)
         raise
@@ -176,7 +176,7 @@ def test_fewer_bits_are_fewer_bytes(model, width):
 @given(MODELS, GPUS)
 def test_memory_is_a_function_of_its_arguments(model, device):
     card, d = model_cards.load_card(model), devices.load_device(device)
-    engine = engine_config.resolve({}, card, d, 1, "0.32.0", {})
+    engine = resolve({}, card, d, 1, "0.32.0", {})
     assert card_memory(card, engine, d, 20 * 1024 * MIB) == card_memory(
         card, replace(engine), d, 20 * 1024 * MIB
     )
@@ -196,7 +196,7 @@ def test_any_override_is_planned_or_refused_in_one_line(name, value):
         "tensor_parallel_size",
     ):
         try:
-            said = make_plan("low_latency", overrides={knob: value}, search=False).verdict
+            said = make_plan(PlanRequest("low_latency", overrides={knob: value}, search=False)).verdict
         except BadInput as e:
             said = str(e)
         assert said

@@ -11,6 +11,7 @@ from reference_runs import load_receipts
 from benchmarks.fleet_two_replicas import compared
 from lowmem.plan.explain import measured_effects
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.units import MIB
 
 TOP = Path(__file__).parents[2]
@@ -149,7 +150,7 @@ def test_expandable_segments_leave_less_behind_and_take_more_while_loading():
         == round(without.plan.per_gpu["activations"] / MIB) - 325
     )
     assert with_.plan.start_peak_bytes / MIB == pytest.approx(39260, rel=0.02)
-    extreme = make_plan("extreme", search=False)
+    extreme = make_plan(PlanRequest("extreme", search=False))
     assert extreme.verdict == "fits"
     assert (extreme.load.clients, round(extreme.peak_bytes / MIB)) == (6, 20387)
 
@@ -202,12 +203,14 @@ def test_flags_without_a_value_are_read_from_a_receipt():
 def test_graphs_of_a_model_of_thirty_layers_and_fifty_one_sizes():
     """317 MiB (0.31 GiB) on an H100; the constant is of models of 80 layers."""
     plan = make_plan(
-        "low_mem",
-        "smollm2-135m",
-        "h100",
-        1,
-        overrides={"tensor_parallel_size": 1, "max_num_seqs": 256, "max_num_batched_tokens": 2048},
-        search=False,
+        PlanRequest(
+            "low_mem",
+            "smollm2-135m",
+            "h100",
+            1,
+            overrides={"tensor_parallel_size": 1, "max_num_seqs": 256, "max_num_batched_tokens": 2048},
+            search=False,
+        )
     )
     assert plan.per_gpu["cuda_graphs"] / MIB == pytest.approx(317, rel=0.02)
 

@@ -43,7 +43,8 @@ def test_highest_while_starting_within_three_percent(name, mib):
 def test_a_pool_that_did_not_fit_is_refused():
     """low_latency: 4,120 MiB of KV on 40,344 MiB: the engine died allocating it."""
     from lowmem.plan.planner import make_plan
+    from lowmem.plan.request import PlanRequest
 
-    plan = make_plan("low_latency", overrides={"kv_cache_memory_bytes": 4320133120})
+    plan = make_plan(PlanRequest("low_latency", overrides={"kv_cache_memory_bytes": 4320133120}))
     assert plan.verdict == "impossible"
     assert "CUDA out of memory: a pool of 4,120 MiB" in plan.reasons[0]

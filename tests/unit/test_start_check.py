@@ -18,6 +18,7 @@ import pytest
 
 from lowmem.checkpoint import manifest
 from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
 from lowmem.service.ready import main_process_lives, wait
 from lowmem.service.start_check import (
@@ -37,12 +38,12 @@ DEPLOY = {"model_path": "/srv/models/llama", "served_model_name": "llama", "host
 
 @pytest.fixture(scope="module")
 def two_cards() -> Plan:
-    return make_plan("low_mem", deploy=DEPLOY)
+    return make_plan(PlanRequest("low_mem", deploy=DEPLOY))
 
 
 @pytest.fixture(scope="module")
 def on_cpu() -> Plan:
-    return make_plan("demo_cpu", deploy=DEPLOY)
+    return make_plan(PlanRequest("demo_cpu", deploy=DEPLOY))
 
 
 def a100(index: int, free_mib: int = 40_000, **other: Any) -> Card:
@@ -145,7 +146,7 @@ def test_a_port_is_tried_and_not_looked_up(on_cpu: Plan) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         deploy = {**DEPLOY, "port": other.getsockname()[1]}
-        plan = make_plan("demo_cpu", deploy=deploy)
+        plan = make_plan(PlanRequest("demo_cpu", deploy=deploy))
         assert look_at_passing(plan).port_taken
     assert not look_at_passing(plan).port_taken
 
@@ -208,7 +209,9 @@ def test_the_command_says_one_line_each(on_cpu: Plan, tmp_path: Path) -> None:
     (tmp_path / "model.manifest.json").write_text(json.dumps(listed))
     (model / "a.safetensors").write_bytes(b"ab")
     plan = tmp_path / "plan.json"
-    plan.write_text(make_plan("demo_cpu", deploy={**DEPLOY, "model_path": str(model)}).model_dump_json())
+    plan.write_text(
+        make_plan(PlanRequest("demo_cpu", deploy={**DEPLOY, "model_path": str(model)})).model_dump_json()
+    )
     done = run("start-check", "--plan", str(plan), "--wait-s", "0")
     assert done.returncode == 1
     said = done.stderr.splitlines()
@@ -221,7 +224,7 @@ def test_the_command_says_one_line_each(on_cpu: Plan, tmp_path: Path) -> None:
 
 def test_a_plan_without_a_deployment_is_bad_input(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
-    plan.write_text(make_plan("demo_cpu").model_dump_json())
+    plan.write_text(make_plan(PlanRequest("demo_cpu")).model_dump_json())
     for command in (["start-check"], ["ready", "--env-file", "/dev/null"]):
         done = run(*command, "--plan", str(plan))
         assert done.returncode == 1
@@ -295,9 +298,9 @@ def test_a_start_beside_a_stale_process_is_refused(two_cards: Plan, tmp_path: Pa
 def test_one_of_several_hosts_is_asked_for_its_own() -> None:
     nodes = ("127.0.0.1", "127.0.0.2")  # the planner takes no loopback; the kernel does
     first, other = (
-        make_plan("two_hosts", deploy=DEPLOY | {"nodes": ["10.0.0.1", "10.0.0.2"], "rank": rank}).model_copy(
-            update={"device_kind": "cpu", "host_ram": {}}
-        )
+        make_plan(
+            PlanRequest("two_hosts", deploy=DEPLOY | {"nodes": ["10.0.0.1", "10.0.0.2"], "rank": rank})
+        ).model_copy(update={"device_kind": "cpu", "host_ram": {}})
         for rank in (0, 1)
     )
     assert first.deploy is not None

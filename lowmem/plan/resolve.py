@@ -1,0 +1,137 @@
+"""Resolves knobs to the settings of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lowmem.errors import BadInput
+from lowmem.plan import support
+from lowmem.plan.engine_config import (
+    KV_BLOCK_TOKENS,
+    EngineConfig,
+    graph_sizes,
+    layer_partition,
+    linear_kernel,
+)
+from lowmem.plan.knobs import version
+from lowmem.schema import Device, Knob, ModelCard
+from lowmem.units import GIB
+
+
+def resolve(
+    knobs: Mapping[str, Knob],
+    card: ModelCard,
+    device: Device,
+    count: int,
+    vllm_version: str,
+    environment: Mapping[str, str],
+    hosts: int = 1,
+) -> EngineConfig:
+    """Knobs to engine settings; `count` cards on each host. BadInput where values contradict one another, the
+    model or the cards.
+    """
+    vllm = version(vllm_version)
+    v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
+    tp, pp = int(v.get("tensor_parallel_size", 1)), int(v.get("pipeline_parallel_size", 1))
+    support.refuse_parallel(tp, pp, count, hosts)
+    support.refuse_split(card, tp)
+    dtype = _dtype(v, card)
+    support.refuse_dtype(card, dtype)
+    support.refuse_quantization(card, v)
+    max_len = _max_model_len(v, card)
+    seqs, batched = _batch(v, device, max_len)
+    support.refuse_batch(v, seqs, batched, max_len)
+    kv_dtype, kv = str(v.get("kv_cache_dtype", "auto")), v.get("kv_cache_memory_bytes")
+    block = int(v.get("block_size", KV_BLOCK_TOKENS if device.kind == "cuda" else 128))
+    support.refuse_kv(kv_dtype, block)
+    support.refuse_offload(v, card)
+    backend, disabled = str(v.get("linear_backend", "auto")), environment.get("VLLM_DISABLED_KERNELS", "")
+    wanted_partition = environment.get("VLLM_PP_LAYER_PARTITION", "")
+    return EngineConfig(
+        vllm=vllm,
+        tp=tp,
+        dtype=dtype,
+        max_model_len=max_len,
+        auto_len=_auto_len(v),
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        utilization=float(v.get("gpu_memory_utilization", 0.92)),
+        kv_bytes=int(kv) if kv is not None and kv != "auto" else None,
+        kv_auto=kv == "auto",
+        kv_blocks_override=int(v["num_gpu_blocks_override"]) if "num_gpu_blocks_override" in v else None,
+        kv_dtype=kv_dtype,
+        block_tokens=block,
+        **_graphs(v, device, seqs, batched),
+        custom_all_reduce=not v.get("disable_custom_all_reduce", False),
+        **_offload(v),
+        kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
+        dummy=v.get("load_format") == "dummy",
+        prefix_caching=bool(v.get("enable_prefix_caching", True)),
+        kernel=linear_kernel(card, device, vllm, backend, disabled),
+        environment=dict(environment),
+        hosts=hosts,
+        partition=layer_partition(card.layers, pp, wanted_partition) if pp > 1 else (),
+    )
+
+
+def _dtype(v: Mapping[str, Any], card: ModelCard) -> str:
+    dtype = str(v.get("dtype", "auto"))
+    if dtype in ("auto", "half", "float"):
+        dtype = {"half": "float16", "float": "float32"}.get(
+            dtype, "float16" if card.dtype == "float32" else card.dtype
+        )
+    return dtype
+
+
+def _auto_len(v: Mapping[str, Any]) -> bool:
+    return v.get("max_model_len") in ("auto", -1)
+
+
+def _max_model_len(v: Mapping[str, Any], card: ModelCard) -> int:
+    """The longest sequence. BadInput where the model has fewer positions."""
+    most = card.max_position_embeddings
+    max_len = most if _auto_len(v) else int(v.get("max_model_len", most))
+    if max_len > most:
+        raise BadInput(
+            f"max_model_len={max_len} is more than the {most} positions of"
+            f" {card.name} (max_position_embeddings); lower it"
+        )
+    return max_len
+
+
+def _batch(v: Mapping[str, Any], device: Device, max_len: int) -> tuple[int, int]:
+    """Sequences and tokens of a step, as vLLM fills in what is not given."""
+    roomy = device.kind == "cuda" and device.torch_total_mib >= 70 * 1024 and "a100" not in device.name
+    seqs_given, batched_given = "max_num_seqs" in v, "max_num_batched_tokens" in v
+    seqs = int(v.get("max_num_seqs", 1024 if roomy else 256))
+    batched = int(v.get("max_num_batched_tokens", 8192 if roomy else 2048))
+    if not batched_given:
+        batched = max(batched, seqs) if seqs_given else batched
+        if v.get("enable_chunked_prefill") is False:
+            batched = max(batched, max_len)
+    elif not seqs_given:
+        seqs = min(seqs, batched)
+    return seqs, batched
+
+
+def _graphs(v: Mapping[str, Any], device: Device, seqs: int, batched: int) -> dict[str, Any]:
+    """Whether steps run without captured graphs, and the sizes to capture."""
+    eager = bool(v.get("enforce_eager", False)) or device.kind == "cpu" or v.get("optimization_level") == 0
+    wanted, largest = v.get("cudagraph_capture_sizes"), v.get("max_cudagraph_capture_size")
+    return {"eager": eager, "graph_sizes": () if eager else graph_sizes(seqs, batched, wanted, largest)}
+
+
+def _offload(v: Mapping[str, Any]) -> dict[str, Any]:
+    """Which weights stay in host RAM, and by which back end they come."""
+    uva = float(v.get("cpu_offload_gb", 0))
+    group, num, step = support.offload_groups(v)
+    params = str(v.get("offload_params" if group else "cpu_offload_params", "")).split()
+    return {
+        "offload": "prefetch" if group else "uva" if uva else "none",
+        "uva_bytes": int(uva * GIB),
+        "group_size": group,
+        "num_in_group": num,
+        "prefetch_step": step,
+        "offload_params": tuple(params),
+    }

@@ -1,0 +1,271 @@
+"""Models one step of decoding or of a prompt: its floors (bytes over bandwidth, operations over rate) and the
+calibrated expectation, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lowmem.inputs.model_cards import DTYPE_BYTES
+from lowmem.plan.calibration import constant
+from lowmem.plan.engine_config import EngineConfig
+from lowmem.plan.memory import CardMemory, kv_bytes_per_token, usable_kv_tokens
+from lowmem.plan.stages import Part, hop_bytes_per_token
+from lowmem.plan.weights import streamed_layers
+from lowmem.schema import Device, Link, Load, ModelCard
+from lowmem.units import GB
+
+
+def _active_parameters(card: ModelCard) -> int:
+    """Parameters that one token multiplies with: a mixture of experts uses only some of them; the embedding
+    is a look-up.
+    """
+    total = 0
+    for g in card.groups:
+        if g.kind == "embedding" and not card.tied:
+            continue
+        share = card.experts_per_token / card.experts if card.experts and ".experts." in g.name else 1.0
+        total += int(g.parameters * share)
+    return total
+
+
+def _expert_share(card: ModelCard, tokens: float) -> float:
+    """Part of the experts' weights that a step of `tokens` tokens reads, routed evenly and independently."""
+    if not card.experts:
+        return 1.0
+    return float(1 - (1 - card.experts_per_token / card.experts) ** tokens)
+
+
+def _embedding_bytes(card: ModelCard, engine: EngineConfig) -> int:
+    return sum(g.parameters * 2 // engine.tp for g in card.groups if g.kind == "embedding" and not card.tied)
+
+
+def _efficiency(which: str, kernel: str, device: Device) -> float:
+    """Of this kernel on this card or on cards of this compute capability where that was measured, else of the
+    kernel.
+    """
+    table = constant("latency", which)
+    return float(
+        next(
+            table[key]
+            for key in (f"{kernel}@{device.name}", f"{kernel}@{device.capability}", kernel)
+            if key in table
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Hops:
+    """A step's way from stage to stage, in ms: physics, and what is expected.
+
+    `out`: what a stage waits for before its next step may begin.
+    """
+
+    floor: float
+    expected: float
+    out: float
+
+
+def hops(card: ModelCard, engine: EngineConfig, device: Device, link: Link | None, tokens: float) -> Hops:
+    """Hand-overs of a step of so many tokens, and the way of the sampled tokens back to the first stage.
+
+    A boundary inside a host is a copy from card to card. 0.32.0, gpu_worker.py: a stage's next step waits
+    until the one before is sent.
+    """
+    if engine.pp == 1:
+        return Hops(0.0, 0.0, 0.0)
+    size = tokens * hop_bytes_per_token(card, engine)
+    inside = (engine.pp - engine.hosts) * size / (device.peer_gb_per_s * GB / 1e3)
+    beside: dict[str, float] = constant("latency", "hop_ms")
+    if link is None:
+        return Hops(inside, inside + engine.pp * beside["host"], inside / (engine.pp - 1))
+    kind = "rdma" if link.rdma else "tcp"
+    wire, one_way = size / (link.gb_per_s * GB / 1e3), link.round_trip_us / 2e3
+    own, seen = beside[kind], wire / float(constant("latency", "network_efficiency")[kind])
+    between = engine.hosts - 1
+    return Hops(
+        floor=inside + between * (wire + one_way) + one_way,
+        expected=inside
+        + (engine.pp - engine.hosts) * beside["host"]
+        + between * (seen + one_way + own)
+        + one_way
+        + own,
+        out=seen,
+    )
+
+
+@dataclass(frozen=True)
+class StepModel:
+    """Steps of an engine under a load.
+
+    The engine takes a request again only every `pp` steps, and does not split those that decode evenly
+    between the steps in flight (0.32.0, async_scheduler.py).
+    """
+
+    card: ModelCard
+    engine: EngineConfig
+    device: Device
+    stages: Sequence[tuple[Part, CardMemory]]
+    load: Load
+    link: Link | None = None  # between the hosts; None: there is one host
+
+    @cached_property
+    def together(self) -> int:
+        """Requests that decode in one step."""
+        request = self.load.input_tokens + self.load.output_tokens
+        held = usable_kv_tokens(self.stages[0][1].kv_tokens, self.engine) // request
+        return min(self.load.clients, self.engine.max_num_seqs, held or self.load.clients)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a prompt in one step."""
+        return min(self.engine.max_num_batched_tokens, self.load.input_tokens)
+
+    @property
+    def chunks(self) -> int:
+        """Steps of one prompt."""
+        return math.ceil(self.load.input_tokens / self.engine.max_num_batched_tokens)
+
+    @property
+    def mixed_tokens(self) -> int:
+        """Tokens of a step that has a chunk of a prompt beside those that decode."""
+        return min(self.chunk_tokens + self.together, self.engine.max_num_batched_tokens)
+
+    @property
+    def fixed(self) -> float:
+        """What a step takes whatever its size."""
+        return float(constant("latency", "step_ms"))
+
+    @property
+    def flops_per_ms(self) -> float:
+        """Operations of the cards that share a layer."""
+        return self.device.fp16_tflops * 1e12 / 1e3 * self.engine.tp
+
+    @property
+    def _cuda(self) -> bool:
+        return self.device.kind == "cuda"
+
+    @property
+    def _new(self) -> bool:
+        return self.engine.vllm >= (0, 28, 0)
+
+    def work(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> dict[str, float]:
+        """The floors of a step of so many tokens on one stage."""
+        mine, weights = stage[0].card, stage[1].weights
+        hbm = self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
+        context = self.load.input_tokens + self.load.output_tokens // 2
+        expert_bytes = sum(
+            p.loaded for layer in weights.layers for p in layer if p.name.startswith("experts.")
+        )
+        idle = int(expert_bytes * (1 - _expert_share(self.card, tokens)))
+        # What a step reads: weights as loaded, less the embedding, of which only the looked-up rows are read.
+        read = weights.sharded + weights.replicated - weights.offloaded - _embedding_bytes(mine, self.engine)
+        return {
+            "hbm_weights": max(0, read - idle) / hbm,
+            "hbm_kv": kv_bytes_per_token(mine, self.engine) * context * sequences / hbm,
+            "link_offload": weights.offloaded / (self.device.link_gb_per_s * GB / 1e3),
+            "flops": 2 * _active_parameters(mine) * tokens / self.flops_per_ms,
+        }
+
+    def floor(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> float:
+        """The least time of a step on one stage."""
+        t = self.work(stage, tokens, sequences)
+        return max(t["hbm_weights"] + t["hbm_kv"], t["link_offload"], t["flops"])
+
+    def all_reduces(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
+        """Sums across the cards that share a layer, two a layer."""
+        engine, device = self.engine, self.device
+        if engine.tp == 1:
+            return 0.0
+        wire = tokens * self.card.hidden_size * DTYPE_BYTES[engine.dtype] / (device.peer_gb_per_s * GB / 1e3)
+        own = "graph" if engine.custom_all_reduce else "graph_by_nccl"
+        over = (
+            "eager"
+            if engine.eager and not self._new
+            else own
+            if device.peer_gb_per_s > device.link_gb_per_s
+            else "graph_over_pcie"
+        )
+        return 2 * stage[0].card.layers * (float(constant("latency", "all_reduce_ms")[over]) + wire)
+
+    def launches(self, stage: tuple[Part, CardMemory]) -> float:
+        """Kernel launches by the host, which captured graphs spare."""
+        each = float(constant("latency", "eager_ms_per_layer" if self._new else "eager_old_ms_per_layer"))
+        return stage[0].card.layers * each if self.engine.eager and self._cuda else 0.0
+
+    def _beside(self, layers: int, tokens: int) -> float:
+        """What layers take beside their matrix products: keys and values of few bits are packed and unpacked
+        by kernels of their own.
+        """
+        if not self._cuda:
+            return 0.0
+        kv_dtype = self.engine.kv_dtype
+        few_bits = float(constant("latency", "kv_ms_per_layer").get(kv_dtype, 0.0))
+        few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(kv_dtype, 0.0)) / 1e3
+        return layers * (float(constant("latency", "graph_ms_per_layer")) + few_bits)
+
+    def _attention(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
+        """Products of a prompt's tokens with keys and values, each token's with half of the prompt on
+        average; no weights are in them.
+        """
+        if not self._cuda:
+            return 0.0
+        heads = 4 * self.card.heads * self.card.head_dim
+        operations = heads * tokens * (self.load.input_tokens / 2) * stage[0].card.layers
+        return operations / self.flops_per_ms / _efficiency("attention_efficiency", "any", self.device)
+
+    def expected(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
+        """One stage's share of a step of so many tokens with the efficiencies seen; more than decode together
+        are tokens of a prompt.
+        """
+        name, layers = self.engine.kernel, stage[0].card.layers
+        t = self.work(stage, tokens, self.together)
+        prompt = max(0, tokens - self.together)
+        rows = max(tokens, int(constant("latency", "least_prompt_rows").get(name, 0))) if prompt else tokens
+        gpu = (
+            self._beside(layers, tokens)
+            + self._attention(stage, prompt)
+            + max(
+                t["hbm_weights"] / _efficiency("hbm_efficiency", name, self.device) + t["hbm_kv"],
+                t["flops"] * rows / tokens / _efficiency("flop_efficiency", name, self.device),
+            )
+        )
+        link = constant("latency", "link_efficiency")
+        if self.engine.offload == "prefetch":  # copies run beside the computing of the layers that are copied
+            # Of the layers in a row that stay on the card, only the first finds a copy to run beside it.
+            staying = 1 - streamed_layers(self.engine, stage[0].card) / layers
+            body = max(gpu, t["link_offload"] / link["prefetch"] + gpu * staying)
+        else:  # UVA reads happen inside the kernels, again for every tile of rows
+            tiles = math.ceil(tokens / constant("latency", "uva_tile_tokens").get(name, 256))
+            body = gpu + tiles * t["link_offload"] / link["uva"]
+        return float(max(body, self.launches(stage)) + self.all_reduces(stage, tokens))
+
+    def hops(self, tokens: float) -> Hops:
+        """The way of a step of so many tokens from stage to stage."""
+        return hops(self.card, self.engine, self.device, self.link, tokens)
+
+    def through(self, tokens: int) -> float:
+        """From the start of a step to its sampled tokens being back."""
+        return sum(self.expected(s, tokens) for s in self.stages) + self.hops(tokens).expected + self.fixed
+
+    def slot(self, tokens: int) -> float:
+        """From one step to the next where the pipeline is full; of a single stage the step itself."""
+        return max(self.expected(s, tokens) for s in self.stages) + self.hops(tokens).out + self.fixed
+
+    def decode_floor(self, batches: int) -> float:
+        """The least time of a token with those that decode dealt evenly to so many steps in flight."""
+        share = self.together / batches
+        each = [self.floor(s, share, share) for s in self.stages]
+        return max(sum(each) + self.hops(share).floor, batches * max(each))
+
+    def prefill_floor(self, stage: tuple[Part, CardMemory]) -> float:
+        """The least time of one prompt on one stage."""
+        t = self.work(stage, self.chunk_tokens, self.together)
+        return max(
+            2 * _active_parameters(stage[0].card) * self.load.input_tokens / self.flops_per_ms,
+            self.chunks * t["hbm_weights"],
+            self.chunks * t["link_offload"],
+        )
