@@ -52,7 +52,7 @@ $(DEVTOOLS): requirements-dev.txt | setup
 	@rm -f $(STATE)/requirements-dev.*.stamp && touch $@
 
 .PHONY: lint
-lint: setup $(DEVTOOLS) ## ruff, mypy, shellcheck, yamllint, ansible-lint
+lint: setup $(DEVTOOLS) ## ruff, mypy, import-linter, shellcheck, yamllint, ansible-lint
 	@scripts/lint
 
 .PHONY: test

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowmem.measure.engine_log import EngineLog
-from lowmem.schema import LoadResult, Plan, Term
-
-MIB = 2**20
+from lowmem.measure.facts import same_device
+from lowmem.measure.observation import Observation, highest
+from lowmem.schema import LoadResult, Plan, Receipt, Term
+from lowmem.units import MIB
 
 ROOFLINE_TOLERANCE = 0.02
 
@@ -207,3 +208,90 @@ def physics_findings(plan: Plan, loads: Sequence[LoadResult], same_device: bool)
                 f" {load.e2e_ms.mean / 1000:.2f} s = {busy:.2f} requests in flight, with {clients} clients"
             )
     return findings
+
+
+def receipt(plan: Plan, seen: Observation) -> Receipt:
+    """Turn what a session observed into a receipt: terms, limits, physics and the verdict."""
+    alike = same_device(plan, seen.hardware)
+    loaded = [phase for phase in seen.measured_phases if phase.startswith("load:")] or ["none"]
+    starting = seen.peak("loading", "start")
+    findings = [*seen.findings, *service_findings(plan, seen, alike)]
+    cause = seen.log.error if not seen.ready or any("died" in f for f in findings) else None
+    if cause:
+        findings.append(f"engine: {cause}")
+    return Receipt(
+        created_utc=seen.created_utc,
+        plan=plan,
+        mode="attach" if seen.attached else "start",
+        versions=seen.versions,
+        hardware=seen.hardware,
+        argv=seen.argv,
+        environment=seen.environment,
+        terms=terms(
+            plan,
+            seen.log,
+            seen.above_before(seen.idle),
+            seen.above_before(seen.peak(*loaded)),
+            seen.above_before(starting),
+        ),
+        memory_source=seen.memory_source,
+        memory_before_bytes=seen.before,
+        memory_idle_bytes=seen.idle,
+        memory_peak_bytes=seen.peak(*seen.measured_phases) or seen.before,
+        memory_peak_start_bytes=starting,
+        memory_phases_bytes={phase: readings[seen.source] for phase, readings in seen.peaks.items()},
+        host_memory_bytes={
+            name: max(highest(seen.peaks, probe, *seen.measured_phases), default=0)
+            for name, probe in (("process_tree", "host"), ("taken_from_machine", "taken"))
+        },
+        sample_interval_ms=seen.interval_s * 1000,
+        ready_s=seen.ready_s,
+        loads=tuple(seen.loads),
+        engine_values=seen.log.values,
+        engine_words=seen.log.words,
+        engine_log=seen.log.lines,
+        error=cause,
+        advice=seen.log.advice if cause else None,
+        findings=tuple(findings),
+        notes=(*seen.notes, *reader_notes(plan, seen, alike)),
+        verdict="failed" if findings else "passed",
+    )
+
+
+def service_findings(plan: Plan, seen: Observation, alike: bool) -> list[str]:
+    """Hold a service that became ready against its limits and against physics.
+
+    The memory limit is for the service that answers; what passes it for seconds while loading is a note.
+    """
+    if not seen.ready:
+        return []
+    phases = [phase for phase in seen.measured_phases if phase not in ("loading", "start")] or ["none"]
+    on_top = [peak - base for peak, base in zip(seen.peak(*phases) or seen.before, seen.before, strict=True)]
+    return [
+        *limit_findings(plan, on_top, seen.loads),
+        *offload_findings(plan, seen.log),
+        *physics_findings(plan, seen.loads, alike),
+    ]
+
+
+def reader_notes(plan: Plan, seen: Observation, alike: bool) -> list[str]:
+    """Say what a reader must know and what is no failure."""
+    notes = []
+    if not alike:
+        notes.append(
+            f"planned for {plan.device}, measured on {seen.hardware.get('gpu')}: the plan's floors are not this"
+            " card's and were not compared"
+        )
+    if seen.loads and not any(result.load == plan.load for result in seen.loads):
+        notes.append("none of the loads is the plan's: latency limits were not compared")
+    most = seen.above_before(seen.peak("loading", "start"))
+    if seen.ready and most is not None and most > plan.limits.memory_bytes:
+        notes.append(
+            f"memory: up to {most / MIB:,.0f} MiB while starting, over the limit of"
+            f" {plan.limits.memory_bytes / MIB:,.0f} MiB"
+        )
+    if seen.longest_gap_s > max(0.2, 2 * seen.interval_s):
+        notes.append(f"longest gap between two memory samples: {seen.longest_gap_s * 1000:.0f} ms")
+    if seen.source == "host":
+        notes.append(f"memory: {seen.memory_source}")
+    return notes

@@ -1,13 +1,13 @@
-"""`lowmem measure`: starts a service as rendered (or finds it running), loads it, and writes down what it
-took.
+"""Observes a service: starts it as rendered (or finds it running), loads it, and stops it.
 
-Everything here is input and output; what the numbers mean is in `lowmem.judge` and `lowmem.enginelog`.
+Everything here is input and output. What the numbers mean is in `judge` and `engine_log`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import http.client
 import os
 import re
 import shlex
@@ -25,11 +25,12 @@ import psutil
 from lowmem.errors import BadInput
 from lowmem.files import write_text
 from lowmem.measure import engine_log, judge
-from lowmem.measure.facts import host_facts, same_device, versions
+from lowmem.measure.facts import host_facts, versions
 from lowmem.measure.load import Api, drive, say, warm_up
+from lowmem.measure.observation import Observation
 from lowmem.measure.sampler import Sampler
 from lowmem.probes import Gpus, ProcessTree
-from lowmem.schema import Load, LoadResult, Plan, Receipt
+from lowmem.schema import Load, Plan, Receipt
 from lowmem.service.process import (
     _SECRET,
     _TELLING,
@@ -98,205 +99,198 @@ class Options:
     start_timeout_s: float
 
 
-def run(options: Options) -> Receipt:
-    """Measures and writes the receipt, also for a service that does not start; raises BadInput when there is
-    nothing to measure.
-    """
-    plan = options.plan
-    # The key goes into environments only, never into an argument list, where every user of the machine reads
-    # it.
-    key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
-    api = Api(options.url or base_url([*plan.argv, *options.extra]), key)
-    try:
-        gpus = Gpus(plan.device_count) if plan.device_kind == "cuda" else None
-    except RuntimeError as error:
-        raise BadInput(str(error)) from None
-    hardware = host_facts() | (gpus.describe() if gpus else {})
-    available_before = psutil.virtual_memory().available
-    findings: list[str] = []
-    notes: list[str] = []
-    results: list[LoadResult] = []
-    ready_s: float | None = None
-    served: tuple[str, str] | None = None
-    argv: tuple[str, ...] = ()
-    environment: dict[str, str] = {}
-    tree: ProcessTree | None = None
+class Session:
+    """Observes one service: starts it or finds it running, waits for it, loads it, stops what it started."""
 
-    def host() -> tuple[int, ...]:
-        return (tree.memory_bytes(),) if tree else (0,)
+    def __init__(self, options: Options) -> None:
+        """Raise BadInput when there is nothing to measure."""
+        self.options = options
+        plan = options.plan
+        # The key goes into environments only, never into an argument list, which every user of the machine
+        # reads.
+        key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
+        self.api = Api(options.url or base_url([*plan.argv, *options.extra]), key)
+        try:
+            self.gpus = Gpus(plan.device_count) if plan.device_kind == "cuda" else None
+        except RuntimeError as error:
+            raise BadInput(str(error)) from None
+        self.engine: Engine | None = None
+        self.tree: ProcessTree | None = None
+        self.available_before_bytes = psutil.virtual_memory().available
+        probes: dict[str, Callable[[], tuple[int, ...]]] = {"host": self._host, "taken": self._taken}
+        if self.gpus:
+            probes["gpu"] = self.gpus.used_bytes
+        self.sampler = Sampler(probes, options.interval_s)
+        self.seen = Observation(
+            source="gpu" if self.gpus else "host",
+            memory_source="NVML version-2 `used`, all processes, per GPU" if self.gpus else "",
+            interval_s=options.interval_s,
+            hardware=host_facts() | (self.gpus.describe() if self.gpus else {}),
+            versions=versions(),
+            attached=options.url is not None,
+            argv=(*plan.argv, *options.extra),
+            environment={
+                name: value
+                for name, value in sorted(options.variables.items())
+                if _TELLING.match(name) and not _SECRET.search(name)
+            },
+        )
 
-    probes: dict[str, Callable[[], tuple[int, ...]]] = {"host": host}
-    probes["taken"] = lambda: (max(0, available_before - psutil.virtual_memory().available),)
-    if gpus:
-        probes["gpu"] = gpus.used_bytes
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_terminable())
-        sampler = stack.enter_context(Sampler(probes, options.interval_s))
+    def _host(self) -> tuple[int, ...]:
+        return (self.tree.memory_bytes(),) if self.tree else (0,)
+
+    def _taken(self) -> tuple[int, ...]:
+        return (max(0, self.available_before_bytes - psutil.virtual_memory().available),)
+
+    def observe(self) -> Observation:
+        """Run every phase. A death of the engine, Ctrl-C or SIGTERM in any of them becomes a finding."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_terminable())
+            stack.enter_context(self.sampler)
+            try:
+                began = self._start(stack)
+                name, tokenizer = self._wait(self.engine, began) if self.engine else ("", "")
+                if name:
+                    self._idle(name)
+                    self._load(name, tokenizer)
+            except BadInput:
+                raise
+            except KeyboardInterrupt:
+                self.seen.findings.append(f"interrupted in phase {self.sampler.phase}")
+            except (RuntimeError, OSError, http.client.HTTPException, LookupError, ValueError) as error:
+                self._failed(error)
+            finally:
+                self._stop()
+        return self._finished()
+
+    def _failed(self, error: Exception) -> None:
+        phase = self.sampler.phase.split(":")[0]
+        alive = self.engine is not None and self.engine.alive()
+        died = f"the engine died ({error})" if self.engine else f"the engine was not started ({error})"
+        self.seen.findings.append(f"{phase}: {error}" if alive else f"{phase}: {died}")
+
+    def _start(self, stack: contextlib.ExitStack) -> float:
+        """Start the engine, or find it; return the time of the monotonic clock."""
+        options, seen = self.options, self.seen
         if options.url:
-            engine = Engine(options.pid or listener_pid(options.url), options.log)
-            if not psutil.pid_exists(engine.pid or 0):
-                raise BadInput(f"--pid {engine.pid}: no such process")
+            self.engine = Engine(options.pid or listener_pid(options.url), options.log)
+            if not psutil.pid_exists(self.engine.pid or 0):
+                raise BadInput(f"--pid {self.engine.pid}: no such process")
         else:
-            _refuse_port_in_use(api.url)
-            command = [str(options.launcher)] if options.launcher else [*vllm_command(), "serve", *plan.argv]
+            _refuse_port_in_use(self.api.url)
+            command = (
+                [str(options.launcher)]
+                if options.launcher
+                else [*vllm_command(), "serve", *options.plan.argv]
+            )
             variables = dict(options.variables)
             if options.launcher:
                 variables.setdefault("VLLM_BIN", stack.enter_context(wrapped_vllm()))
             time.sleep(1)  # a few samples of what is in use before
-            sampler.phase = "loading"
+            self.sampler.phase = "loading"
             say(f"starting {shlex.join([*command, *options.extra])[:200]}")
-            engine = start_engine(
-                [*command, *options.extra], variables, options.log or options.out.with_suffix(".log")
-            )
+            log = options.log or options.out.with_suffix(".log")
+            self.engine = start_engine([*command, *options.extra], variables, log)
         began = time.monotonic()
-        tree = ProcessTree(engine.pid or 0, pss=gpus is None)
-        before = sampler.peak("gpu", "before") if gpus else (0,)
-        if options.url and gpus:
-            own = gpus.used_by_bytes(tree.pids())
-            before = tuple(all_ - mine for all_, mine in zip(before, own, strict=True))
-            if not any(own):
-                notes.append(
-                    "NVML does not say which process holds the memory: all memory in use is counted as the"
-                    " service's"
-                )
-                before = (0,) * len(own)
+        self.tree = ProcessTree(self.engine.pid or 0, pss=self.gpus is None)
+        seen.before = self.sampler.peak("gpu", "before") if self.gpus else (0,)
+        if options.url and self.gpus:
+            self._take_off_own(self.gpus, self.tree)
+        return began
+
+    def _take_off_own(self, gpus: Gpus, tree: ProcessTree) -> None:
+        """Take the memory of the running service off what was in use before."""
+        own = gpus.used_by_bytes(tree.pids())
+        self.seen.before = tuple(used - mine for used, mine in zip(self.seen.before, own, strict=True))
+        if not any(own):
+            self.seen.notes.append(
+                "NVML does not say which process holds the memory: all memory in use is counted as the"
+                " service's"
+            )
+            self.seen.before = (0,) * len(own)
+
+    def _wait(self, engine: Engine, began: float) -> tuple[str, str]:
+        """Wait for a completion; return the served name and the model's folder, empty where none came."""
+        served = wait_ready(engine, self.api, self.sampler, self.options.start_timeout_s)
+        if served is None:
+            waited = f"no completion within {self.options.start_timeout_s:.0f} s"
+            state = waited if engine.alive() else "the process ended"
+            self.seen.findings.append(f"start: the service did not become ready: {state}")
+            return "", ""
+        self.seen.ready = True
+        if not self.options.url:
+            self.seen.ready_s = round(time.monotonic() - began, 1)
+            say(f"ready in {self.seen.ready_s} s{memory_now(self.sampler)}")
+        self.seen.argv = engine.argv() or self.seen.argv
+        self.seen.environment = engine.environment() or self.seen.environment
+        return served
+
+    def _idle(self, name: str) -> None:
+        first = self.options.loads[0]
+        warm_up(self.api, name, Load(clients=1, input_tokens=min(16, first.input_tokens), output_tokens=2))
+        self.sampler.phase = "idle"
+        time.sleep(IDLE_S)
+        self.seen.idle = self.sampler.latest.get(self.seen.source, ())
+
+    def _load(self, name: str, tokenizer: str) -> None:
+        options = self.options
+        for number, load in enumerate(options.loads, 1):
+            self.sampler.phase = f"load:{load.clients}"
+            count = options.requests or 4 * load.clients
+            say(
+                f"load: {load.clients} clients, {count} requests of {load.input_tokens} in,"
+                f" {load.output_tokens} out"
+            )
+            warm_up(self.api, name, load)
+            tokens = options.tokenizer or tokenizer
+            result = drive(self.api, name, tokens, load, count, number, options.variables)
+            peak = self.sampler.peak(self.seen.source, self.sampler.phase)
+            self.seen.loads.append(result.model_copy(update={"memory_peak_bytes": peak}))
+            say(
+                f"  {result.output_tokens_per_s:,.1f} tokens/s, TPOT p50 {result.tpot_ms.p50:,.1f},"
+                f" p99 {result.tpot_ms.p99:,.1f} ms, TTFT p50 {result.ttft_ms.p50:,.0f}, p99"
+                f" {result.ttft_ms.p99:,.0f} ms{memory_now(self.sampler)}"
+            )
+
+    def _stop(self) -> None:
+        """End what was started here; an interrupt in it ends the patience, not the stop."""
+        self.sampler.phase = "stopping"
+        if self.options.url or self.engine is None:
+            return
+        timeout_s = float(self.options.plan.service.timeout_stop_s)
         try:
-            served = wait_ready(engine, api, sampler, options.start_timeout_s)
-            if served is None:
-                state = (
-                    f"no completion within {options.start_timeout_s:.0f} s"
-                    if engine.alive()
-                    else "the process ended"
-                )
-                findings.append(f"start: the service did not become ready: {state}")
-            else:
-                if not options.url:
-                    ready_s = round(time.monotonic() - began, 1)
-                    say(f"ready in {ready_s} s{memory_now(sampler)}")
-                argv, environment = engine.argv(), engine.environment()
-                warm_up(
-                    api,
-                    served[0],
-                    Load(clients=1, input_tokens=min(16, options.loads[0].input_tokens), output_tokens=2),
-                )
-                sampler.phase = "idle"
-                time.sleep(IDLE_S)
-                idle = sampler.latest["gpu" if gpus else "host"]
-                for number, load in enumerate(options.loads):
-                    sampler.phase = f"load:{load.clients}"
-                    count = options.requests or 4 * load.clients
-                    say(
-                        f"load: {load.clients} clients, {count} requests of {load.input_tokens} in,"
-                        f" {load.output_tokens} out"
-                    )
-                    warm_up(api, served[0], load)
-                    result = drive(
-                        api,
-                        served[0],
-                        options.tokenizer or served[1],
-                        load,
-                        count,
-                        number + 1,
-                        options.variables,
-                    )
-                    peak = sampler.peak("gpu" if gpus else "host", sampler.phase)
-                    results.append(result.model_copy(update={"memory_peak_bytes": peak}))
-                    say(
-                        f"  {result.output_tokens_per_s:,.1f} tokens/s, TPOT p50 {result.tpot_ms.p50:,.1f},"
-                        f" p99 {result.tpot_ms.p99:,.1f} ms, TTFT p50 {result.ttft_ms.p50:,.0f}, p99"
-                        f" {result.ttft_ms.p99:,.0f} ms{memory_now(sampler)}"
-                    )
+            killed = self.engine.stop(timeout_s)
+            left = _left_behind(self.gpus, self.seen.before) if self.gpus else []
         except KeyboardInterrupt:
-            findings.append(f"interrupted in phase {sampler.phase}")
-        except (RuntimeError, OSError) as error:
-            findings.append(f"load: {error}" if engine.alive() else f"load: the engine died ({error})")
-        finally:
-            sampler.phase = "stopping"
-            if not options.url:
-                killed = engine.stop(plan.service.timeout_stop_s)
-                if killed:
-                    findings.append(f"stop: still running after SIGTERM, killed: {', '.join(killed)}")
-        if gpus and not options.url:
-            findings += _left_behind(gpus, before)
-    measured = [p for p in sampler.peaks if p not in ("before", "stopping")]
-    source = "gpu" if gpus else "host"
-    log = engine_log.read(engine.log_lines())
-    peak = sampler.peak(source, *measured) or before
-    idle = idle if served else ()
-    # The limit is for the service that answers; what passes it for seconds while loading is a term of its
-    # own, and a note.
-    ready = (
-        sampler.peak(source, *(phase for phase in measured if phase not in ("loading", "start"))) or before
-    )
-    on_top = [p - b for p, b in zip(ready, before, strict=True)]
-    loaded = [phase for phase in measured if phase.startswith("load:")] or ["none"]
-    starting = sampler.peak(source, "loading", "start")
+            self.seen.findings.append("interrupted in phase stopping")
+            killed, left = self.engine.stop(0), []
+        if killed:
+            self.seen.findings.append(f"stop: still running after SIGTERM, killed: {', '.join(killed)}")
+        self.seen.findings += left
 
-    def above(reading: Sequence[int]) -> int | None:
-        """The GPU with the most above what was in use before."""
-        return max((r - b for r, b in zip(reading, before, strict=True)), default=None) if reading else None
+    def _finished(self) -> Observation:
+        seen = self.seen
+        seen.created_utc = dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        seen.before = seen.before or (0,) * len(self.sampler.latest.get(seen.source, ()))
+        seen.peaks = self.sampler.peaks
+        seen.longest_gap_s = self.sampler.longest_gap_s
+        if self.gpus is None:
+            seen.memory_source = self.tree.source if self.tree else "no process was started"
+        seen.log = engine_log.read(self.engine.log_lines() if self.engine else [])
+        return seen
 
-    alike = same_device(plan, hardware)
-    if not alike:
-        notes.append(
-            f"planned for {plan.device}, measured on {hardware.get('gpu')}: the plan's floors are not this"
-            " card's and were not compared"
-        )
-    if results and not any(r.load == plan.load for r in results):
-        notes.append("none of the loads is the plan's: latency limits were not compared")
-    if served and (highest := above(starting)) is not None and highest > plan.limits.memory_bytes:
-        notes.append(
-            f"memory: up to {highest / MIB:,.0f} MiB while starting, over the limit of"
-            f" {plan.limits.memory_bytes / MIB:,.0f} MiB"
-        )
-    if sampler.longest_gap_s > max(0.2, 2 * options.interval_s):
-        notes.append(f"longest gap between two memory samples: {sampler.longest_gap_s * 1000:.0f} ms")
-    if gpus is None:
-        notes.append(f"memory: {tree.source}")
-    if served:
-        findings += judge.limit_findings(plan, on_top, results)
-        findings += judge.offload_findings(plan, log)
-        findings += judge.physics_findings(plan, results, alike)
-    cause = log.error if served is None or any("died" in f for f in findings) else None
-    if cause:
-        findings.append(f"engine: {cause}")
-    receipt = Receipt(
-        created_utc=dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        plan=plan,
-        mode="attach" if options.url else "start",
-        versions=versions(),
-        hardware=hardware,
-        argv=argv or (*plan.argv, *options.extra),
-        environment=environment
-        or {
-            k: v for k, v in sorted(options.variables.items()) if _TELLING.match(k) and not _SECRET.search(k)
-        },
-        terms=judge.terms(plan, log, above(idle), above(sampler.peak(source, *loaded)), above(starting)),
-        memory_source="NVML version-2 `used`, all processes, per GPU" if gpus else tree.source,
-        memory_before_bytes=before,
-        memory_idle_bytes=idle,
-        memory_peak_bytes=peak,
-        memory_peak_start_bytes=starting,
-        memory_phases_bytes={phase: readings[source] for phase, readings in sampler.peaks.items()},
-        host_memory_bytes={
-            name: max(sampler.peak(probe, *measured), default=0)
-            for name, probe in (("process_tree", "host"), ("taken_from_machine", "taken"))
-        },
-        sample_interval_ms=options.interval_s * 1000,
-        ready_s=ready_s,
-        loads=tuple(results),
-        engine_values=log.values,
-        engine_words=log.words,
-        engine_log=log.lines,
-        error=cause,
-        advice=log.advice if cause else None,
-        findings=tuple(findings),
-        notes=tuple(notes),
-        verdict="failed" if findings else "passed",
-    )
+
+def run(options: Options) -> Receipt:
+    """Measure and write the receipt, also for a service that does not start.
+
+    Raises BadInput when there is nothing to measure.
+    """
+    session = Session(options)
+    seen = session.observe()
+    receipt = judge.receipt(options.plan, seen)
     write_text(options.out, receipt.model_dump_json(indent=1))
-    if served is None or len(results) < len(options.loads):
-        say("\n".join(["the engine's last lines:", *engine.log_lines()[-25:]]))
+    if session.engine and (not seen.ready or len(seen.loads) < len(options.loads)):
+        say("\n".join(["the engine's last lines:", *session.engine.log_lines()[-25:]]))
     if receipt.advice:
         say(f"advice: {receipt.advice}")
     return receipt

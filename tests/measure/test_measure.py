@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lowmem.cli.main import app
+from lowmem.measure import session
 from lowmem.schema import Receipt
+from lowmem.service import process
 from lowmem.service.process import base_url
 
 
@@ -43,11 +46,7 @@ def test_a_started_service_is_measured_and_stopped(deployed: Path) -> None:
     assert {t.name: t.measured_bytes for t in receipt.terms}["kv_cache"] == 268435456
     assert receipt.memory_before_bytes == (0,)
     assert receipt.memory_peak_bytes[0] > 5 * 2**20
-    assert not [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if str(deployed) in " ".join(p.info["cmdline"] or []) and "serve" in p.info["cmdline"]
-    ]
+    assert not left_running(deployed)
     assert "sk-test-1" not in (deployed / "receipt.json").read_text()
 
 
@@ -124,3 +123,108 @@ def test_bad_input_is_one_line(deployed: Path, words: list[str], line: str) -> N
 )
 def test_the_service_is_asked_where_its_last_arguments_put_it(words: list[str], url: str) -> None:
     assert base_url(words) == url
+
+
+PHASES = {
+    "before": ("start_engine", "interrupted in phase loading"),
+    "loading": ("wait_ready", "interrupted in phase loading"),
+    "start": ("warm_up", "interrupted in phase"),
+    "load": ("drive", "interrupted in phase load:2"),
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_interrupt_in_any_phase_leaves_a_receipt(
+    phase: str, deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, finding = PHASES[phase]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"lowmem.measure.session.{function}", interrupt)
+    code, _, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
+    assert code == 2
+    assert receipt is not None
+    assert receipt.findings[0].startswith(finding)
+    assert receipt.verdict == "failed"
+    assert not left_running(deployed)
+
+
+def test_an_interrupt_while_idle_leaves_a_receipt(deployed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = session.time.sleep
+
+    def sleep(seconds: float) -> None:
+        if seconds == session.IDLE_S:
+            raise KeyboardInterrupt
+        real(seconds)
+
+    monkeypatch.setattr("lowmem.measure.session.time.sleep", sleep)
+    code, _, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
+    assert code == 2
+    assert receipt is not None
+    assert receipt.findings == ("interrupted in phase idle",)
+    assert receipt.memory_idle_bytes == ()
+
+
+def test_an_interrupt_while_stopping_leaves_a_receipt_and_no_process(
+    deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = process.Engine.stop, []
+
+    def stop(self: process.Engine, timeout_s: float) -> list[str]:
+        calls.append(timeout_s)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(self, 5)
+
+    monkeypatch.setattr(process.Engine, "stop", stop)
+    code, _, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
+    assert code == 2
+    assert receipt is not None
+    assert receipt.findings == ("interrupted in phase stopping",)
+    assert calls == [3.0, 0]
+    assert not left_running(deployed)
+
+
+@pytest.mark.parametrize(
+    ("function", "finding"), [("warm_up", "start: the engine died"), ("drive", "load: the engine died")]
+)
+def test_an_engine_that_dies_after_it_was_ready_leaves_a_receipt(
+    function: str, finding: str, deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(session, function)
+    began: list[process.Engine] = []
+    start = session.start_engine
+
+    def remember(command: list[str], variables: dict[str, str], log: Path) -> process.Engine:
+        began.append(start(command, variables, log))
+        return began[0]
+
+    def die(*words: object) -> object:
+        began[0].process.kill()  # type: ignore[union-attr]
+        began[0].process.wait()  # type: ignore[union-attr]
+        for child in began[0].seen:
+            with contextlib.suppress(psutil.Error):
+                child.kill()
+        if function == "drive":
+            raise RuntimeError("vllm bench serve gave no result")
+        return real(*words)
+
+    monkeypatch.setattr(session, "start_engine", remember)
+    monkeypatch.setattr(session, function, die)
+    code, _, receipt = run(deployed, "--start", str(deployed / "low_mem.sh"))
+    assert code == 2
+    assert receipt is not None
+    assert receipt.findings[0].startswith(finding)
+    assert receipt.loads == ()
+    assert not left_running(deployed)
+
+
+def left_running(folder: Path) -> list[psutil.Process]:
+    """Servers that were started from this folder and still run."""
+    return [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if str(folder) in " ".join(p.info["cmdline"] or []) and "serve" in p.info["cmdline"]
+    ]

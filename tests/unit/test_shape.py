@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "lowmem"
 
 MOST_LINES = 70
 
-LONG = ["measure/judge.py: terms", "measure/receipt.py: show", "measure/session.py: run"]
+LONG = ["measure/judge.py: terms", "measure/receipt.py: show"]
 
 
 def lines(function: ast.FunctionDef | ast.AsyncFunctionDef, command: bool) -> int:
