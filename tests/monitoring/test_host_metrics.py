@@ -103,9 +103,9 @@ def test_an_end_as_the_watchdog_itself_says_it(
         raise KeyboardInterrupt
 
     verdicts = iter(["serving", "hung"])
-    monkeypatch.setattr(watchdog, "VllmServer", Ended)
+    monkeypatch.setattr(watch, "VllmServer", Ended)
     monkeypatch.setattr(watchdog.Watch, "look", lambda self, now: next(verdicts))
-    monkeypatch.setattr(watchdog.time, "sleep", lambda s: None if s == 5 else enough(s))
+    monkeypatch.setattr(watch.time, "sleep", lambda s: None if s == 5 else enough(s))
     plan = REPOSITORY / "tests/ansible/files/plan.json"
     with pytest.raises((KeyboardInterrupt, StopIteration, RuntimeError)):
         watch.watch(plan, Path("/nowhere"), silence_s=180, every_s=5, report_s=15)
