@@ -466,7 +466,7 @@ class Receipt(Strict):
     )
     loads: tuple[LoadResult, ...]
     engine_values: dict[str, tuple[float, ...]] = Field(
-        default_factory=dict, description="see lowmem.enginelog"
+        default_factory=dict, description="see lowmem.measure.engine_log"
     )
     engine_words: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     engine_log: tuple[str, ...] = Field((), description="the lines that the terms were read from")

@@ -1,4 +1,4 @@
-"""`lowmem report`: writes the page of `lowmem.report` from receipts and, with `--live`, from the running
+"""`lowmem report`: writes the page of `lowmem.status.page` from receipts and, with `--live`, from the running
 server. Input and output only.
 """
 

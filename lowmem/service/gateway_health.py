@@ -2,7 +2,7 @@
 gateway's /healthz and /metrics.
 
 vLLM's own /health is 200 while its engine hangs. Here the answer is the watchdog's judgement
-(`lowmem.watchdog.Watch`) with a shorter limit: tokens that are being made prove it; an idle engine is asked
+(`lowmem.service.watchdog.Watch`) with a shorter limit: tokens that are being made prove it; an idle engine is asked
 for one; a busy one never. The last judgement is kept, so that a load balancer that asks every second costs
 the engine nothing. A judgement that is too old is a no.
 """

@@ -7,7 +7,7 @@ stopped or waits for ever answers 200 there. What the engine does say is schedul
 is never asked anything: its figures move. Where they stand still a real completion of one token is asked for,
 and where nothing comes for the limit's time the server's processes are ended.
 
-Of a server that spans several hosts each watches that they are still joined (`lowmem.members`), and ends its
+Of a server that spans several hosts each watches that they are still joined (`lowmem.service.members`), and ends its
 own engine where they are not; the first one also watches as above.
 
 The workers first: the API server then answers every open request with an error, and ends with a failure of

@@ -1,7 +1,7 @@
 """Looks at a deployed server from its own host: its state, its metrics, and the memory it takes. Input and
 output only.
 
-What the figures mean is in `lowmem.metrics` and `lowmem.status`.
+What the figures mean is in `metrics` and `status` beside this file.
 """
 
 from __future__ import annotations
