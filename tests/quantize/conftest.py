@@ -87,8 +87,9 @@ def on_host() -> Callable[..., dict[str, Any]]:
             [str(env / "bin/python"), str(Path(__file__).parent / "on_host" / script), *arguments],
             env={
                 **os.environ,
-                "PYTHONPATH": (
-                    f"{REPOSITORY}/roles/awq_quantize/files:{REPOSITORY}/roles/model_source/files:{REPOSITORY}/lowmem"
+                "PYTHONPATH": ":".join(
+                    f"{REPOSITORY}/{folder}"
+                    for folder in ("roles/awq_quantize/files", "roles/model_source/files", "lowmem/checkpoint")
                 ),
             },
             capture_output=True,

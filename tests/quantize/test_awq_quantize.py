@@ -430,7 +430,7 @@ def test_the_engine_serves_what_was_judged(
             str(model),
             str(tmp_path / "text"),
         ],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "lowmem"), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY / "lowmem/checkpoint"), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         check=True,

@@ -49,7 +49,7 @@ def command(env: Path, what: dict[str, Any], hub: StubHub | None = None) -> dict
         "args": [str(env / "bin/python"), str(SCRIPTS / "fetch_model.py"), json.dumps(what)],
         "env": {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(REPOSITORY / "lowmem"),
+            "PYTHONPATH": str(REPOSITORY / "lowmem/checkpoint"),
             "HF_ENDPOINT": hub.endpoint if hub else "http://127.0.0.1:9",
             "HF_HOME": f"{what['models']}/home",
             "HF_HUB_DISABLE_TELEMETRY": "1",
