@@ -10,7 +10,6 @@ whatever else is not.
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -27,9 +26,8 @@ import json, sys, urllib.error, urllib.request
 request = json.loads(sys.argv[1])
 key = request["key"]
 if key == "deployed":
-    import shlex
-    lines = open(request["env_file"]).read().splitlines()
-    key = next("".join(shlex.split(l.partition("=")[2])) for l in lines if l.startswith("VLLM_API_KEY="))
+    from lowmem.api_keys import read_keys
+    key = read_keys(open(request["env_file"]).read())[""]
 body = json.dumps(request["body"]).encode() if request["body"] is not None else None
 call = urllib.request.Request(request["url"], data=body, headers={"Content-Type": "application/json"})
 if key:
@@ -67,10 +65,7 @@ class Deployment:
         self.host = host
         self.root = root
         self.plan = Plan.model_validate_json(self.read("etc/plan.json"))
-        launcher = self.read("etc/low_mem.sh")
-        found = re.search(r"VLLM_BIN:-(.+?)/bin/vllm", launcher)
-        assert found, f"{self.path('etc/low_mem.sh')} names no environment: is it this project's launcher?"
-        self.environment = found[1].strip("'\"")
+        self.environment = self.path("current/env")
         assert self.plan.deploy, f"{self.path('etc/plan.json')} is no deployment's plan"
         self.deploy = self.plan.deploy
 
@@ -98,7 +93,7 @@ class Deployment:
     ) -> tuple[int, str]:
         """Status (0: no connection) and body; asked from the host itself, where the service listens."""
         request = {
-            "url": f"http://{self.deploy.host}:{self.deploy.port}{path}", "body": body, "key": key, "timeout_s": timeout_s,
+            "url": f"{self.deploy.local_url}{path}", "body": body, "key": key, "timeout_s": timeout_s,
             "env_file": self.path("etc/vllm.env"),
         }  # fmt: skip
         status, text = json.loads(self.python(HTTP, json.dumps(request)))
@@ -216,7 +211,7 @@ def measurement(deployment: Deployment, request: pytest.FixtureRequest) -> Recei
         out = deployment.path("run/measured.json")
         command = [
             f"{deployment.environment}/bin/lowmem", "measure", "--plan", deployment.path("etc/plan.json"), "--out", out,
-            "--url", f"http://{deployment.deploy.host}:{deployment.deploy.port}", "--env-file", deployment.path("etc/vllm.env"),
+            "--url", deployment.deploy.local_url, "--env-file", deployment.path("etc/vllm.env"),
             "--log", deployment.path("log/vllm.log"),
         ]  # fmt: skip
         done = deployment.host.run(shlex.join(command))

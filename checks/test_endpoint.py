@@ -17,7 +17,7 @@ def model(deployment: Any) -> str:
 
 
 def max_model_len(plan: Plan) -> int:
-    return int(plan.argv[plan.argv.index("--max-model-len") + 1])
+    return plan.max_model_len
 
 
 def test_models_lists_the_served_name(deployment: Any, model: str, plan: Plan) -> None:
@@ -68,7 +68,7 @@ def test_streaming_comes_in_pieces_and_ends(deployment: Any, model: str) -> None
 
 def test_the_model_knows_english(deployment: Any, model: str, plan: Plan) -> None:
     """Quantization or a kernel gone wrong gives a server that answers noise: every other check passes."""
-    if "dummy" in plan.argv:
+    if plan.dummy_weights:
         pytest.skip("random weights")
     prompt = (
         "The sun rises in the east and sets in the west. Water freezes at zero degrees and boils at one"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lowmem.schema import Plan, Receipt
-
-MIB = 2**20
+from lowmem.units import MIB
 
 
 def test_peak_is_within_the_limit(measurement: Receipt, plan: Plan) -> None:

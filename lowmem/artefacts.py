@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from lowmem.errors import BadInput
-from lowmem.schema import Plan, Receipt
+from lowmem.schema import DeployedPlan, Plan, Receipt
+
+Artefact = TypeVar("Artefact", Plan, Receipt)
 
 
 def read_environment(path: Path) -> dict[str, str]:
@@ -26,26 +29,29 @@ def read_environment(path: Path) -> dict[str, str]:
 
 
 def read_plan(path: Path) -> Plan:
-    try:
-        return Plan.model_validate_json(path.read_text())
-    except OSError as error:
-        raise BadInput(f"--plan {path}: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(
-            f"--plan {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']} (write it with"
-            " `lowmem plan --json`)"
-        ) from None
+    """Read a plan. BadInput, one line, when the file holds none."""
+    return _read(Plan, path, "--plan", " (write it with `lowmem plan --json`)")
+
+
+def read_deployed_plan(path: Path) -> DeployedPlan:
+    """Read the plan of a deployment. BadInput, one line, when it names no port and model."""
+    plan = read_plan(path)
+    if plan.deploy is None:
+        raise BadInput(f"--plan {path} names no port and model: give the plan.json of a deployment")
+    return DeployedPlan.model_validate(plan.model_dump())
 
 
 def read(path: Path) -> Receipt:
-    """Raises BadInput with one line when there is no receipt at the path."""
+    """Read a receipt. BadInput, one line, when the file holds none."""
+    return _read(Receipt, path, "receipt")
+
+
+def _read(kind: type[Artefact], path: Path, what: str, advice: str = "") -> Artefact:
     try:
-        return Receipt.model_validate_json(path.read_text())
+        return kind.model_validate_json(path.read_text())
     except OSError as error:
-        raise BadInput(f"receipt {path}: {error.strerror}") from None
+        raise BadInput(f"{what} {path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(
-            f"receipt {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        ) from None
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise BadInput(f"{what} {path}: {place}: {first['msg']}{advice}") from None

@@ -7,6 +7,7 @@ import importlib
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,80 @@ import psutil
 from lowmem.units import MIB
 
 
+@dataclass(frozen=True)
+class Card:
+    """One GPU that this process may open. `holders`: who computes on it, `pid (name)`."""
+
+    index: int
+    name: str
+    capability: str
+    total_bytes: int
+    free_bytes: int
+    holders: tuple[str, ...] = ()
+
+
+def _nvml() -> Any:
+    """Open NVML. RuntimeError, one line, without its Python package, a driver or a GPU."""
+    try:
+        nvml = importlib.import_module("pynvml")
+    except ImportError:
+        raise RuntimeError(
+            "nvidia-ml-py is not installed: `pip install nvidia-ml-py` into this environment"
+        ) from None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError as error:
+        raise RuntimeError(f"NVML does not start ({error}): look at nvidia-smi") from None
+    return nvml
+
+
+def cards() -> list[Card]:
+    """List every GPU that this process may open. RuntimeError when NVML does not start."""
+    nvml = _nvml()
+    opened = []
+    for index in range(nvml.nvmlDeviceGetCount()):
+        try:
+            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+        except nvml.NVMLError:  # another instance's, closed to this one by DeviceAllow
+            continue
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
+        holders: list[str] = []
+        with contextlib.suppress(nvml.NVMLError):
+            holders = [
+                f"pid {p.pid}{_named(p.pid)}" for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            ]
+        opened.append(
+            Card(
+                index=index,
+                name=_text(nvml.nvmlDeviceGetName(handle)),
+                capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
+                total_bytes=int(memory.total),
+                free_bytes=int(memory.free),
+                holders=tuple(holders),
+            )
+        )
+    return opened
+
+
+def _text(value: bytes | str) -> str:
+    # releases of nvidia-ml-py differ in what they return
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _named(pid: int) -> str:
+    try:
+        return f" ({psutil.Process(pid).name()})"
+    except psutil.Error:  # of another user, whom the sandbox hides
+        return ""
+
+
 class Gpus:
     """The visible NVIDIA GPUs, in the order of CUDA_VISIBLE_DEVICES; raises RuntimeError without NVML or
     without a GPU.
     """
 
     def __init__(self, count: int) -> None:
-        try:
-            nvml: Any = importlib.import_module("pynvml")
-        except ImportError:
-            raise RuntimeError(
-                "nvidia-ml-py is not installed: `pip install nvidia-ml-py` into this environment"
-            ) from None
-        self._nvml = nvml
-        try:
-            nvml.nvmlInit()
-        except nvml.NVMLError as error:
-            raise RuntimeError(f"NVML does not start ({error}): look at nvidia-smi") from None
+        nvml = self._nvml = _nvml()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").strip()
         if visible:
             handles = [self._handle(name.strip()) for name in visible.split(",")]
@@ -68,8 +126,7 @@ class Gpus:
 
         def note(name: str, read: Callable[[], Any]) -> None:
             with contextlib.suppress(nvml.NVMLError):
-                value = read()
-                facts[name] = value.decode() if isinstance(value, bytes) else str(value)
+                facts[name] = _text(read())
 
         note("gpu", lambda: nvml.nvmlDeviceGetName(handle))
         note("gpu_total_mib", lambda: nvml.nvmlDeviceGetMemoryInfo(handle).total // MIB)

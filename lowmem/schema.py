@@ -20,6 +20,16 @@ Verdict = Literal["fits", "slow", "impossible"]
 
 VLLM_VERSION = "0.32.0"
 
+# a server that listens on every address is asked at the loopback address of that family: a socket
+# of `::` may be closed to IPv4 (net.ipv6.bindv6only)
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
+
+
+def local_url(host: str, port: int) -> str:
+    """Return the URL at which a host reaches its own server that listens on this address and port."""
+    address = _LOOPBACK.get(host, host)
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
+
 
 class Strict(BaseModel):
     """Unknown keys are errors: a mistyped name must never be a silent default."""
@@ -246,6 +256,12 @@ class Deploy(Strict):
         description="this host's place among `nodes`; arguments and environment of the plan are its own",
     )
 
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def local_url(self) -> str:
+        """Where this host reaches its own server."""
+        return local_url(self.host, self.port)
+
 
 class Stage(Strict):
     """The layers of one pipeline stage and what one of its cards holds; fields of the same name as in the
@@ -324,6 +340,11 @@ class Plan(Strict):
     hosts: int = 1
     tensor_parallel_size: int
     pipeline_parallel_size: int = 1
+    max_model_len: int = Field(0, description="tokens of the longest request, prompt and answer")
+    max_num_seqs: int = Field(0, description="requests that one step of the engine serves together")
+    max_num_batched_tokens: int = Field(0, description="tokens of the largest step")
+    async_scheduling: bool = Field(False, description="the engine schedules a step while the last one runs")
+    dummy_weights: bool = Field(False, description="the engine makes up its weights instead of reading them")
     load: Load
     limits: Limits
     verdict: Verdict
@@ -388,6 +409,28 @@ class Plan(Strict):
     @property
     def host_ram_bytes(self) -> int:
         return sum(self.host_ram.values())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_older_release(cls, data: Any) -> Any:
+        """Take the engine's settings from the arguments: plans of 0.1.0 have them nowhere else."""
+        if not isinstance(data, dict) or "max_num_seqs" in data:
+            return data
+        flags = {a.get("flag"): a.get("value") for a in data.get("arguments", ()) if isinstance(a, dict)}
+        numbers = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
+        given = {name: flags.get(f"--{name.replace('_', '-')}") for name in numbers}
+        return {
+            **{name: value for name, value in given.items() if str(value).isdecimal()},
+            "async_scheduling": data.get("device_kind") == "cuda" and "--no-async-scheduling" not in flags,
+            "dummy_weights": flags.get("--load-format") == "dummy",
+            **data,
+        }
+
+
+class DeployedPlan(Plan):
+    """A plan that says where its server listens and which model it serves."""
+
+    deploy: Deploy
 
 
 class Percentiles(Strict):

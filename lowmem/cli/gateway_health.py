@@ -10,8 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem.artefacts import read_plan
-from lowmem.errors import BadInput
+from lowmem.artefacts import read_deployed_plan
 from lowmem.service.gateway_health import Health, serve
 from lowmem.service.server import VllmServer
 
@@ -29,9 +28,7 @@ def gateway_health(
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2,
 ) -> None:
     """Answer on a socket whether a deployed server can complete a request; for the gateway."""
-    planned = read_plan(plan)
-    if planned.deploy is None:
-        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    planned = read_deployed_plan(plan)
     health = Health(VllmServer(planned, env_file), stale_s)
     server = serve(health, socket, figures)
     threading.Thread(target=server.serve_forever, daemon=True).start()

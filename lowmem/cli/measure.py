@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 
@@ -122,6 +122,17 @@ def measure(
     raise typer.Exit(0 if receipt.verdict == "passed" else 2)
 
 
+def _refuse_url(url: str) -> None:
+    """Refuse what is not the address of a server: a scheme, a host and a port, and nothing after them."""
+    try:
+        place = urlsplit(url)
+        whole = place.scheme in ("http", "https") and place.hostname and place.port
+    except ValueError:  # a port of 99999, a bracket too many
+        whole = None
+    if not whole or "@" in url or place.path not in ("", "/") or place.query or place.fragment:
+        raise BadInput(f"--url {url}: http://HOST:PORT is wanted, such as http://127.0.0.1:8000")
+
+
 def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Path | None) -> Path | None:
     """Refuses what does not go together; returns the environment file to read."""
     modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
@@ -129,8 +140,8 @@ def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Pat
         raise BadInput(
             f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given"
         )
-    if url is not None and not re.fullmatch(r"https?://[^/:]+:\d+/?", url):
-        raise BadInput(f"--url {url}: http://HOST:PORT is wanted")
+    if url is not None:
+        _refuse_url(url)
     if start is not None and not start.is_file():
         raise BadInput(f"--start {start}: no such file")
     if env_file is None and start is not None and (start.parent / "vllm.env").is_file():

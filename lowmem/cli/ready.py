@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem.artefacts import read_plan
-from lowmem.errors import BadInput
+from lowmem.artefacts import read_deployed_plan
 from lowmem.service.members import MemberHosts
 from lowmem.service.ready import main_process_lives, wait, wait_joined
 from lowmem.service.server import VllmServer
@@ -23,9 +22,7 @@ def ready(
     """Wait until a deployed server answers a completion, or has joined the host that does; exit status 1
     where it will not.
     """
-    planned = read_plan(plan)
-    if planned.deploy is None:
-        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    planned = read_deployed_plan(plan)
     limit_s = timeout_s or planned.service.timeout_start_s
     if planned.deploy.rank:
         trouble = wait_joined(MemberHosts(planned.deploy), main_process_lives, limit_s)

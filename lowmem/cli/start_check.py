@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem.artefacts import read_plan
-from lowmem.errors import BadInput
+from lowmem.artefacts import read_deployed_plan
 from lowmem.service.start_check import lasting_refusals, look_at_lasting, look_at_passing, passing_refusals
 
 
@@ -24,9 +23,7 @@ def start_check(
     ] = 20,
 ) -> None:
     """Say what is in the way of a start, one line each; exit status 1 where something is."""
-    planned = read_plan(plan)
-    if planned.deploy is None:
-        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    planned = read_deployed_plan(plan)
     refused = list(lasting_refusals(planned, look_at_lasting(planned)))
     deadline = time.monotonic() + (0 if refused else wait_s)
     while (

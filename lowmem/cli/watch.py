@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem.artefacts import read_plan
+from lowmem.artefacts import read_deployed_plan
 from lowmem.errors import BadInput
 from lowmem.service.members import Bond, MemberHosts
 from lowmem.service.server import VllmServer
@@ -27,9 +27,7 @@ def watch(
     ] = 15,
 ) -> None:
     """Watch a deployed server, and end it where its engine hangs; its service manager starts it again."""
-    planned = read_plan(plan)
-    if planned.deploy is None:
-        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
+    planned = read_deployed_plan(plan)
     if silence_s < 0:
         raise BadInput(f"--silence-s {silence_s:g} must be 0 (from the plan) or more")
     server = VllmServer(planned, env_file)

@@ -45,36 +45,20 @@ class Speed:
         return steady + self.chunk_extra_ms * prompt_tokens / self.chunk_tokens
 
 
-def _number(plan: Plan, flag: str) -> int:
-    """The plan's own value of a flag, which every profile sets."""
-    argv = plan.argv
-    if flag not in argv:
-        raise BadInput(
-            f"profile {plan.profile} does not set {flag}, and without it a step's size is not known: set it"
-            " with --set"
-        )
-    return int(argv[argv.index(flag) + 1])
-
-
-def _async(plan: Plan) -> bool:
-    """0.32.0 turns it on where nothing forbids it, and off on a CPU (platforms/cpu.py)."""
-    return plan.device_kind == "cuda" and "--no-async-scheduling" not in plan.argv
-
-
 def planned(plan: Plan) -> Speed:
     """From the plan's expectation; what a smaller batch saves is the reading of its keys and values."""
     terms, load = plan.latency_ms.terms, plan.load
-    batched = _number(plan, "--max-num-batched-tokens")
-    together = min(load.clients, _number(plan, "--max-num-seqs"), plan.max_requests or 1)
+    batched = plan.max_num_batched_tokens
+    together = min(load.clients, plan.max_num_seqs, plan.max_requests or 1)
     alone = terms["steady_step"] - terms["hbm_kv"] * (1 - 1 / together)
     return Speed(
         steps_ms={1: alone, together: terms["steady_step"]},
         chunk_extra_ms=terms["chunk_step"] - terms.get("slot_step", terms["steady_step"]),
         chunk_tokens=min(batched, load.input_tokens),
         max_num_batched_tokens=batched,
-        max_num_seqs=_number(plan, "--max-num-seqs"),
+        max_num_seqs=plan.max_num_seqs,
         kv_tokens=plan.kv_tokens,
-        async_scheduling=_async(plan),
+        async_scheduling=plan.async_scheduling,
     )
 
 
@@ -91,8 +75,7 @@ def measured(receipt: Receipt) -> Speed:
             "the receipt has no load of one client, which tells what a prompt costs: measure with"
             " --clients 8,1"
         )
-    seats = _number(plan, "--max-num-seqs")
-    batched = _number(plan, "--max-num-batched-tokens")
+    seats, batched = plan.max_num_seqs, plan.max_num_batched_tokens
     chunk = min(batched, alone.load.input_tokens)
     chunks = alone.load.input_tokens / chunk
     steps = {
@@ -105,5 +88,5 @@ def measured(receipt: Receipt) -> Speed:
         max_num_batched_tokens=batched,
         max_num_seqs=seats,
         kv_tokens=plan.kv_tokens,
-        async_scheduling=_async(plan),
+        async_scheduling=plan.async_scheduling,
     )

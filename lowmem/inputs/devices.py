@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from functools import cache
@@ -10,6 +9,7 @@ from functools import cache
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.schema import Device
+from lowmem.units import MIB
 
 
 def names() -> list[str]:
@@ -21,16 +21,14 @@ def this_machine() -> Device:
     """The first GPU as NVML names it, with its memory; without a GPU the CPU with this machine's RAM.
     BadInput for an unknown GPU.
     """
+    from lowmem.probes import cards  # psutil: planning for a named device does without
+
     try:
-        pynvml = importlib.import_module("pynvml")
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-        said, total = (
-            str(pynvml.nvmlDeviceGetName(handle)),
-            int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) // 2**20,
-        )
-    except Exception:  # no package, no driver or no GPU: all mean that this machine serves on its CPU
-        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+        visible = cards()
+    except Exception:  # no package, no driver, a broken one: all mean that this machine serves on its CPU
+        visible = []
+    if not visible:
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB
         source = {
             **load_device("cpu").source,
             "nvml_total_mib": "read from this machine",
@@ -39,7 +37,7 @@ def this_machine() -> Device:
         return load_device("cpu").model_copy(
             update={"nvml_total_mib": ram, "torch_total_mib": ram, "source": source}
         )
-    return by_nvml_name(said, total)
+    return by_nvml_name(visible[0].name, visible[0].total_bytes // MIB)
 
 
 def by_nvml_name(said: str, total_mib: int) -> Device:

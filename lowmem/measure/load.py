@@ -28,7 +28,7 @@ class Api:
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 600) -> Any:
         data = json.dumps(body).encode() if body is not None else None
-        # the scheme is http or https: checked in _check_words, or built by base_url
+        # the scheme is http or https: _refuse_url holds it, or local_url made it
         request = urllib.request.Request(self.url + path, data=data)  # noqa: S310
         request.add_header("Content-Type", "application/json")
         if self.key:

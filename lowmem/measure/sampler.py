@@ -11,8 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-MIB = 2**20
-
 
 class Sampler:
     """Reads `probes` in a thread; `phase` may be set at any time; `peaks[phase][probe]` holds the highest

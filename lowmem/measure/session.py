@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -32,12 +33,11 @@ from lowmem.measure.sampler import Sampler
 from lowmem.probes import Gpus, ProcessTree
 from lowmem.schema import Load, Plan, Receipt
 from lowmem.service.process import (
-    _SECRET,
-    _TELLING,
     Engine,
-    base_url,
     listener_pid,
+    listening_url,
     start_engine,
+    telling,
     vllm_command,
     wrapped_vllm,
 )
@@ -109,7 +109,7 @@ class Session:
         # The key goes into environments only, never into an argument list, which every user of the machine
         # reads.
         key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
-        self.api = Api(options.url or base_url([*plan.argv, *options.extra]), key)
+        self.api = Api(options.url or listening_url(plan.deploy, options.extra), key)
         try:
             self.gpus = Gpus(plan.device_count) if plan.device_kind == "cuda" else None
         except RuntimeError as error:
@@ -129,11 +129,7 @@ class Session:
             versions=versions(),
             attached=options.url is not None,
             argv=(*plan.argv, *options.extra),
-            environment={
-                name: value
-                for name, value in sorted(options.variables.items())
-                if _TELLING.match(name) and not _SECRET.search(name)
-            },
+            environment=telling(options.variables),
         )
 
     def _host(self) -> tuple[int, ...]:
@@ -314,10 +310,9 @@ def _terminable() -> Iterator[None]:
 
 
 def _refuse_port_in_use(url: str) -> None:
-    host, port = url.removeprefix("http://").split(":")
-    with socket.socket() as probe:
-        if probe.connect_ex((host, int(port))) == 0:
-            raise BadInput(f"{url}: something listens there already: stop it, or measure it with --url {url}")
+    place = urlsplit(url)
+    with contextlib.suppress(OSError), socket.create_connection((place.hostname, place.port), timeout=2):
+        raise BadInput(f"{url}: something listens there already: stop it, or measure it with --url {url}")
 
 
 def _left_behind(gpus: Gpus, before: Sequence[int]) -> list[str]:

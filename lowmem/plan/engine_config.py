@@ -55,6 +55,7 @@ class EngineConfig:
     auto_len: bool  # the engine shortens max_model_len to what its pool holds
     max_num_seqs: int
     max_num_batched_tokens: int
+    async_scheduling: bool
     utilization: float
     kv_bytes: int | None  # --kv-cache-memory-bytes
     kv_auto: bool  # the plan decides the pool

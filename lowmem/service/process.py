@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import itertools
 import os
 import re
 import shlex
@@ -12,17 +12,24 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
 from lowmem.errors import BadInput
+from lowmem.schema import Deploy, local_url
 from lowmem.units import MIB
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
 _TELLING = re.compile(r"^(VLLM_|CUDA_|NCCL_|TORCH|PYTORCH_|OMP_|HF_HUB_OFFLINE|LD_PRELOAD|MALLOC)")
+
+
+def telling(variables: Mapping[str, str]) -> dict[str, str]:
+    """Pick the variables that change how the engine runs, sorted, without any that may hold a secret."""
+    return {k: v for k, v in sorted(variables.items()) if _TELLING.match(k) and not _SECRET.search(k)}
 
 
 class Engine:
@@ -72,7 +79,7 @@ class Engine:
             variables = psutil.Process(self.pid).environ() if self.pid else {}
         except psutil.Error:
             return {}
-        return {k: v for k, v in sorted(variables.items()) if _TELLING.match(k) and not _SECRET.search(k)}
+        return telling(variables)
 
     def stop(self, timeout_s: float) -> list[str]:
         """Ends the processes that were started here and no others; says which had to be killed."""
@@ -110,21 +117,18 @@ def vllm_command() -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
-def base_url(words: Sequence[str]) -> str:
-    """Where `vllm serve` with these arguments listens; the last --host and --port win, as in vLLM."""
-    host, port = "127.0.0.1", "8000"
-    # both spellings: `--port 8000` and `--port=8000`
-    split = [
-        part
-        for word in words
-        for part in (word.split("=", 1) if word.startswith(("--host=", "--port=")) else [word])
-    ]
-    for before, word in itertools.pairwise(split):
-        if before == "--host":
-            host = word if word not in ("0.0.0.0", "::") else "127.0.0.1"  # noqa: S104 - read, not bound
-        elif before == "--port":
-            port = word
-    return f"http://{host}:{port}"
+def listening_url(deploy: Deploy | None, extra: Sequence[str]) -> str:
+    """Return where `vllm serve` listens: as the plan says, unless the extra arguments say otherwise; the last
+    --host and --port win, as in vLLM.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--host", default=deploy.host if deploy else "127.0.0.1")
+    parser.add_argument("--port", type=int, default=deploy.port if deploy else 8000)
+    try:
+        given, _ = parser.parse_known_args([*extra])
+    except argparse.ArgumentError as error:
+        raise BadInput(f"--arg: {error}") from None
+    return local_url(given.host, given.port)
 
 
 def start_engine(command: list[str], variables: dict[str, str], log: Path) -> Engine:
@@ -145,7 +149,7 @@ def start_engine(command: list[str], variables: dict[str, str], log: Path) -> En
 
 def listener_pid(url: str) -> int:
     """The process that listens on the URL's port."""
-    port = int(url.rsplit(":", 1)[1].split("/")[0])
+    port = urlsplit(url).port
     try:
         connections = psutil.net_connections("tcp")
     except psutil.AccessDenied:

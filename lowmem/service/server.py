@@ -12,8 +12,8 @@ from typing import Literal, Protocol
 
 import psutil
 
-from lowmem.artefacts import read_environment
-from lowmem.schema import Plan
+from lowmem.schema import DeployedPlan
+from lowmem.service.api_keys import read_keys
 
 # set from the engine's scheduler statistics only; what the API server counts by itself proves nothing
 _ENGINE_METRICS = re.compile(
@@ -49,11 +49,8 @@ class VllmServer:
     fault.
     """
 
-    def __init__(self, plan: Plan, env_file: Path) -> None:
-        if plan.deploy is None:
-            raise ValueError("a plan without a deployment")
-        host = "127.0.0.1" if plan.deploy.host in ("0.0.0.0", "::") else plan.deploy.host  # noqa: S104 - read, not bound
-        self.url = f"http://{host}:{plan.deploy.port}"
+    def __init__(self, plan: DeployedPlan, env_file: Path) -> None:
+        self.url = plan.deploy.local_url
         self.model = plan.deploy.served_model_name
         self.argv = plan.argv
         self.env_file = env_file
@@ -82,7 +79,7 @@ class VllmServer:
             {"model": self.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
         ).encode()
         headers = {"Content-Type": "application/json"}
-        key = read_environment(self.env_file).get("VLLM_API_KEY")
+        key = read_keys(self.env_file.read_text()).get("")
         if key:
             headers["Authorization"] = f"Bearer {key}"
         request = urllib.request.Request(f"{self.url}/v1/completions", data=body, headers=headers)  # noqa: S310 - the plan's own address

@@ -8,7 +8,6 @@ that is in the way, and status 1.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.metadata
 import os
@@ -17,12 +16,12 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from lowmem.checkpoint import manifest
 from lowmem.inputs.devices import load_device
+from lowmem.probes import Card, cards
 from lowmem.schema import Plan
 from lowmem.units import MIB, gib, mib
 
@@ -30,18 +29,6 @@ SMALLER_CARD = 0.98
 """Drivers before 510 print 40,536 MiB where later ones print 40,960: a card is smaller than planned below
 this share of its size.
 """
-
-
-@dataclass(frozen=True)
-class Card:
-    """One GPU that this process may open. `holders`: who computes on it, `pid (name)`."""
-
-    index: int
-    name: str
-    capability: str
-    total_bytes: int
-    free_bytes: int
-    holders: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,46 +214,3 @@ def why_not_bound(host: str, port: int) -> int | None:
         except OSError as error:
             return error.errno
     return None
-
-
-def cards() -> list[Card]:
-    """Every GPU that this process may open; RuntimeError where NVML does not start."""
-    try:
-        nvml: Any = importlib.import_module("pynvml")
-    except ImportError:
-        raise RuntimeError("nvidia-ml-py is not in this environment") from None
-    try:
-        nvml.nvmlInit()
-    except nvml.NVMLError as error:
-        raise RuntimeError(f"NVML does not start ({error})") from None
-    found = []
-    for index in range(nvml.nvmlDeviceGetCount()):
-        try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError:  # another instance's, closed to this one by DeviceAllow
-            continue
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
-        name = nvml.nvmlDeviceGetName(handle)
-        holders: list[str] = []
-        with contextlib.suppress(nvml.NVMLError):
-            holders = [
-                f"pid {p.pid}{_named(p.pid)}" for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            ]
-        found.append(
-            Card(
-                index=index,
-                name=name.decode() if isinstance(name, bytes) else str(name),
-                capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
-                total_bytes=int(memory.total),
-                free_bytes=int(memory.free),
-                holders=tuple(holders),
-            )
-        )
-    return found
-
-
-def _named(pid: int) -> str:
-    try:
-        return f" ({psutil.Process(pid).name()})"
-    except psutil.Error:  # of another user, whom the sandbox hides
-        return ""

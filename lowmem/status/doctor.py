@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from lowmem.schema import Strict
-from lowmem.units import GIB, gib
+from lowmem.units import GIB, MIB, gib
 
 Grade = Literal["ok", "warn", "bad"]
 
@@ -236,7 +236,7 @@ def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None
         f" {h['pid']}{', ' + units[h['pid']] if units.get(h['pid']) else ''})"
         for h in holders
     )
-    need = plan["per_gpu"]["total"] / 2**20 if plan and card["index"] < plan["device_count"] else 0
+    need = plan["per_gpu"]["total"] / MIB if plan and card["index"] < plan["device_count"] else 0
     ours = bool(holders) and all((units.get(h["pid"]) or "").startswith("vllm@") for h in holders)
     says = (
         "memory not reported"

@@ -15,11 +15,10 @@ from pathlib import Path
 import psutil
 from pydantic import ValidationError
 
-from lowmem.artefacts import read_plan
-from lowmem.errors import BadInput
+from lowmem.artefacts import read_deployed_plan
 from lowmem.files import write_text
 from lowmem.probes import Gpus, ProcessTree
-from lowmem.schema import Plan
+from lowmem.schema import DeployedPlan
 from lowmem.service.server import VllmServer
 from lowmem.status.metrics import Sample, parse
 from lowmem.status.status import Look, State
@@ -38,8 +37,7 @@ class Host:
     server may do.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        """ValueError for a plan without a deployment."""
+    def __init__(self, plan: DeployedPlan) -> None:
         self.plan = plan
         self.server = VllmServer(plan, Path())
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -116,10 +114,7 @@ class Host:
 
 def deployed(plan: Path) -> Host:
     """The server of this plan. BadInput, one line, where the file is no plan of a deployment."""
-    planned = read_plan(plan)
-    if planned.deploy is None:
-        raise BadInput(f"--plan {plan} names no port and model: give the plan.json of a deployment")
-    return Host(planned)
+    return Host(read_deployed_plan(plan))
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -58,6 +58,7 @@ def deployed(tmp_path: Path, port: int, fake_vllm: Path) -> Path:
     argv = [*plan.argv[:-1], str(port)]
     data = json.loads(plan.model_dump_json())
     data["arguments"][1]["value"] = str(port)
+    data["deploy"] = {"model_path": "/models/fake", "served_model_name": "fake", "port": port}
     (tmp_path / "plan.json").write_text(json.dumps(data))
     launcher = tmp_path / "low_mem.sh"
     launcher.write_text(f'#!/bin/sh\nexec "$VLLM_BIN" serve {" ".join(argv)} "$@"\n')

@@ -121,6 +121,7 @@ class Host:
             (root / name).mkdir(parents=True)
             (root / name).chmod(mode)
         (root / "current").symlink_to("etc")
+        (root / "current/env").symlink_to(root / "env")
         arguments = [
             ("", str(root / "models" / "m")),
             ("--served-model-name", "fake"),

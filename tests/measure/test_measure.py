@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 from pathlib import Path
 
 import psutil
@@ -12,9 +13,9 @@ from typer.testing import CliRunner
 
 from lowmem.cli.main import app
 from lowmem.measure import session
-from lowmem.schema import Receipt
+from lowmem.schema import Deploy, Receipt
 from lowmem.service import process
-from lowmem.service.process import base_url
+from lowmem.service.process import listening_url
 
 
 def run(folder: Path, *words: str) -> tuple[int, str, Receipt | None]:
@@ -116,13 +117,61 @@ def test_bad_input_is_one_line(deployed: Path, words: list[str], line: str) -> N
     ("words", "url"),
     [
         ([], "http://127.0.0.1:8000"),
-        (["--host", "::", "--port", "8001"], "http://127.0.0.1:8001"),
+        (["--host", "::", "--port", "8001"], "http://[::1]:8001"),
         (["--port", "8000", "--port=8001"], "http://127.0.0.1:8001"),
         (["--host=10.0.0.5", "--port=9"], "http://10.0.0.5:9"),
+        (["--load-format", "dummy", "--host=fd00::5"], "http://[fd00::5]:8000"),
     ],
 )
 def test_the_service_is_asked_where_its_last_arguments_put_it(words: list[str], url: str) -> None:
-    assert base_url(words) == url
+    assert listening_url(None, words) == url
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8003"),
+        ("0.0.0.0", "http://127.0.0.1:8003"),
+        ("::", "http://[::1]:8003"),
+        ("::1", "http://[::1]:8003"),
+        ("gpu-1.example.org", "http://gpu-1.example.org:8003"),
+    ],
+)
+def test_a_deployment_says_where_its_own_host_reaches_it(host: str, url: str) -> None:
+    deploy = Deploy(model_path="/m", served_model_name="m", host=host, port=8003)
+    assert deploy.local_url == url
+    assert listening_url(deploy, ()) == url
+    assert listening_url(deploy, ("--port=9",)) == url.replace("8003", "9")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://[::1]",
+        "127.0.0.1:8000",
+        "http://127.0.0.1:0",
+        "http://a:99999",
+        "http://[::1:8000",
+        "http://a:1/v1",
+        "http://user:word@a:1",
+        "ftp://a:1",
+        "http://a:1?x",
+        "http://:8000",
+    ],
+)
+def test_what_is_no_address_of_a_server_is_refused(deployed: Path, url: str) -> None:
+    code, output, receipt = run(deployed, "--url", url)
+    line = f"lowmem: --url {url}: http://HOST:PORT is wanted, such as http://127.0.0.1:8000"
+    assert (code, output.strip(), receipt) == (1, line, None)
+
+
+def test_a_taken_port_of_ipv6_is_refused(deployed: Path) -> None:
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        code, output, receipt = run(deployed, "--serve", "--arg=--host=::1", f"--arg=--port={port}")
+    url = f"http://[::1]:{port}"
+    assert (code, receipt) == (1, None)
+    assert f"{url}: something listens there already: stop it, or measure it with --url {url}" in output
 
 
 PHASES = {
