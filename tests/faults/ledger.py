@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -38,7 +38,8 @@ class Entry:
 @dataclass(frozen=True)
 class Client:
     url: str
-    key: str
+    # a failed test shows its fixtures in the log
+    key: str = field(repr=False)
     model: str
 
     def connection(self, timeout_s: float) -> http.client.HTTPConnection:
