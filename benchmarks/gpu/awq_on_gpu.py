@@ -57,7 +57,7 @@ def make_lib(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for file in (
         *(ROLE / "files").glob("*.py"),
-        TOP / "lowmem" / "manifest.py",
+        TOP / "lowmem/checkpoint/manifest.py",
         *(ROLE / "files" / "texts").glob("*.txt"),
     ):
         shutil.copy(file, folder)

@@ -1,7 +1,7 @@
 """`lowmem start-check`: whether what the plan was made for is still there, asked where and as whom the engine
 is about to start.
 
-The service manager runs it before each start (ExecStartPre, or supervised.sh), inside the same sandbox, with
+The service manager runs it before each start (ExecStartPre, or run_under_supervisor.sh), inside the same sandbox, with
 the same user, limits and devices: what it cannot open, the engine could not open. One line for each thing
 that is in the way, and status 1.
 """

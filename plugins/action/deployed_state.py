@@ -20,7 +20,7 @@ from ansible.plugins.action import ActionBase
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("playbooks", "roles", "plugins", "templates", "profiles", "locks", "lowmem", "vllm_plugins")
 # The role that compares decides nothing of what is deployed.
-ROLES = sorted(path.name for path in (REPOSITORY / "roles").iterdir() if path.name != "as_deployed")
+ROLES = sorted(path.name for path in (REPOSITORY / "roles").iterdir() if path.name != "skip_unchanged")
 # Of the connection and the host, what decides how something is deployed.
 OTHERS = ("ansible_host", "ansible_user", "group_names", "ansible_version")
 FACTS = ("distribution", "distribution_version", "architecture", "python_version", "service_mgr", "user_id")

@@ -177,11 +177,11 @@ def test_a_server_that_does_not_answer_as_it_did_differs(module: Ask, server: HT
 def play(root: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [
         Path(sys.executable).with_name("ansible-playbook"),
-        REPOSITORY / "tests/ansible/files/as_deployed.yml",
+        REPOSITORY / "tests/ansible/files/skip_unchanged.yml",
         "-i",
         "localhost,",
     ]
-    command += ["-e", f"as_deployed_root={root}", *more]
+    command += ["-e", f"skip_unchanged_root={root}", *more]
     done = subprocess.run(
         [str(part) for part in command], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
@@ -209,4 +209,4 @@ def test_the_role_tells_hosts_and_says_why(root: Path, tmp_path: Path) -> None:
     (root / "etc/a.conf").write_text("a = 2\n")
     told = play(root, *variables, "--tags", "compare").stdout
     assert f"left it: {root}/etc/a.conf\n" in told
-    assert "in not_as_deployed" in told
+    assert "unchanged: False" in told

@@ -60,7 +60,7 @@ def rendered_cuda(playbook: Any, plan: dict[str, Any], tmp_path_factory: pytest.
         "low_mem.sh",
         "engine.env",
         "vllm.env",
-        "supervised.sh",
+        "run_under_supervisor.sh",
         "supervise.sh",
         "supervisord.conf",
         "vllm@.service",
@@ -80,7 +80,7 @@ def test_golden(rendered: Path, name: str) -> None:
 
 
 def test_the_launchers_are_legal_bash(rendered: Path) -> None:
-    for name in ("low_mem.sh", "supervised.sh", "supervise.sh"):
+    for name in ("low_mem.sh", "run_under_supervisor.sh", "supervise.sh"):
         subprocess.run(["bash", "-n", rendered / name], check=True)
         subprocess.run(["shellcheck", "--severity=warning", rendered / name], check=True)
 
@@ -157,7 +157,7 @@ def test_no_secret_but_in_the_environment_file(rendered: Path) -> None:
 def test_supervisor_reads_its_configuration(rendered: Path) -> None:
     program = configparser.ConfigParser(interpolation=None)
     program.read(rendered / "supervisord.conf")
-    assert program["program:vllm"]["command"] == "/srv/vllm-lowmem/etc/supervised.sh"
+    assert program["program:vllm"]["command"] == "/srv/vllm-lowmem/etc/run_under_supervisor.sh"
     assert program["program:vllm"]["autorestart"] == "true"
     assert program["program:vllm"]["startsecs"] == "45"
     assert program["program:vllm"]["startretries"] == "3"
