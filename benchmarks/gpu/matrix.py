@@ -89,8 +89,8 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
         launcher = templates.get_template("low_mem.sh.j2").render(
             ansible_managed="Rendered by benchmarks/gpu/matrix.py",
             lowmem_plan=json.loads(plan.model_dump_json()),
-            vllm_service_environment_path="/usr/local",
-            vllm_service_checkpoint_id="dummy weights",
+            __vllm_service_environment_path="/usr/local",
+            __vllm_service_checkpoint_id="dummy weights",
         )
         (where / "low_mem.sh").write_text(launcher)
         (where / "low_mem.sh").chmod(0o755)

@@ -91,7 +91,7 @@ def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     done = render(
-        folder, destination=str(folder / "tree"), names=NAMES, gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS,
+        folder, destination=str(folder / "tree"), names=NAMES, __gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS,
         gateway_addresses=["0.0.0.0", "::"],
         gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}", "POST /v1/responses/{id}/cancel"],
         deploy={"port": 8000},
@@ -250,11 +250,11 @@ def serving(folder: Path, behind: str = "service") -> Iterator[Gateway]:
         (folder / name).mkdir(parents=True)
     make_certificate(folder)
     done = gateway.put(
-        gateway_root=str(folder / "etc"), gateway_log_root=str(folder / "log"), gateway_run=str(folder / "run"),
-        gateway_health_run=str(folder / "run"), gateway_status_root=str(folder / "status"), gateway_user=getpass.getuser(),
+        gateway_root=str(folder / "etc"), gateway_log_root=str(folder / "log"), __gateway_run=str(folder / "run"),
+        __gateway_health_run=str(folder / "run"), gateway_status_root=str(folder / "status"), gateway_user=getpass.getuser(),
         gateway_addresses=["127.0.0.1"], gateway_port=gateway.port, gateway_metrics_port=gateway.metrics_port,
         gateway_tls_certificate=str(folder / "certificate.pem"), gateway_tls_key=str(folder / "key.pem"),
-        gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS, gateway_max_body_mib=1, gateway_answer_timeout_s=60,
+        __gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS, gateway_max_body_mib=1, gateway_answer_timeout_s=60,
         gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}"],
         deploy={"port": upstream.server_port}, **(router if behind == "router" else {}),
     )  # fmt: skip
@@ -403,7 +403,7 @@ def test_a_reload_takes_new_keys_and_leaves_a_stream(gateway: Gateway) -> None:
     assert answer.readline() == b"data: 0\n"
     assert gateway.ask("GET", "/v1/models", NEW)[0] == 401
     assert gateway.run("state").stdout == "loaded\n"
-    done = gateway.put(gateway_key_file=key_file({"bob": BOB, "default": SLOW, "new": NEW}))
+    done = gateway.put(__gateway_key_file=key_file({"bob": BOB, "default": SLOW, "new": NEW}))
     assert done.returncode == 0, done.stdout
     assert [key for key in (ALICE, BOB, NEW) if key in done.stdout] == []
     assert gateway.run("state").stdout == "stale\n"
@@ -420,7 +420,7 @@ def test_a_reload_takes_new_keys_and_leaves_a_stream(gateway: Gateway) -> None:
     assert answer.read() == b""
     connection.close()
     (gateway.tree / "keys.conf").write_text(before)
-    gateway.variables["gateway_key_file"] = key_file(KEYS)
+    gateway.variables["__gateway_key_file"] = key_file(KEYS)
     assert gateway.run("reload").returncode == 0
 
 

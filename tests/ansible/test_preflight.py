@@ -199,7 +199,7 @@ def test_pinned_memory_that_could_not_be_backed_is_warned_of(
             "lowmem_plan": plan,
             "host_memory_root": str(clean_root),
             "host_memory_manage": False,
-            "host_memory_host": seen | host,
+            "__host_memory_host": seen | host,
             "lowmem_environment": {},
         },
     )

@@ -30,12 +30,12 @@ def ask(system, version, wanted=None, **given):
     }
     templar = Templar(loader=loader, variables=variables | given | {"ansible_facts": facts})
     wanted = {name: name for name in wanted or ()} or {
-        "packages": "gpu_driver_packages",
-        "pattern": "gpu_driver_release_regex",
-        "telling": "gpu_driver_telling",
-        "url": "nvidia_repository_url",
-        "key": "nvidia_repository_wanted_key_url",
-        "fingerprint": "nvidia_repository_wanted_fingerprint",
+        "packages": "__gpu_driver_packages",
+        "pattern": "__gpu_driver_release_regex",
+        "telling": "__gpu_driver_telling",
+        "url": "__nvidia_repository_url",
+        "key": "__nvidia_repository_wanted_key_url",
+        "fingerprint": "__nvidia_repository_wanted_fingerprint",
     }
     return {name: templar.template(variables[variable]) for name, variable in wanted.items()}
 
@@ -139,17 +139,17 @@ def test_what_is_there_and_of_the_branch_stays_and_the_rest_is_asked_for_by_its_
         }
     }
     got = ask(
-        "Ubuntu", "24.04", wanted=("gpu_driver_kept", "gpu_driver_new", "gpu_driver_candidates"),
-        gpu_driver_seen=seen, gpu_driver_policy={"stdout": POLICY},
+        "Ubuntu", "24.04", wanted=("__gpu_driver_kept", "__gpu_driver_new", "__gpu_driver_candidates"),
+        __gpu_driver_seen=seen, __gpu_driver_policy={"stdout": POLICY},
     )  # fmt: skip
-    assert got["gpu_driver_kept"] == ["nvidia-persistenced"]
-    assert sorted(got["gpu_driver_new"]) == [
+    assert got["__gpu_driver_kept"] == ["nvidia-persistenced"]
+    assert sorted(got["__gpu_driver_new"]) == [
         "libnvidia-compute-580",
         "nvidia-dkms-580-open",
         "nvidia-modprobe",
         "nvidia-utils-580",
     ]
-    assert got["gpu_driver_candidates"] == {
+    assert got["__gpu_driver_candidates"] == {
         "libnvidia-compute-580": "(none)", "nvidia-utils-580": "580.159.04-1ubuntu1", "nvidia-dkms-580-open": "(none)",
         "nvidia-persistenced": "580.159.04-1ubuntu1", "nvidia-modprobe": "(none)",
     }  # fmt: skip

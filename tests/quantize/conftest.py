@@ -89,7 +89,11 @@ def on_host() -> Callable[..., dict[str, Any]]:
                 **os.environ,
                 "PYTHONPATH": ":".join(
                     f"{REPOSITORY}/{folder}"
-                    for folder in ("roles/awq_quantize/files", "roles/model_source/files", "lowmem/checkpoint")
+                    for folder in (
+                        "roles/awq_quantize/files",
+                        "roles/model_source/files",
+                        "lowmem/checkpoint",
+                    )
                 ),
             },
             capture_output=True,

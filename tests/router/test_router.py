@@ -86,8 +86,8 @@ def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     variables = {
         **DEFAULTS,
         "router_version": "0.1.17",
-        "router_effective_policy": DEFAULTS["router_policy"],
-        "router_environment": "/opt/vllm-router/envs/vllm-router",
+        "__router_effective_policy": DEFAULTS["router_policy"],
+        "__router_environment": "/opt/vllm-router/envs/vllm-router",
         "router_workers": ["http://10.0.0.11:8000", "http://10.0.0.12:8000"],
         "python_env_name": "vllm-router",
         "python_env_version": "0.1.17",
