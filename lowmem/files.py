@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def tree_digest(root: Path, paths: Iterable[Path]) -> str:
+    """Return a SHA-256 over the names below `root` and the contents of these files, whatever their times."""
+    total = hashlib.sha256()
+    for path in sorted(paths):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(root)}\0{content}\n".encode())
+    return total.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,14 +10,13 @@ again where it is not as its manifest has it.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
 import sys
 from pathlib import Path
 
-from lowmem.checkpoint import manifest
+from lowmem.checkpoint import lock, manifest
 
 
 def place_of(source: Path) -> Path:
@@ -34,12 +33,8 @@ def keep(source: Path) -> tuple[Path, bool]:
     place = place_of(source)
     # Instances of a host that are deployed at the same time share the store: one makes it, the others find
     # it.
-    guard = os.open(source.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with lock.held(source.parent):
         return _keep(source, place)
-    finally:
-        os.close(guard)
 
 
 def _keep(source: Path, place: Path) -> tuple[Path, bool]:

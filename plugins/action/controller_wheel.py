@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +11,9 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
+
+from lowmem.checkpoint import lock
+from lowmem.files import tree_digest
 
 DOCUMENTATION = r"""
 module: controller_wheel
@@ -51,32 +51,19 @@ def sources(source: Path) -> list[Path]:
     return sorted(set(files))
 
 
-def digest(source: Path) -> str:
-    total = hashlib.sha256()
-    for path in sources(source):
-        total.update(
-            f"{path.relative_to(source)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode()
-        )
-    return total.hexdigest()[:12]
-
-
 def build(source: Path, destination: Path) -> tuple[Path, bool]:
     """The wheel of `source` and whether it was built now. Raises RuntimeError with the
     builder's last line.
     """
-    folder = destination / digest(source)
+    folder = destination / tree_digest(source, sources(source))[:12]
     for wheel in folder.glob("*.whl"):
         return wheel, False
     destination.mkdir(parents=True, exist_ok=True)
     # Ansible asks for every host at the same time: one builds, the others find it.
-    guard = os.open(destination, os.O_RDONLY)
-    try:
-        fcntl.flock(guard, fcntl.LOCK_EX)
+    with lock.held(destination):
         for wheel in folder.glob("*.whl"):
             return wheel, False
         return make(source, folder), True
-    finally:
-        os.close(guard)
 
 
 def make(source: Path, folder: Path) -> Path:

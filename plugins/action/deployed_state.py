@@ -17,6 +17,8 @@ from typing import Any
 from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
+from lowmem.files import tree_digest
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("playbooks", "roles", "plugins", "templates", "profiles", "locks", "lowmem", "vllm_plugins")
 # The role that compares decides nothing of what is deployed.
@@ -38,10 +40,8 @@ def code() -> str:
         REPOSITORY / "pyproject.toml",
         *(path for name in FOLDERS for path in (REPOSITORY / name).rglob("*")),
     ]
-    files = sorted(path for path in paths if path.is_file() and "__pycache__" not in path.parts)
-    return digest(
-        b"".join(f"{path.relative_to(REPOSITORY)}\0{digest(path.read_bytes())}\n".encode() for path in files)
-    )
+    files = (path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+    return tree_digest(REPOSITORY, files)[:24]
 
 
 # Ansible reads this file once, in its main process; then it forks a process for each task of each host.
@@ -99,7 +99,7 @@ class ActionModule(ActionBase):
         return f"not as the run of {answer['recorded_utc']} left it: {named}"
 
     def _intent(self, variables: dict[str, Any]) -> dict[str, str]:
-        own = tuple(f"{role}_" for role in ROLES)
+        own = ("lowmem_", *(f"{role}_" for role in ROLES))
         found = {"the repository": CODE_DIGEST}
         for name, value in variables.items():
             if name.startswith(own) or name in OTHERS:

@@ -21,10 +21,11 @@ HOSTS = {
     "good": "answers",
 }
 STUBS = {
-    "switch": [
+    "activate": [
         {"name": "Switch", "ansible.builtin.fail": {"msg": "no answer"}, "when": "'does not answer' in stub"}
     ],
-    "back": [
+    "verify": [{"name": "Ask", "ansible.builtin.debug": {"msg": "answers"}}],
+    "roll_back": [
         {
             "name": "Stop",
             "ansible.builtin.fail": {"msg": "nothing to go back to"},
@@ -53,7 +54,8 @@ def test_a_host_goes_back_though_another_fails_for_good(tmp_path: Path) -> None:
         name: {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "stub": stub}
         for name, stub in HOSTS.items()
     }
-    (tmp_path / "hosts.json").write_text(json.dumps({"vllm": {"hosts": hosts, "vars": release}}))
+    groups = {"vllm": {"hosts": hosts, "vars": release}, "to_deploy": {"children": {"vllm": {}}}}
+    (tmp_path / "hosts.json").write_text(json.dumps(groups))
     done = subprocess.run(
         [Path(sys.executable).with_name("ansible-playbook"), "-i", tmp_path / "hosts.json", "playbooks/serve.yml"],
         cwd=REPOSITORY, env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles"), "ANSIBLE_NOCOLOR": "1"},

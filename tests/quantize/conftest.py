@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.checkpoint import manifest
+from lowmem.checkpoint import lock, manifest
 
 from .stub_hub import COMMIT, FILES, StubHub
 from .support import HOST, PYTHON, REPOSITORY, include, play
@@ -24,10 +24,10 @@ from .support import HOST, PYTHON, REPOSITORY, include, play
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[Callable[[str, str], ModuleType]]:
-    """scripts(role, name): a script under roles/<role>/files as a module; `import manifest` in it finds
-    lowmem's.
+    """scripts(role, name): a script under roles/<role>/files as a module; what it imports of its neighbours
+    on the host is lowmem's.
     """
-    sys.modules["manifest"] = manifest
+    sys.modules |= {"manifest": manifest, "lock": lock}
     path = list(sys.path)
 
     def load(role: str, name: str) -> ModuleType:
@@ -41,7 +41,7 @@ def scripts() -> Iterator[Callable[[str, str], ModuleType]]:
 
     yield load
     sys.path[:] = path
-    sys.modules.pop("manifest")
+    del sys.modules["manifest"], sys.modules["lock"]
 
 
 @pytest.fixture(scope="session")

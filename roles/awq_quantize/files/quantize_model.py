@@ -17,7 +17,6 @@ was read back from disk and judged; what an interrupted run left is removed by t
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import importlib
 import json
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import checkpoint
+import lock
 import manifest
 
 GIB = 2**30
@@ -332,12 +332,7 @@ def work(spec: dict[str, Any], recipe: dict[str, Any], recipe_sha256: str) -> No
 def quantize(spec: dict[str, Any]) -> None:
     models, name = Path(spec["models"]), spec["name"]
     recipe = full_recipe(spec)
-    with (models / f".{name}.lock").open("w") as guard:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another run that is quantizing it")
-            fcntl.flock(guard, fcntl.LOCK_EX)
+    with lock.held(models / f".{name}.lock", lambda: say("waiting for another run that is quantizing it")):
         for left in models.glob(f".{name}.*.partial"):
             say(f"removing {left.name}, left by an interrupted run")
             shutil.rmtree(left)

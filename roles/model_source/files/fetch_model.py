@@ -13,7 +13,6 @@ where it stopped, and is moved into place whole. What is there already and as th
 
 from __future__ import annotations
 
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -30,6 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lock
 import manifest
 
 MIB = 2**20
@@ -292,12 +292,7 @@ def fetch(spec: dict[str, Any]) -> None:
     models, name, source, recipe = Path(spec["models"]), spec["name"], spec["source"], spec["recipe_sha256"]
     folder, manifest_path = models / name, models / f"{name}.manifest.json"
     models.mkdir(parents=True, exist_ok=True)
-    with (models / f".{name}.lock").open("w") as guard:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another run that is fetching it")
-            fcntl.flock(guard, fcntl.LOCK_EX)
+    with lock.held(models / f".{name}.lock", lambda: say("waiting for another run that is fetching it")):
         staging = models / f".{name}.{recipe[:12]}.partial"
         staging.mkdir(exist_ok=True)
         same = manifest_path.exists() and manifest.read(manifest_path).get("recipe_sha256") == recipe

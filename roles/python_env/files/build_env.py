@@ -15,7 +15,6 @@ done.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -184,12 +183,10 @@ def clone(old: Path, env: Path) -> None:
 
 def ensure(env: Path, spec: dict[str, Any]) -> None:
     env.parent.mkdir(parents=True, exist_ok=True)
-    with env.with_name(f".{env.name}.lock").open("w") as guard:
-        try:
-            fcntl.flock(guard, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"{env.name}: waiting for another run that is building it")
-            fcntl.flock(guard, fcntl.LOCK_EX)
+    import lock  # beside this file on the host; what only reads a stamp is sent alone
+
+    waiting = f"{env.name}: waiting for another run that is building it"
+    with lock.held(env.with_name(f".{env.name}.lock"), lambda: say(waiting)):
         if stamp_of(env) == spec["stamp"]:
             return
         mark = env / ".complete"
