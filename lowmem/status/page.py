@@ -1,13 +1,15 @@
-"""The page of `lowmem report`: one HTML file, readable on a phone, in light and dark, with no script and
-nothing to fetch. Pure functions.
+"""Makes the page of `lowmem report`: one HTML file, readable on a phone, in light and dark, with nothing to
+fetch and one small script that tells how old it is. Pure functions.
 
 From receipts alone it says what was measured; with a `Live` it is the status page of one deployment.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
@@ -23,6 +25,25 @@ SUMS = ("total", "rest", "peak", "start", "load_growth")
 """Rows of a receipt that are sums of others, or come on top of them: not parts of a bar."""
 
 RECENT_S = 300
+
+AGE_SCRIPT = """
+"use strict";
+const own = document.currentScript.dataset, at = Number(own.at), every = Number(own.everyS) || 300;
+function tell() {
+  const age = Date.now() / 1000 - at, old = age > 3 * every + 30;
+  document.body.classList.toggle("is-old", old);
+  if (!old) return;
+  const minutes = Math.round(age / 60);
+  document.getElementById("age").textContent =
+    minutes < 120 ? minutes + " min" : minutes < 2880 ? Math.round(minutes / 60) + " h" : Math.round(minutes / 1440) + " days";
+  document.title = document.title.replace(/^[^:]*:/, "old page:");
+}
+tell();
+setInterval(tell, 10000);
+"""
+"""Marks a status page that is older than three of its intervals, also one that stays open. A page of a host that
+is gone would otherwise go on saying "serving".
+"""
 
 KEPT_S = 3600
 """Rates and percentiles of the page are over the last five minutes; looks of the last hour
@@ -355,6 +376,7 @@ def history(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | None = None) -> str:
     """HTML of the report; each receipt with the name it is told under, oldest first where `live` is given."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -383,6 +405,8 @@ def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | No
         seen = status(live.plan, live.look, live.earlier, RECENT_S)
         newest = receipts[-1][1] if receipts else None
         context |= {
+            "age_script": Markup(AGE_SCRIPT),  # noqa: S704 - a constant of this file
+            "age_hash": f"sha256-{b64encode(sha256(AGE_SCRIPT.encode()).digest()).decode()}",
             "live": live,
             "seen": seen,
             "plan": live.plan,
