@@ -1,4 +1,4 @@
-"""The `lowmem fleet` command: how many hosts of which profile meet a load."""
+"""Defines the command `lowmem fleet`, which says how many hosts of which profile meet a load."""
 
 from __future__ import annotations
 
