@@ -210,7 +210,8 @@ def measurement(deployment: Deployment, request: pytest.FixtureRequest) -> Recei
     if deployment.root not in MEASUREMENTS:
         out = deployment.path("run/measured.json")
         command = [
-            f"{deployment.environment}/bin/lowmem", "measure", "--plan", deployment.path("etc/plan.json"), "--out", out,
+            f"{deployment.environment}/bin/lowmem", "measure", "--plan", deployment.path("etc/plan.json"),
+            "--out", out,
             "--url", deployment.deploy.local_url, "--env-file", deployment.path("etc/vllm.env"),
             "--log", deployment.path("log/vllm.log"),
         ]  # fmt: skip

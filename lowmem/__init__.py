@@ -1,3 +1,3 @@
-"""vllm-lowmem: plan, deploy and prove a vLLM service within a memory and latency limit."""
+"""Plans, deploys and proves a vLLM service within a memory and latency limit."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""`python -m lowmem`, for a machine where nothing is installed."""
+"""Runs `python -m lowmem` on a machine that has no `lowmem` command."""
 
 from lowmem.cli.main import app
 

@@ -15,7 +15,10 @@ Artefact = TypeVar("Artefact", Plan, Receipt)
 
 
 def read_environment(path: Path) -> dict[str, str]:
-    """KEY=VALUE lines as systemd's EnvironmentFile reads them; comments and blank lines are skipped."""
+    """Read KEY=VALUE lines as systemd's EnvironmentFile does; comments and blank lines are skipped.
+
+    Raises BadInput for a line of another form.
+    """
     variables = {}
     for number, raw in enumerate(path.read_text().splitlines(), 1):
         line = raw.strip()
@@ -29,12 +32,12 @@ def read_environment(path: Path) -> dict[str, str]:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plan. BadInput, one line, when the file holds none."""
+    """Read a plan. Raises BadInput, one line, if the file holds none."""
     return _read(Plan, path, "--plan", " (write it with `lowmem plan --json`)")
 
 
 def read_deployed_plan(path: Path) -> DeployedPlan:
-    """Read the plan of a deployment. BadInput, one line, when it names no port and model."""
+    """Read the plan of a deployment. Raises BadInput, one line, if it names no port and model."""
     plan = read_plan(path)
     if plan.deploy is None:
         raise BadInput(f"--plan {path} names no port and model: give the plan.json of a deployment")
@@ -42,7 +45,7 @@ def read_deployed_plan(path: Path) -> DeployedPlan:
 
 
 def read(path: Path) -> Receipt:
-    """Read a receipt. BadInput, one line, when the file holds none."""
+    """Read a receipt. Raises BadInput, one line, if the file holds none."""
     return _read(Receipt, path, "receipt")
 
 

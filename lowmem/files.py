@@ -1,4 +1,4 @@
-"""Files are written beside their place and then moved into it: a reader never sees half of one."""
+"""Writes files beside their place and then moves them into it, so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def tree_digest(root: Path, paths: Iterable[Path]) -> str:
-    """Return a SHA-256 over the names below `root` and the contents of these files, whatever their times."""
+    """Return a SHA-256 over the names below `root` and the contents of these files.
+
+    Their times do not count.
+    """
     total = hashlib.sha256()
     for path in sorted(paths):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -18,7 +21,7 @@ def tree_digest(root: Path, paths: Iterable[Path]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Makes the folder where it is missing; ends the text with a newline."""
+    """Write a file whole, with a newline at its end. A missing folder is created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text.rstrip("\n") + "\n")

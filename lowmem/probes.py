@@ -18,7 +18,10 @@ from lowmem.units import MIB
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU that this process may open. `holders`: who computes on it, `pid (name)`."""
+    """GPU that this process may open.
+
+    `holders` names the processes that compute on it, each as `pid (name)`.
+    """
 
     index: int
     name: str
@@ -29,7 +32,7 @@ class Card:
 
 
 def _nvml() -> Any:
-    """Open NVML. RuntimeError, one line, without its Python package, a driver or a GPU."""
+    """Open NVML. Raises RuntimeError, one line, if its Python package, a driver or a GPU is missing."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
@@ -44,7 +47,7 @@ def _nvml() -> Any:
 
 
 def cards() -> list[Card]:
-    """List every GPU that this process may open. RuntimeError when NVML does not start."""
+    """List every GPU that this process may open. Raises RuntimeError if NVML does not start."""
     nvml = _nvml()
     opened = []
     for index in range(nvml.nvmlDeviceGetCount()):
@@ -84,8 +87,9 @@ def _named(pid: int) -> str:
 
 
 class Gpus:
-    """The visible NVIDIA GPUs, in the order of CUDA_VISIBLE_DEVICES; raises RuntimeError without NVML or
-    without a GPU.
+    """Visible NVIDIA GPUs in the order of CUDA_VISIBLE_DEVICES.
+
+    Raises RuntimeError if NVML does not start or if fewer than `count` GPUs are visible.
     """
 
     def __init__(self, count: int) -> None:
@@ -105,12 +109,15 @@ class Gpus:
         return self._nvml.nvmlDeviceGetHandleByUUID(name)
 
     def used_bytes(self) -> tuple[int, ...]:
-        """Per GPU, by whatever process."""
+        """Read the bytes in use on each GPU, by all processes together."""
         version = getattr(self._nvml, "nvmlMemory_v2", None)
         return tuple(int(self._nvml.nvmlDeviceGetMemoryInfo(h, version=version).used) for h in self._handles)
 
     def used_by_bytes(self, pids: set[int]) -> tuple[int, ...]:
-        """Per GPU, by these processes; zeros where the driver does not say (as in some containers)."""
+        """Read the bytes that these processes use on each GPU.
+
+        They are 0 if the driver does not tell, as in some containers.
+        """
         sums = []
         for handle in self._handles:
             processes: list[Any] = []
@@ -120,7 +127,7 @@ class Gpus:
         return tuple(sums)
 
     def describe(self) -> dict[str, str]:
-        """Name, memory, driver, link and clocks of the first GPU, and how many there are."""
+        """Read name, memory, driver, link and clocks of the first GPU, and the number of GPUs."""
         nvml, handle = self._nvml, self._handles[0]
         facts: dict[str, str] = {"gpus": str(len(self._handles))}
 
@@ -140,10 +147,10 @@ class Gpus:
 
 
 class ProcessTree:
-    """A process and its descendants; `source` says which figure `memory_bytes` gives.
+    """Process and its descendants; `source` says which figure `memory_bytes` gives.
 
-    Reading PSS walks every page of a process under its memory lock: right for a CPU engine of a few GiB, too
-    rude for one that has pinned tens of GiB for a GPU; there `pss=False` takes RSS.
+    Reading PSS walks every page of a process under its memory lock. That suits a CPU engine of a few GiB. It
+    would disturb an engine that has pinned tens of GiB for a GPU, so `pss=False` reads RSS.
     """
 
     def __init__(self, root_pid: int, pss: bool) -> None:
@@ -154,7 +161,7 @@ class ProcessTree:
         self._read_at = 0.0
 
     def pids(self) -> set[int]:
-        """The processes alive, looked up at most once a second."""
+        """Return the processes that are alive; they are looked up at most once a second."""
         if time.monotonic() - self._read_at > 1:
             self._read_at = time.monotonic()
             try:
@@ -167,6 +174,7 @@ class ProcessTree:
         return self._pids
 
     def memory_bytes(self) -> int:
+        """Return the bytes of all processes that are alive, as PSS or as RSS."""
         total = 0
         for pid in self.pids():
             try:

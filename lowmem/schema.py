@@ -1,9 +1,8 @@
-"""The data that flows through the house: profile, model card and device become a plan; the plan becomes a
-service and a receipt.
+"""Defines the data that flows through the package.
 
-Every quantity carries its unit in its name. `_bytes` are bytes, `_mib` are MiB (2**20 bytes, what NVML and
-nvidia-smi print), `_gib` are GiB, `_gb_per_s` are 10**9 bytes per second (what datasheets print), `_ms` are
-milliseconds.
+Profile, model card and device become a plan; the plan becomes a service and a receipt. Every quantity carries
+its unit in its name. `_bytes` are bytes, `_gib` are GiB and `_ms` are milliseconds. `_mib` are MiB (2**20
+bytes), which NVML and nvidia-smi print. `_gb_per_s` are 10**9 bytes per second, which datasheets print.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def local_url(host: str, port: int) -> str:
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors: a mistyped name must never be a silent default."""
+    """Refuses unknown keys, so that a mistyped name is never a silent default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -48,7 +47,7 @@ class Strict(BaseModel):
 
 
 class Quantization(Strict):
-    """How the linear layers of a checkpoint are stored."""
+    """Storage format of the linear layers of a checkpoint."""
 
     method: Literal["none", "awq", "compressed-tensors", "gptq", "auto-round", "fp8"] = "none"
     bits: int = Field(16, ge=1, le=16)
@@ -58,7 +57,7 @@ class Quantization(Strict):
 
 
 class Load(Strict):
-    """The closed-loop load that latency and `max_requests` speak of; defaults are the source article's."""
+    """Closed-loop load that latency and `max_requests` refer to. The defaults are the source article's."""
 
     clients: int = Field(8, ge=1, le=100_000)
     input_tokens: int = Field(1024, ge=1)
@@ -66,7 +65,7 @@ class Load(Strict):
 
 
 class Limits(Strict):
-    """What the deployed service is held to."""
+    """Limits that the deployed service must keep."""
 
     memory_bytes: Bytes = Field(
         gt=0, description="per GPU as NVML shows it under load; on a CPU: resident set of the service"
@@ -76,14 +75,14 @@ class Limits(Strict):
 
 
 class Knob(Strict):
-    """One start parameter of a profile, with the reason it has this value."""
+    """Start parameter of a profile, with the reason for its value."""
 
     value: Scalar
     why: str
 
 
 class Profile(Strict):
-    """A named set of start parameters; see `profiles/*.yml`. Knobs carry vLLM's flag names in snake_case."""
+    """Named set of start parameters; see `profiles/*.yml`. Knobs carry vLLM's flag names in snake_case."""
 
     name: str
     summary: str
@@ -101,12 +100,11 @@ class Profile(Strict):
 
 
 class WeightGroup(Strict):
-    """`count` equal tensors of a checkpoint: `out_features` x `in_features` weights (a norm or a bias is
-    out_features x 1).
+    """Group of `count` equal tensors of a checkpoint with `out_features` x `in_features` weights each.
 
-    `split` says what tensor parallelism does to it: `column` cuts out_features, `row` cuts in_features, `kv`
-    cuts key/value heads (and repeats them once there are more cards than heads), `vocab` cuts the padded
-    vocabulary, `none` copies it to every card.
+    A norm or a bias is out_features x 1. `split` says how tensor parallelism splits the group. `column` cuts
+    out_features, `row` cuts in_features, and `vocab` cuts the padded vocabulary. `kv` cuts key/value heads,
+    and repeats them once there are more cards than heads. `none` copies the group to every card.
     """
 
     name: str
@@ -126,8 +124,9 @@ class WeightGroup(Strict):
 
 
 class ModelCard(Strict):
-    """What config.json and the safetensors headers say of a checkpoint. Groups inside a layer stand in the
-    engine's loading order.
+    """Description of a checkpoint by its config.json and safetensors headers.
+
+    Groups inside a layer stand in the engine's loading order.
     """
 
     name: str
@@ -157,8 +156,9 @@ class ModelCard(Strict):
 
 
 class Device(Strict):
-    """One accelerator (or the CPU) as its maker or the driver describes it; `source` names where each figure
-    comes from.
+    """Accelerator (or the CPU) as its maker or the driver describes it.
+
+    `source` names the source of each figure.
     """
 
     name: str
@@ -180,7 +180,7 @@ class Device(Strict):
 
 
 class Link(Strict):
-    """What joins the hosts of one server; `source` names where each figure comes from."""
+    """Network link between the hosts of one server. `source` names the source of each figure."""
 
     name: str
     title: str
@@ -191,7 +191,7 @@ class Link(Strict):
 
 
 class Argument(Strict):
-    """One argument of `vllm serve`; `value` None is a bare flag. A flag of "" is the positional model."""
+    """Argument of `vllm serve`. `value` None is a bare flag; a flag of "" is the positional model."""
 
     flag: str
     value: str | None = None
@@ -208,8 +208,9 @@ class EnvironmentVariable(Strict):
 
 
 class Latency(Strict):
-    """Milliseconds. Floors are physics (bytes over bandwidth, operations over rate); expectations add
-    calibration.
+    """Latency of a load in milliseconds.
+
+    Floors are physics: bytes over bandwidth, operations over rate. Expectations add calibration.
     """
 
     decode_floor: float
@@ -220,7 +221,7 @@ class Latency(Strict):
 
 
 class ServiceLimits(Strict):
-    """What the service manager is told."""
+    """Limits that the service manager enforces."""
 
     timeout_start_s: int
     timeout_stop_s: int
@@ -232,7 +233,7 @@ class ServiceLimits(Strict):
 
 
 class Deploy(Strict):
-    """Where this deployment's server listens and finds its model."""
+    """Address at which this deployment's server listens, and the path of its model."""
 
     model_path: str
     served_model_name: str
@@ -259,13 +260,14 @@ class Deploy(Strict):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def local_url(self) -> str:
-        """Where this host reaches its own server."""
+        """Return the URL at which this host reaches its own server."""
         return local_url(self.host, self.port)
 
 
 class Stage(Strict):
-    """The layers of one pipeline stage and what one of its cards holds; fields of the same name as in the
-    plan.
+    """Layers of one pipeline stage and the memory of one of its cards.
+
+    Fields have the same names as in the plan.
     """
 
     node: int = Field(description="host it runs on, from 0")
@@ -279,7 +281,7 @@ class Stage(Strict):
 
 
 class Pipeline(Strict):
-    """What passes between the stages, and what the link must be. Nothing of it was measured."""
+    """Traffic between the pipeline stages, and the link that it needs. No figure here was measured."""
 
     network: Link | None = Field(None, description="None: all stages are on one host")
     bytes_per_token: Bytes = Field(description="over each boundary of two stages, for each token of a step")
@@ -309,7 +311,7 @@ class Pipeline(Strict):
 
 
 class Node(Strict):
-    """How one host of a server that spans several is started."""
+    """Start parameters of one host of a multi-host server."""
 
     rank: int
     address: str
@@ -323,8 +325,9 @@ class Node(Strict):
 
 
 class Plan(Strict):
-    """Everything that is known before a host is touched. Serialised by `lowmem plan --json`; the only input
-    of the templates.
+    """Everything that is known before a host is touched.
+
+    `lowmem plan --json` writes it, and it is the only input of the templates.
     """
 
     schema_version: Literal[1] = 1
@@ -402,7 +405,7 @@ class Plan(Strict):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def argv(self) -> list[str]:
-        """As given to `vllm serve`."""
+        """Return the arguments as `vllm serve` gets them."""
         return [t for a in self.arguments for t in a.tokens()]
 
     @computed_field  # type: ignore[prop-decorator]
@@ -428,7 +431,7 @@ class Plan(Strict):
 
 
 class DeployedPlan(Plan):
-    """A plan that says where its server listens and which model it serves."""
+    """Plan that says where its server listens and which model it serves."""
 
     deploy: Deploy
 
@@ -443,7 +446,7 @@ class Percentiles(Strict):
 
 
 class LoadResult(Strict):
-    """One closed-loop run of `vllm bench serve`."""
+    """Result of one closed-loop run of `vllm bench serve`."""
 
     load: Load
     requests: int
@@ -461,7 +464,7 @@ class LoadResult(Strict):
 
 
 class Term(Strict):
-    """A planned quantity beside what was measured; measured None: the engine did not say."""
+    """Planned quantity beside its measurement. `measured_bytes` is None if the engine did not report it."""
 
     name: str
     planned_bytes: Bytes | None
@@ -470,11 +473,11 @@ class Term(Strict):
 
 
 class Receipt(Strict):
-    """What was measured on the deployed service, the plan beside it, and the verdict.
+    """Measurement of the deployed service, the plan beside it, and the verdict.
 
-    Memory is per GPU as NVML shows it (all processes); on a CPU one figure, the engine's processes. `before`
-    is what was in use before the engine started (by others, by ballast): limits hold for what came on top of
-    it, `service_peak_bytes`.
+    Memory is per GPU as NVML shows it, for all processes together. On a CPU it is one figure, that of the
+    engine's processes. `memory_before_bytes` was in use before the engine started, for example by others. The
+    limits hold for what came on top of it, `service_peak_bytes`.
     """
 
     schema_version: Literal[1] = 1
@@ -527,6 +530,6 @@ class Receipt(Strict):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def service_peak_bytes(self) -> tuple[int, ...]:
-        """Per GPU, above what was in use before; the figure that the memory limit holds for."""
+        """Return the peak per GPU above what was in use before. The memory limit holds for this figure."""
         before = self.memory_before_bytes or (0,) * len(self.memory_peak_bytes)
         return tuple(peak - base for peak, base in zip(self.memory_peak_bytes, before, strict=True))

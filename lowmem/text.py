@@ -9,7 +9,7 @@ _BAR = 30
 
 
 def bar(value: float, whole: float, width: int = _BAR) -> str:
-    """A bar of `value` out of `whole`; anything above zero shows at least a sliver."""
+    """Draw a bar of `value` out of `whole`; anything above zero shows at least a sliver."""
     if value <= 0 or whole <= 0:
         return ""
     eighths = max(1, round(min(value / whole, 1.0) * width * 8))
@@ -17,12 +17,12 @@ def bar(value: float, whole: float, width: int = _BAR) -> str:
 
 
 def utc(at: float) -> str:
-    """Seconds since 1970 as the receipts write a time."""
+    """Format seconds since 1970 as the receipts write a time."""
     return dt.datetime.fromtimestamp(at, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def span(seconds: float) -> str:
-    """`2 h 13 min`; the two largest units that are not zero."""
+    """Format seconds as the two largest units that are not zero, such as `2 h 13 min`."""
     left, parts = round(seconds), []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
         count, left = divmod(left, size)
@@ -37,7 +37,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last `width` values, each as a column from zero to the highest of them."""
+    """Draw the last `width` values, each as a column from zero to the highest of them."""
     shown = list(values)[-width:]
     top = max(shown, default=0) or 1
     return "".join(SPARKS[min(7, round(value / top * 7))] for value in shown)

@@ -1,4 +1,4 @@
-"""Bytes in and out. MiB and GiB are powers of two, GB and MB powers of ten; the names never mix."""
+"""Reads and writes sizes. MiB and GiB are powers of two, GB and MB powers of ten; the names never mix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SUFFIX = {
 
 
 def parse_bytes(text: str | int | float) -> int:
-    """`256M`, `2GiB`, `1.5G` or a plain number to bytes. ValueError for anything else."""
+    """Convert `256M`, `2GiB`, `1.5G` or a plain number to bytes. Raises ValueError for anything else."""
     if isinstance(text, int | float) and not isinstance(text, bool):
         return int(text)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
@@ -32,15 +32,15 @@ def parse_bytes(text: str | int | float) -> int:
 
 
 def mib(value: int | float) -> str:
-    """Bytes as MiB with thousands separators, the unit of nvidia-smi."""
+    """Format bytes as MiB with thousands separators, the unit of nvidia-smi."""
     return f"{value / MIB:,.0f} MiB"
 
 
 def gib(value: int | float) -> str:
-    """Bytes as GiB with two decimals, the unit of vLLM's log."""
+    """Format bytes as GiB with two decimals, the unit of vLLM's log."""
     return f"{value / GIB:.2f} GiB"
 
 
 def number(value: float | None) -> str:
-    """One decimal below 100, none above; a dash for what is not known."""
+    """Format a number with one decimal below 100 and none above; None is a dash."""
     return "-" if value is None else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"

@@ -167,7 +167,8 @@ def load_session(path: Path) -> list[Session]:
 
 
 _PLAYED = (
-    "host", "port", "middleware", "shutdown_timeout", "gpu_memory_utilization", "attention_config.flash_attn_version", "attention_backend",
+    "host", "port", "middleware", "shutdown_timeout", "gpu_memory_utilization",
+    "attention_config.flash_attn_version", "attention_backend",
 )  # fmt: skip
 """Arguments that say nothing about memory or time: address, keys and stop, and what playing a smaller card
 takes.

@@ -45,11 +45,13 @@ def spec(models: Path, lib: Path, backend: str) -> dict[str, Any]:
     return {
         "models": str(models), "source_name": SOURCE, "name": f"{SOURCE}-{backend}",
         "recipe": {
-            "version": 2, "backend": backend, "backend_version": VERSIONS[backend], "bits": 4, "group_size": 0, "zero_point": True,
+            "version": 2, "backend": backend, "backend_version": VERSIONS[backend], "bits": 4,
+            "group_size": 0, "zero_point": True,
             "clip": backend == "autoawq", "calibration_tokens": 65536, "sample_tokens": 512,
             **{f"{name}_sha256": hashlib.sha256(text).hexdigest() for name, text in texts.items()},
         },
-        "calibration": str(lib / "calibration.txt"), "perplexity": str(lib / "perplexity.txt"), "limit_ratio": 1.2,
+        "calibration": str(lib / "calibration.txt"), "perplexity": str(lib / "perplexity.txt"),
+        "limit_ratio": 1.2,
     }  # fmt: skip
 
 

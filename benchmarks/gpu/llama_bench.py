@@ -69,8 +69,10 @@ def write_gguf(path: Path, kind: str, layers: int) -> int:
     """A model of `layers` decoder layers, all with the same noise; bytes written."""
     rng = np.random.default_rng(1)
     layer = {
-        "attn_norm": ("f32", 1, HIDDEN), "attn_q": (kind, HIDDEN, HIDDEN), "attn_k": (kind, KV_HEADS * 128, HIDDEN),
-        "attn_v": (kind, KV_HEADS * 128, HIDDEN), "attn_output": (kind, HIDDEN, HIDDEN), "ffn_norm": ("f32", 1, HIDDEN),
+        "attn_norm": ("f32", 1, HIDDEN), "attn_q": (kind, HIDDEN, HIDDEN),
+        "attn_k": (kind, KV_HEADS * 128, HIDDEN),
+        "attn_v": (kind, KV_HEADS * 128, HIDDEN), "attn_output": (kind, HIDDEN, HIDDEN),
+        "ffn_norm": ("f32", 1, HIDDEN),
         "ffn_gate": (kind, MLP, HIDDEN), "ffn_up": (kind, MLP, HIDDEN), "ffn_down": (kind, HIDDEN, MLP),
     }  # fmt: skip
     ends = {
@@ -84,11 +86,14 @@ def write_gguf(path: Path, kind: str, layers: int) -> int:
         f"blk.{n}.{name}.weight": (name, shape) for n in range(layers) for name, shape in layer.items()
     }
     fields: dict[str, str | int | float] = {
-        "general.architecture": "llama", "general.name": f"llama-2-70b-noise-{kind}", "llama.block_count": layers,
+        "general.architecture": "llama", "general.name": f"llama-2-70b-noise-{kind}",
+        "llama.block_count": layers,
         "llama.context_length": 4096, "llama.embedding_length": HIDDEN, "llama.feed_forward_length": MLP,
         "llama.attention.head_count": HEADS,
-        "llama.attention.head_count_kv": KV_HEADS, "llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.dimension_count": 128,
-        "llama.rope.freq_base": 10000.0, "llama.vocab_size": VOCABULARY, "general.alignment": 32, "tokenizer.ggml.model": "no_vocab",
+        "llama.attention.head_count_kv": KV_HEADS, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": 128,
+        "llama.rope.freq_base": 10000.0, "llama.vocab_size": VOCABULARY, "general.alignment": 32,
+        "tokenizer.ggml.model": "no_vocab",
     }  # fmt: skip
     head = (
         b"GGUF"
@@ -148,7 +153,8 @@ def main() -> None:
     }
     most = max(int(c) for c in options.clients.split(","))
     command = [
-        str(options.bench), "-m", str(model), "-ngl", "99", "-fit", "off", "-fa", "on", "-ctk", options.kv, "-ctv", options.kv,
+        str(options.bench), "-m", str(model), "-ngl", "99", "-fit", "off", "-fa", "on", "-ctk", options.kv,
+        "-ctv", options.kv,
         "-c", str(most * (options.input_tokens + options.output_tokens)), "-b", "2048", "-ub", "512",
         "-npp", str(options.input_tokens), "-ntg", str(options.output_tokens), "-npl", options.clients,
         "--output-format", "jsonl", *options.arg,

@@ -72,7 +72,8 @@ def prepare(spec: dict[str, Any], folder: Path) -> None:
     runs = [{**spec.get("defaults", {}), **run} for run in spec["runs"]]
     for run in (r for r in runs if "command" not in r):
         options = {
-            "--profile": run["profile"], "--device": run["device"], "--count": run["count"], "--model": run["card"],
+            "--profile": run["profile"], "--device": run["device"], "--count": run["count"],
+            "--model": run["card"],
             "--model-path": run["model_path"], "--served-model-name": "m", "--port": 8000,
         }  # fmt: skip
         command = [sys.executable, "-m", "lowmem", "plan", "--json", *words(options)]

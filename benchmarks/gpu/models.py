@@ -65,12 +65,15 @@ def auto_round(bits: int, group_size: int) -> dict[str, Any]:
 def compressed_tensors(group_size: int) -> dict[str, Any]:
     """As llm-compressor's AWQModifier with scheme W4A16_ASYM saves it."""
     weights = {
-        "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size, "dynamic": False,
+        "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size,
+        "dynamic": False,
         "observer": "minmax",
     }  # fmt: skip
     return {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None,
+        "output_activations": None}},
     }  # fmt: skip
 
 
@@ -89,9 +92,12 @@ VOCABULARY = 32000
 def config(shape: str, quantization: str) -> dict[str, Any]:
     """As transformers writes it; without quantization_config for fp16."""
     base: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, **SHAPES[shape], "hidden_act": "silu",
-        "rms_norm_eps": 1e-05, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-        "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "torch_dtype": "float16", "initializer_range": 0.02,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
+        **SHAPES[shape], "hidden_act": "silu",
+        "rms_norm_eps": 1e-05, "max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2,
+        "tie_word_embeddings": False,
+        "attention_bias": False, "mlp_bias": False, "rope_theta": 10000.0, "torch_dtype": "float16",
+        "initializer_range": 0.02,
     }  # fmt: skip
     extra = QUANTIZATIONS[quantization]
     return base if extra is None else base | {"quantization_config": extra}
@@ -107,9 +113,11 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
     tokenizer.add_special_tokens(words[:3])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
+        "unk_token": "<unk>",
         "model_max_length": 4096,
-        "clean_up_tokenization_spaces": False, "chat_template": "{% for m in messages %}{{ m['content'] }} {% endfor %}",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": "{% for m in messages %}{{ m['content'] }} {% endfor %}",
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 

@@ -41,7 +41,8 @@ def stream(port: int, model: str, prompt: list[int], tokens: int) -> list[float]
     """
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
     body = {
-        "model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0, "stream": True,
+        "model": model, "prompt": prompt, "max_tokens": tokens, "ignore_eos": True, "temperature": 0,
+        "stream": True,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     began, times, count = time.monotonic(), [], 0
@@ -85,7 +86,8 @@ def drive(port: int, model: str, clients: int, prompts: list[list[int]], outputs
     took = time.monotonic() - began
     steps = [(b - a) * 1e3 for times in answers for a, b in pairwise(times)]
     return {
-        "clients": clients, "requests": requests, "input_tokens": inputs, "output_tokens": outputs, "duration_s": took,
+        "clients": clients, "requests": requests, "input_tokens": inputs, "output_tokens": outputs,
+        "duration_s": took,
         "output_tokens_per_s": requests * outputs / took,
         "ttft_ms": percentiles([t[0] * 1e3 for t in answers]),
         # by the tokens asked for: a server may send two of them in one piece

@@ -1,4 +1,4 @@
-"""The `lowmem check-article` command."""
+"""Defines the command `lowmem check-article`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `lowmem explain` command."""
+"""Defines the command `lowmem explain`."""
 
 from __future__ import annotations
 

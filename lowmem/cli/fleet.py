@@ -1,4 +1,4 @@
-"""The `lowmem fleet` command: how many hosts of which profile meet a load."""
+"""Defines the command `lowmem fleet`, which says how many hosts of which profile meet a load."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def fleet(
     """
     for name, value, low, high in (
         ("--qps", qps, 0.001, 10_000), ("--p99-tpot", p99_tpot, 0.1, 1e6), ("--p99-ttft", p99_ttft, 0.1, 1e7),
-        ("--input-tokens", input_tokens, 1, 100_000), ("--output-tokens", output_tokens, 2, 100_000), ("--at-most", at_most, 1, 1024),
+        ("--input-tokens", input_tokens, 1, 100_000), ("--output-tokens", output_tokens, 2, 100_000),
+        ("--at-most", at_most, 1, 1024),
     ):  # fmt: skip
         if not low <= value <= high:
             raise BadInput(f"{name} {value:g} is not from {low:g} to {high:,.0f}; correct it")
@@ -120,7 +121,8 @@ def show(
     for row in rows:
         if "hosts" in row:
             table.add_row(
-                row["host"], str(row["hosts"]), str(row["cards"]), f"{row['tpot_p50_ms']:,.1f}, {row['tpot_p99_ms']:,.1f} ms",
+                row["host"], str(row["hosts"]), str(row["cards"]),
+                f"{row['tpot_p50_ms']:,.1f}, {row['tpot_p99_ms']:,.1f} ms",
                 f"{row['ttft_p50_ms']:,.0f}, {row['ttft_p99_ms']:,.0f} ms", f"{row['full_share']:.0%}",
             )  # fmt: skip
     if table.row_count:

@@ -1,4 +1,4 @@
-"""The `lowmem frontier` command: memory against latency, as a picture."""
+"""Defines the command `lowmem frontier`, which draws memory against latency."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def draw(
 
 
 def _axes(ax: Axes) -> None:
-    """Ticks of a logarithmic axis as plain numbers, and a light grid."""
+    """Format the ticks of a logarithmic axis as plain numbers, and draw a light grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -153,7 +153,7 @@ def _axes(ax: Axes) -> None:
 
 
 def _legend(ax: Axes, points: list[Option]) -> None:
-    """What colours and marks mean, beside the picture."""
+    """Explain colours and marks beside the picture."""
     from matplotlib.lines import Line2D
 
     used = [w for w in _COLOURS if any(o.weights == w for o in points)]

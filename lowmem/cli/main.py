@@ -1,5 +1,7 @@
-"""The `lowmem` command: each subcommand lives in its own module, imported when it is asked for (`lowmem plan`
-stays under a second).
+"""Defines the `lowmem` command.
+
+Each subcommand has a module of its own, which is imported when the subcommand runs. So `lowmem plan` stays
+under a second.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ USAGE_ERRORS: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 
 
 class LazyGroup(TyperGroup):
-    """A group that imports a command's module when the command is asked for."""
+    """Group of commands that imports the module of a command when the command is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -49,8 +51,9 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(single)
 
     def invoke(self, ctx: Any) -> Any:
-        """Bad input of any kind is one line on stderr and exit 1; typer's own usage errors would exit 2,
-        which here means impossible.
+        """Print bad input of any kind as one line on stderr and exit with 1.
+
+        typer's own usage errors would exit with 2, which here means impossible.
         """
         try:
             return super().invoke(ctx)

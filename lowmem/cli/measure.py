@@ -134,7 +134,7 @@ def _refuse_url(url: str) -> None:
 
 
 def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Path | None) -> Path | None:
-    """Refuses what does not go together; returns the environment file to read."""
+    """Refuse options that do not go together, and return the environment file to read."""
     modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
     if len(modes) != 1:
         raise BadInput(

@@ -1,4 +1,4 @@
-"""`lowmem plan`: read names from the command line, print the plan, exit by its verdict."""
+"""Defines the command `lowmem plan`, whose exit status is the plan's verdict."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def plan(
 
 
 def show_options(model: str, plan: Plan, as_json: bool) -> bool:
-    """Print what meets the limits of a plan; False where nothing does."""
+    """Print the options that meet the limits of a plan. Return False if none does."""
     from lowmem.plan.render import show_suggestions
     from lowmem.plan.search import suggestions
 

@@ -1,5 +1,7 @@
-"""`lowmem report`: writes the page of `lowmem.status.page` from receipts and, with `--live`, from the running
-server. Input and output only.
+"""Defines the command `lowmem report`, which writes the page of `lowmem.status.page`.
+
+The page comes from receipts and, with `--live`, from the running server. This module holds input and output
+only.
 """
 
 from __future__ import annotations
@@ -77,8 +79,9 @@ def report(
 
 
 def status_page(plan: Path, receipts: Iterable[Path], samples: Path | None, every_s: int) -> str:
-    """HTML. Looks at the server once; the look is added to `samples`. A receipt that cannot be read is named
-    on the page, and no error.
+    """Render the status page as HTML, and add one look at the server to `samples`.
+
+    A receipt that cannot be read is named on the page and is no error.
     """
     host = deployed(plan)
     told: dict[str, tuple[str, Receipt]] = {}
@@ -111,8 +114,9 @@ def status_page(plan: Path, receipts: Iterable[Path], samples: Path | None, ever
 
 
 def _found(receipts: Iterable[Path], newest: int | None = None) -> Iterable[Path]:
-    """Files, and those of folders in the order of their names; of each folder the last `newest`, which a host
-    names by their time.
+    """Yield files, and the files of folders in the order of their names.
+
+    Each folder gives its last `newest` files, since a host names them by their time.
     """
     for given in receipts:
         yield from sorted(given.glob("*.json"))[-(newest or 0) :] if given.is_dir() else [given]

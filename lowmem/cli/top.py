@@ -64,7 +64,7 @@ def _looks(watcher: Watcher, every_s: float) -> Iterator[tuple[Status, Status]]:
 
 
 def _watch(watcher: Watcher, every_s: float) -> None:
-    """Draws until it is interrupted; the last view stays in the terminal."""
+    """Draw until it is interrupted; the last view stays in the terminal."""
     console = Console(highlight=False)
     seen, since = watcher.look()
 
@@ -81,7 +81,7 @@ def _watch(watcher: Watcher, every_s: float) -> None:
 
 @contextlib.contextmanager
 def _ended_quietly() -> Iterator[None]:
-    """Ctrl-C, and a reader that has read enough (`| head`), are ends and no errors."""
+    """Treat Ctrl-C, and a reader that has read enough (`| head`), as an end and no error."""
     try:
         yield
     except KeyboardInterrupt:

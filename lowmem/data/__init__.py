@@ -1,4 +1,4 @@
-"""Tables that the plan is computed from; every figure has its source beside it."""
+"""Loads the tables that the plan is computed from; every figure in them has its source beside it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import yaml
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML to Python; the C loader where there is one."""
+    """Parse YAML with the C loader if this Python has it."""
     return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - both are safe loaders
 
 
 @cache
 def load_yaml(name: str) -> Any:
-    """One file of this folder."""
+    """Load one file of this folder; it is read once in a process."""
     return parse_yaml((Path(__file__).parent / name).read_text(encoding="utf-8"))

@@ -1,12 +1,18 @@
-"""How many hosts of a recipe meet a load: a simulation of continuous batching, host by host, behind a
-least-load router.
+"""Simulates continuous batching, host by host, to find how many hosts meet a load.
 
-A host is what its receipt measured, or what its plan expects: the time of a step by requests decoded
-together, and the time of a step that also takes a chunk of a prompt. The scheduler is vLLM's, as far as it
-decides latency: decodes first, then prompts in the order of arrival, at most `max_num_batched_tokens` a step,
-at most `max_num_seqs` requests, and none whose keys and values would not fit the pool. With async scheduling
-the next step is decided before this one has ended, so that who comes meanwhile waits for one step more
-(0.32.0, v1/engine/core.py, step_with_batch_queue). Times are milliseconds. simpy runs the clock.
+A host is as fast as its receipt measured, or as its plan expects. Two figures describe it. The first is the
+time of a step by the number of requests decoded together. The second is the extra time of a step that takes a
+chunk of a prompt.
+
+The scheduler follows vLLM as far as it decides latency. Decodes come first, then prompts in the order of
+their arrival. A step takes at most `max_num_batched_tokens` tokens and `max_num_seqs` requests. No request
+starts if its keys and values do not fit the pool.
+
+With async scheduling the engine decides the next step before this one has ended. A request that arrives in
+between waits for one step more (0.32.0, v1/engine/core.py, step_with_batch_queue).
+
+A router sends each request to the host with the fewest unfinished ones. Times are milliseconds, and simpy
+runs the clock.
 """
 
 from __future__ import annotations
@@ -27,7 +33,11 @@ from lowmem.fleet.speed import FULL_SHARE, WARM_SHARE, Speed
 
 @dataclass
 class Request:
-    """Times in milliseconds of the simulation; `first` and `done` once there."""
+    """Request of a simulated client.
+
+    Times are milliseconds of the simulation. `first` and `done` are NaN until the first and the last token
+    are there.
+    """
 
     arrived: float
     input_tokens: int
@@ -50,7 +60,7 @@ class Request:
 
 
 class Host:
-    """An engine with its queue."""
+    """Simulated engine with its queue."""
 
     def __init__(self, clock: simpy.Environment, speed: Speed) -> None:
         self.clock, self.speed = clock, speed
@@ -64,7 +74,7 @@ class Host:
         return len(self.waiting) + len(self.running)
 
     def submit(self, request: Request) -> simpy.Event:
-        """An event that comes with the last token."""
+        """Queue a request, and return an event that fires with its last token."""
         end = self._ends[id(request)] = self.clock.event()
         self.waiting.append(request)
         if not self._work.triggered:
@@ -115,7 +125,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the clients of a simulated fleet saw."""
+    """Latencies and throughput that the clients of a simulated fleet saw."""
 
     requests: int
     tokens_per_s: float
@@ -144,7 +154,7 @@ def _seen(requests: list[Request], now_ms: float, left_out: float = 0.0) -> Seen
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Requests that come at random times (Poisson)."""
+    """Requests that come at random times (Poisson), `per_s` of them a second."""
 
     per_s: float
     requests: int = 1000
@@ -159,9 +169,10 @@ def open_loop(
     output_tokens: int,
     left_out: float = WARM_SHARE,
 ) -> Seen:
-    """Requests arrive by themselves, each goes to the host with the fewest unfinished ones.
+    """Simulate requests that arrive by themselves; each goes to the host with the fewest unfinished ones.
 
-    `left_out`: part of the first ones that is not counted; 0 for what a measurement from an empty start saw.
+    `left_out` is the share of first requests that is not counted. It is 0 for comparison with a measurement
+    from an empty start.
     """
     clock = simpy.Environment()
     fleet = [Host(clock, speed) for _ in range(hosts)]
@@ -183,8 +194,9 @@ def open_loop(
 def closed_loop(
     speed: Speed, clients: int, input_tokens: int, output_tokens: int, requests: int, hosts: int = 1
 ) -> Seen:
-    """Each client sends its next request when the last is answered: how `lowmem measure` drives hosts, so
-    that the two can be compared.
+    """Simulate clients that send their next request when the last one is answered.
+
+    `lowmem measure` drives a server the same way, so the two can be compared.
     """
     clock = simpy.Environment()
     fleet = [Host(clock, speed) for _ in range(hosts)]
@@ -209,8 +221,9 @@ def hosts_needed(
     ttft_p99_ms: float,
     at_most: int = 64,
 ) -> tuple[int, Seen] | str:
-    """The fewest hosts that meet both limits, with what their clients see; or, as a line, why no number of
-    them does.
+    """Return the fewest hosts that meet both limits, with the latencies of their clients.
+
+    Limits are in milliseconds. If no number of hosts meets them, a line says why.
     """
     if input_tokens + output_tokens > speed.kv_tokens:
         return (

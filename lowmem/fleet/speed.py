@@ -20,8 +20,10 @@ longer than a simulation runs.
 
 @dataclass(frozen=True)
 class Speed:
-    """One host: milliseconds of a step by requests decoded together, and how much longer a step with a whole
-    chunk of a prompt takes.
+    """Speed of one host.
+
+    `steps_ms` holds the milliseconds of a step by the number of requests decoded together. `chunk_extra_ms`
+    is how much longer a step takes with a whole chunk of a prompt.
     """
 
     steps_ms: dict[int, float]
@@ -33,8 +35,10 @@ class Speed:
     async_scheduling: bool
 
     def step_ms(self, decoding: int, prompt_tokens: int) -> float:
-        """Between the batch sizes known in a straight line, outside them the nearest; a shorter chunk costs
-        its share.
+        """Return the milliseconds of one step.
+
+        Between two known batch sizes the time is interpolated linearly; outside them the nearest one counts.
+        A shorter chunk costs its share.
         """
         known = sorted(self.steps_ms)
         size = min(max(decoding, known[0]), known[-1])
@@ -46,7 +50,10 @@ class Speed:
 
 
 def planned(plan: Plan) -> Speed:
-    """From the plan's expectation; what a smaller batch saves is the reading of its keys and values."""
+    """Derive the speed that a plan expects.
+
+    A smaller batch saves the reading of its keys and values.
+    """
     terms, load = plan.latency_ms.terms, plan.load
     batched = plan.max_num_batched_tokens
     together = min(load.clients, plan.max_num_seqs, plan.max_requests or 1)
@@ -63,10 +70,10 @@ def planned(plan: Plan) -> Speed:
 
 
 def measured(receipt: Receipt) -> Speed:
-    """From a receipt: the median gap between two tokens is a step without a prompt, the first token of a lone
-    request its prompt's steps.
+    """Derive the speed that a receipt measured.
 
-    BadInput where no load of one client was measured.
+    The median gap between two tokens is a step without a prompt. The first token of a lone request takes its
+    prompt's steps. Raises BadInput if no load of one client was measured.
     """
     plan = receipt.plan
     alone = next((r for r in receipt.loads if r.load.clients == 1), None)

@@ -1,4 +1,4 @@
-"""The device table (data/devices.yml), and the device of this machine."""
+"""Reads the device table (data/devices.yml) and finds the device of this machine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lowmem.units import MIB
 
 
 def names() -> list[str]:
-    """Devices of the table, without aliases."""
+    """List the devices of the table, without aliases."""
     return list(load_yaml("devices.yml"))
 
 
 def this_machine() -> Device:
-    """The first GPU as NVML names it, with its memory; without a GPU the CPU with this machine's RAM.
-    BadInput for an unknown GPU.
+    """Return the first GPU as NVML names it, with its memory.
+
+    Without a GPU this is the CPU with this machine's RAM. Raises BadInput for a GPU that is not in the table.
     """
     from lowmem.probes import cards  # psutil: planning for a named device does without
 
@@ -41,8 +42,9 @@ def this_machine() -> Device:
 
 
 def by_nvml_name(said: str, total_mib: int) -> Device:
-    """The table's device for a name such as `NVIDIA A100-SXM4-40GB` and its memory in MiB, to 3 %. BadInput
-    when there is none.
+    """Return the table's device for an NVML name such as `NVIDIA A100-SXM4-40GB`.
+
+    `total_mib` must agree with the table to 3 %. Raises BadInput if no device does.
     """
     words = set(re.split(r"[^a-z0-9]+", said.lower()))
     for name in names():
@@ -66,8 +68,9 @@ def by_nvml_name(said: str, total_mib: int) -> Device:
 
 
 def load_device(name: str) -> Device:
-    """A device by name or alias, any case; `auto` is this machine's. BadInput with the list of names
-    otherwise.
+    """Return a device by its name or alias in any case; `auto` means this machine's.
+
+    Raises BadInput with the list of names.
     """
     return this_machine() if name == "auto" else _of_table(name)
 

@@ -1,4 +1,4 @@
-"""The table of links between hosts (data/links.yml)."""
+"""Reads the table of links between hosts (data/links.yml)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from lowmem.schema import Link
 
 
 def names() -> list[str]:
-    """Links of the table, without aliases."""
+    """List the links of the table, without aliases."""
     return list(load_yaml("links.yml"))
 
 
 def load_link(name: str, gb_per_s: float | None = None, round_trip_us: float | None = None) -> Link:
-    """A link by name or alias, any case, with the figures that were measured in place of the table's.
-    BadInput otherwise.
+    """Return a link by its name or alias in any case.
+
+    Figures that were measured replace the table's. Raises BadInput for an unknown name or a figure that is
+    not positive.
     """
     for key, entry in load_yaml("links.yml").items():
         if name.lower() in (key, *entry.get("aliases", ())):

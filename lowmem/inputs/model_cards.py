@@ -128,7 +128,8 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
         n = times * (layers if layered else 1)
         found.append(
             WeightGroup(
-                name=name, kind=kind, count=n, out_features=out, in_features=inp, split=split, quantized=quantized, layered=layered
+                name=name, kind=kind, count=n, out_features=out, in_features=inp, split=split,
+                quantized=quantized, layered=layered
             )
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Profiles: the YAML files of `profiles/`."""
+"""Reads profiles, the YAML files of `profiles/`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from lowmem.schema import Profile
 
 
 def folder() -> Path:
-    """`$LOWMEM_PROFILES`, the repository's `profiles/`, or the copy inside an installed package."""
+    """Find the folder of the profiles.
+
+    It is `$LOWMEM_PROFILES`, the repository's `profiles/`, or the copy inside an installed package.
+    """
     if named := os.environ.get("LOWMEM_PROFILES"):
         return Path(named)
     package = Path(lowmem.__file__).parent
@@ -24,13 +27,14 @@ def folder() -> Path:
 
 
 def names() -> list[str]:
-    """Profiles by name, in alphabetical order."""
+    """List the profiles in alphabetical order."""
     return sorted(p.stem for p in folder().glob("*.yml"))
 
 
 def load_profile(name: str) -> Profile:
-    """A profile by name, or by the path of a YAML file. BadInput naming the field and
-    the reason otherwise.
+    """Load a profile by its name or by the path of a YAML file.
+
+    Raises BadInput with the field and the reason.
     """
     path = Path(name) if name.endswith((".yml", ".yaml")) else folder() / f"{name}.yml"
     if not path.is_file():

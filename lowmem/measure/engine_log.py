@@ -1,6 +1,6 @@
-"""What vLLM's own log says about memory, and what its errors mean.
+"""Reads memory figures and errors from vLLM's own log.
 
-The texts are those of vLLM 0.32.0 (each pattern names the source file that prints it). The engine rounds to
+The texts are those of vLLM 0.32.0; each pattern names the source file that prints it. The engine rounds to
 0.01 GiB (10 MiB).
 """
 
@@ -190,7 +190,7 @@ _SECONDARY = re.compile(
 
 
 class EngineLog(Strict):
-    """One start of the engine, as it told it. Lists have one entry per worker, in the order of the lines."""
+    """Log of one start of the engine. Lists have one entry per worker, in the order of the lines."""
 
     values: dict[str, tuple[float, ...]]
     """Name -> readings; bytes, seconds (`*_s`) or tokens (`kv_tokens`)."""
@@ -202,30 +202,31 @@ class EngineLog(Strict):
     advice: str | None = None
 
     def largest(self, name: str) -> int | None:
-        """The largest reading over the workers; None: the engine did not say."""
+        """Return the largest reading over the workers; None if the engine did not log it."""
         readings = self.values.get(name)
         return round(max(readings)) if readings else None
 
     def last(self, name: str) -> int | None:
-        """The last reading; None: the engine did not say. Graphs are captured twice: first to estimate, last
-        for good.
+        """Return the last reading; None if the engine did not log it.
+
+        Graphs are captured twice: first to estimate, then for good.
         """
         readings = self.values.get(name)
         return round(readings[-1]) if readings else None
 
 
 def strip(line: str) -> str:
-    """The message without colour, process, level, time and source file."""
+    """Strip colour, process, level, time and source file from a line."""
     return _PREFIX.sub("", _ANSI.sub("", line.rstrip()), count=1).strip()
 
 
 def advise(text: str) -> str | None:
-    """What to do about a known error text; None: not known."""
+    """Return the advice on a known error text; None if it is not known."""
     return next((advice for pattern, advice in _ADVICE if pattern.search(text)), None)
 
 
 def read(lines: Iterable[str]) -> EngineLog:
-    """Reads the last start in a log: what follows its banner (a log file outlives restarts)."""
+    """Read the last start in a log, which follows its banner. A log file outlives restarts."""
     values: dict[str, list[float]] = {}
     words: dict[str, list[str]] = {}
     kept: list[str] = []

@@ -16,7 +16,7 @@ from lowmem.units import MIB
 
 
 def versions() -> dict[str, str]:
-    """Of the packages of this environment, which is the engine's own."""
+    """Return the versions of the packages of this environment, which is the engine's own."""
     found = {"python": platform.python_version()}
     for package in (
         "vllm",
@@ -34,6 +34,7 @@ def versions() -> dict[str, str]:
 
 
 def host_facts() -> dict[str, str]:
+    """Read CPU, RAM and kernel of this machine."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
     return {
@@ -46,8 +47,9 @@ def host_facts() -> dict[str, str]:
 
 
 def same_device(plan: Plan, hardware: dict[str, str]) -> bool:
-    """Whether the plan's floors are this machine's: a plan's `a100-40g-pcie` and NVML's `NVIDIA
-    A100-PCIE-40GB` share `a100`.
+    """Tell whether the plan's floors hold for this machine.
+
+    A plan's `a100-40g-pcie` and NVML's `NVIDIA A100-PCIE-40GB` share `a100`.
     """
     if plan.device_kind == "cpu":
         return True

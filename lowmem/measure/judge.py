@@ -33,12 +33,12 @@ def terms(
     service_load_bytes: int | None,
     service_start_bytes: int | None = None,
 ) -> tuple[Term, ...]:
-    """Every planned per-GPU term beside its measurement.
+    """List every planned per-GPU term beside its measurement.
 
-    What the engine does not report alone (context, NCCL, activations, lazily loaded kernels) is compared as
-    one sum, `rest`: idle memory above base less the terms that the engine reports. `activations` is also
-    listed alone where the engine says it. `start` is the highest sample before the service was ready, which
-    may pass everything that follows.
+    The engine does not report some terms alone: context, NCCL, activations and lazily loaded kernels. They
+    are compared as one sum, `rest`: idle memory above base less the terms that the engine reports.
+    `activations` also has a row of its own if the engine reports it. `start` is the highest sample before the
+    service was ready. It may exceed everything that follows.
     """
     rows: list[Term] = []
     reported_bytes = 0
@@ -124,8 +124,9 @@ def terms(
 
 
 def offload_findings(plan: Plan, log: EngineLog) -> list[str]:
-    """Offload that did not happen, or was undone: some kernels bring the offloaded weights back to the card
-    without a word.
+    """Find offload that did not happen, or was undone.
+
+    Some kernels silently bring the offloaded weights back to the card.
     """
     if not plan.host_ram.get("pinned_offload"):
         return []
@@ -144,8 +145,9 @@ def offload_findings(plan: Plan, log: EngineLog) -> list[str]:
 
 
 def limit_findings(plan: Plan, service_peak_bytes: Sequence[int], loads: Sequence[LoadResult]) -> list[str]:
-    """Limits of the plan that were missed, each with its term, value and limit. The peak is that of the ready
-    service, idle or loaded.
+    """List the limits of the plan that were missed, each with its term, value and limit.
+
+    The peak is that of the ready service, idle or loaded.
     """
     findings = []
     limit = plan.limits.memory_bytes
@@ -176,12 +178,15 @@ def limit_findings(plan: Plan, service_peak_bytes: Sequence[int], loads: Sequenc
 
 
 def physics_findings(plan: Plan, loads: Sequence[LoadResult], same_device: bool) -> list[str]:
-    """Results that cannot be: faster than the plan's floors (only on the device they are for), or against
-    Little's law.
+    """List results that cannot be.
 
-    Little's law in a closed loop: clients = throughput x mean E2E. A client is idle only once no request is
-    left to begin, which is at most the longest request before the end: so much lower a product may be (a
-    single wave says nothing). A higher one, or one lower still, means that the clock or the count is wrong.
+    Such a result is faster than the plan's floors, or it breaks Little's law. The floors count only on the
+    device that they are for.
+
+    Little's law in a closed loop says: clients = throughput x mean E2E. A client is idle only once no request
+    is left to begin. That is at most the longest request before the end, and the product may be lower by as
+    much. A single wave proves nothing. A product that is higher, or still lower, means that the clock or the
+    count is wrong.
     """
     findings = []
     for load in loads:

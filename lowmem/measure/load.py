@@ -20,13 +20,17 @@ from lowmem.service.process import vllm_command
 
 
 class Api:
-    """The service's HTTP side; `key` None: no authorization header."""
+    """HTTP side of the service. If `key` is None, no authorization header is sent."""
 
     def __init__(self, url: str, key: str | None) -> None:
         self.url = url.rstrip("/")
         self.key = key
 
     def call(self, path: str, body: dict[str, Any] | None = None, timeout_s: float = 600) -> Any:
+        """Send a request and return its JSON.
+
+        Raises OSError if there is no good answer within `timeout_s`.
+        """
         data = json.dumps(body).encode() if body is not None else None
         # the scheme is http or https: _refuse_url holds it, or local_url made it
         request = urllib.request.Request(self.url + path, data=data)  # noqa: S310
@@ -37,19 +41,23 @@ class Api:
             return json.loads(response.read())
 
     def model(self) -> tuple[str, str]:
-        """Served name, and the folder or name it was loaded from."""
+        """Return the served name, and the folder or name that it was loaded from."""
         card = self.call("/v1/models", timeout_s=10)["data"][0]
         return card["id"], card.get("root") or card["id"]
 
     def complete(self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float = 600) -> int:
-        """Tokens generated; raises OSError when the service does not answer with a completion."""
+        """Return the number of tokens generated.
+
+        Raises OSError if the service does not answer with a completion.
+        """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
         return int(self.call("/v1/completions", body, timeout_s)["usage"]["completion_tokens"])
 
 
 def warm_up(api: Api, model: str, load: Load) -> None:
-    """One request per client with the load's prompt length, so that no kernel is compiled and no cache is
-    filled while measuring.
+    """Send one request per client with the load's prompt length.
+
+    So no kernel is compiled and no cache is filled while measuring.
     """
     rng = random.Random(7)  # noqa: S311 - prompts, not secrets
     prompts = [[rng.randrange(10, 1000) for _ in range(load.input_tokens)] for _ in range(load.clients)]
@@ -67,10 +75,10 @@ def bench_command(
     folder: Path,
     per_s: float | None = None,
 ) -> list[str]:
-    """`vllm bench serve` of the engine's environment; a seed per load, or its prompts would sit in the prefix
-    cache of the load before.
+    """Build the command `vllm bench serve` of the engine's environment.
 
-    The load's clients each wait for their answer; with `per_s` requests arrive by themselves instead
+    Each load has a seed of its own. Otherwise its prompts would sit in the prefix cache of the load before.
+    The load's clients each wait for their answer. With `per_s` requests arrive by themselves instead
     (Poisson), so many a second.
     """
     options = {
@@ -102,7 +110,7 @@ def bench_command(
 
 
 def load_result(raw: dict[str, Any], load: Load, requests: int) -> LoadResult:
-    """From the JSON that `vllm bench serve --save-result` writes."""
+    """Convert the JSON that `vllm bench serve --save-result` writes."""
 
     def percentiles(metric: str) -> Percentiles:
         return Percentiles(
@@ -133,8 +141,9 @@ def drive(
     variables: dict[str, str],
     per_s: float | None = None,
 ) -> LoadResult:
-    """Runs one load (`bench_command`); raises RuntimeError with the generator's last lines when it gives no
-    result.
+    """Run one load with `bench_command`.
+
+    Raises RuntimeError with the generator's last lines if it gives no result.
     """
     with tempfile.TemporaryDirectory(prefix="lowmem-bench-") as folder:
         command = bench_command(api.url, model, tokenizer, load, requests, seed, Path(folder), per_s)

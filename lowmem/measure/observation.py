@@ -13,14 +13,20 @@ Reading = tuple[int, ...]
 
 
 def highest(peaks: Mapping[str, Mapping[str, Reading]], probe: str, *phases: str) -> Reading:
-    """Return the highest reading of a probe over these phases (all where none is named); empty without any."""
+    """Return the highest reading of a probe over these phases, or over all if none is named.
+
+    It is empty without any.
+    """
     readings = [p[probe] for name, p in peaks.items() if probe in p and (not phases or name in phases)]
     return tuple(max(column) for column in zip(*readings, strict=True)) if readings else ()
 
 
 @dataclass
 class Observation:
-    """What one session saw. Memory is in bytes; `source` names the probe that the limit is held against."""
+    """Data that one session observed.
+
+    Memory is in bytes; `source` names the probe that the limit is held against.
+    """
 
     source: str  # gpu or host
     memory_source: str
@@ -44,7 +50,10 @@ class Observation:
 
     @property
     def measured_phases(self) -> list[str]:
-        """Phases in which the service ran; never empty, so that `peak` does not mean all of them."""
+        """Return the phases in which the service ran.
+
+        The list is never empty, so that `peak` does not mean all of them.
+        """
         return [name for name in self.peaks if name not in ("before", "stopping")] or ["none"]
 
     def peak(self, *phases: str) -> Reading:

@@ -1,6 +1,4 @@
-"""`lowmem receipt`: joins a measurement and the outcome of the checks, and prints plan and measurement side
-by side.
-"""
+"""Joins a measurement and the outcome of the checks, and prints plan and measurement side by side."""
 
 from __future__ import annotations
 
@@ -14,8 +12,10 @@ from lowmem.units import MIB
 
 
 def read_checks(path: Path) -> dict[str, dict[str, Any]]:
-    """Outcome of each check by name, from pytest's JUnit XML: `outcome` passed, failed or skipped, `seconds`,
-    `message`.
+    """Read the outcome of each check by name from pytest's JUnit XML.
+
+    Each entry has `outcome` (passed, failed or skipped), `seconds` and perhaps `message`. Raises BadInput for
+    another file, or if no check was run.
     """
     try:
         root = ET.fromstring(path.read_text())  # noqa: S314 - written by the pytest run beside us
@@ -44,7 +44,7 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def merge(receipt: Receipt, checks: dict[str, dict[str, Any]]) -> Receipt:
-    """The receipt with these checks; a failed check is a finding."""
+    """Return the receipt with these checks; a failed check becomes a finding."""
     findings = [f for f in receipt.findings if not f.startswith("check ")]
     # A limit that the measurement already names is not told twice.
     told = {f.split(":")[0] for f in findings}
@@ -70,7 +70,7 @@ def _error(planned: int | None, measured: int | None) -> str:
 
 
 def show(receipt: Receipt) -> None:
-    """Prints the receipt for a person."""
+    """Print the receipt for a person."""
     from rich.console import Console
     from rich.table import Table
 

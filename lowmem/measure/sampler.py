@@ -1,7 +1,7 @@
 """Samples memory while a service starts and works, and keeps the highest reading of each phase.
 
-GPU memory is NVML's version-2 `used` (what nvidia-smi prints; version 1 adds the driver's own reserve, some
-500 MiB). Host memory is the process tree's PSS, in which a page shared by n processes counts 1/n for each: a
+GPU memory is NVML's version-2 `used`, which nvidia-smi prints. Version 1 adds the driver's own reserve, some
+500 MiB. Host memory is the process tree's PSS, in which a page shared by n processes counts 1/n for each. A
 sum of RSS would count torch's libraries once per process.
 """
 
@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 class Sampler:
-    """Reads `probes` in a thread; `phase` may be set at any time; `peaks[phase][probe]` holds the highest
-    readings (bytes).
+    """Thread that reads `probes`, each of which returns one figure in bytes or one per GPU.
 
-    A probe returns one figure or one per GPU. Used as a context manager: sampling runs inside.
+    `phase` may be set at any time. `peaks[phase][probe]` holds the highest readings. Sampling runs inside the
+    context manager.
     """
 
     def __init__(self, probes: Mapping[str, Callable[[], Sequence[int]]], interval_s: float = 0.1) -> None:
@@ -50,7 +50,9 @@ class Sampler:
         self.samples += 1
 
     def peak(self, probe: str, *phases: str) -> tuple[int, ...]:
-        """Highest reading over these phases (all of them when none is named); empty when there was none."""
+        """Return the highest reading over these phases, or over all if none is named; empty without a
+        reading.
+        """
         readings = [
             p[probe] for name, p in self.peaks.items() if probe in p and (not phases or name in phases)
         ]

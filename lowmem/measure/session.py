@@ -51,8 +51,9 @@ _LOADED = re.compile(r"(?:Model loading|Loading weights) took")
 
 
 def wait_ready(engine: Engine, api: Api, sampler: Sampler, timeout_s: float) -> tuple[str, str] | None:
-    """Waits for a real completion; returns (served name, model folder), or None when the engine died or the
-    time is up.
+    """Wait for a real completion, and return served name and model folder.
+
+    None means that the engine died or that the time is up.
     """
     began = time.monotonic()
     said = began
@@ -80,8 +81,9 @@ def memory_now(sampler: Sampler) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """Validated input of one measurement. Without `url` the service is started, by `launcher` or else with
-    the plan's own arguments.
+    """Validated input of one measurement.
+
+    Without `url` the service is started, by `launcher` or else with the plan's own arguments.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""Reads the calibrated constants."""
+"""Reads the calibrated constants of the model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lowmem.units import MIB
 
 
 def constant(section: str, name: str) -> Any:
-    """One value of data/calibration.yml."""
+    """Return one value of data/calibration.yml."""
     return load_yaml("calibration.yml")[section][name]["value"]
 
 

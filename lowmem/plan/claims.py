@@ -1,5 +1,6 @@
-"""The source article's claims, each beside what is computed on the spot from cards, devices and plans.
-Nothing here is a typed result.
+"""Sets the source article's claims beside figures computed from cards, devices and plans.
+
+No result is typed in.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CLIENTS, INPUT_TOKENS, OUTPUT_TOKENS = 8, 1024, 256
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the article, whether it holds, why, and what the recipe does instead."""
+    """Claim of the article, whether it holds, why, and what the recipe does instead."""
 
     claim: str
     holds: Holds
@@ -47,7 +48,7 @@ def _plan(profile: str, **more: object) -> Plan:
 
 
 def claims() -> list[Claim]:
-    """Every claim, computed now."""
+    """Compute every claim."""
     article, recipe, offload = _plan("article"), _plan("low_mem"), _plan("offload")
     return [
         *_results(article, recipe, offload),
@@ -58,7 +59,7 @@ def claims() -> list[Claim]:
 
 
 def _results(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
-    """What the article says it measured."""
+    """Compute the results that the article states."""
     device = load_device("a100-40g")
     card = model_cards.quantized(model_cards.load_card("llama-2-70b"), AWQ)
     extreme = _plan("extreme")
@@ -94,7 +95,7 @@ def _results(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
 
 
 def _flags(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
-    """What the article says of batch, swap and utilization."""
+    """Compute the article's claims on batch, swap and utilization."""
     flags = [r for r in article.reasons if r.startswith("unrecognized")]
     lower = _plan("article", overrides={"gpu_memory_utilization": 0.40})
     capped = _plan(
@@ -134,7 +135,7 @@ def _flags(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
 
 
 def _pool(recipe: Plan) -> list[Claim]:
-    """What the article says of the KV cache and of offload."""
+    """Compute the article's claims on the KV cache and on offload."""
     card = model_cards.quantized(model_cards.load_card("llama-2-70b"), AWQ)
     half = _plan("low_latency", overrides={"max_model_len": 1280, "gpu_memory_utilization": 0.95})
     whole = _plan("low_latency", overrides={"max_model_len": 4096, "gpu_memory_utilization": 0.95})
@@ -172,7 +173,7 @@ def _pool(recipe: Plan) -> list[Claim]:
 
 
 def _practices() -> list[Claim]:
-    """What the article advises for every deployment."""
+    """Compute what the article advises for every deployment."""
     graphs = _plan("low_latency", device="h200")
     eager = _plan("low_latency", device="h200", overrides={"enforce_eager": True})
     return [
@@ -220,7 +221,7 @@ def _practices() -> list[Claim]:
 
 
 def goal() -> Claim:
-    """The article's goal, which is the recipe's too."""
+    """Compute the article's goal, which is the recipe's too."""
     plan = _plan("low_mem")
     holds: Holds = "by plan" if plan.verdict == "fits" else "no"
     return Claim(
@@ -234,7 +235,7 @@ def goal() -> Claim:
 
 
 def markdown() -> str:
-    """docs/claims.md."""
+    """Render docs/claims.md."""
     lines = [
         "# The source article's claims",
         "",

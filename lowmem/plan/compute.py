@@ -39,7 +39,10 @@ from lowmem.units import mib
 
 
 def engine_of(inputs: Inputs) -> EngineConfig:
-    """The engine that the knobs make. BadInput where a request of the load is longer than it takes."""
+    """Return the engine settings that the knobs result in.
+
+    Raises BadInput if a request of the load is longer than the engine takes.
+    """
     load = inputs.load
     env = {name: str(k.value) for name, k in inputs.environment.items()}
     engine = resolve(
@@ -54,7 +57,10 @@ def engine_of(inputs: Inputs) -> EngineConfig:
 
 
 def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None, requests: int) -> list[str]:
-    """Why the plan is impossible; empty where it is not. `requests`: of the load, that the KV pool holds."""
+    """List why the plan is impossible; empty if it is not.
+
+    `requests` is the number of the load's requests that the KV pool holds.
+    """
     engine, load, limits = steps.engine, inputs.load, inputs.limits
     blocked = [
         *support.missing_flags(inputs.knobs, engine.vllm),
@@ -73,12 +79,15 @@ def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None
 
 
 def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
-    """The stage whose card the limit is held against."""
+    """Return the stage whose card is the fullest; the limit is held against it."""
     return max(stages, key=lambda s: s[1].peak)
 
 
 def compute(inputs: Inputs) -> Plan:
-    """The plan without a search for alternatives."""
+    """Compute the plan without a search for alternatives.
+
+    Raises BadInput for input that cannot be planned.
+    """
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     engine = engine_of(inputs)
     request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
@@ -147,7 +156,7 @@ def compute(inputs: Inputs) -> Plan:
 
 
 def weight_terms(memory: CardMemory) -> dict[str, int]:
-    """The weights of one card in parts."""
+    """Return the weights of one card in parts, in bytes."""
     w = memory.weights
     return {
         "sharded": w.sharded,
@@ -161,7 +170,10 @@ def weight_terms(memory: CardMemory) -> dict[str, int]:
 def stages_of(
     engine: EngineConfig, device: Device, stages: Sequence[tuple[Part, CardMemory]]
 ) -> tuple[Stage, ...]:
-    """One card of each pipeline stage; empty where there is one stage, which the plan itself describes."""
+    """Describe one card of each pipeline stage.
+
+    A single stage gives an empty tuple, since the plan itself describes it.
+    """
     if engine.pp == 1:
         return ()
     return tuple(
@@ -180,7 +192,7 @@ def stages_of(
 
 
 def pipeline_of(steps: StepModel, limits: Limits) -> Pipeline | None:
-    """What passes between the stages at the load, and what the link must be; None for one stage."""
+    """Compute the traffic between the stages at the load, and the link that it needs; None for one stage."""
     engine, load, link = steps.engine, steps.load, steps.link
     if engine.pp == 1:
         return None

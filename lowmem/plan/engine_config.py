@@ -46,7 +46,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What vLLM makes of the knobs: every value decided, defaults filled in."""
+    """Settings of the engine with every default filled in."""
 
     vllm: tuple[int, int, int]
     tp: int
@@ -85,14 +85,14 @@ class EngineConfig:
 
     @property
     def local_cards(self) -> int:
-        """Cards of one host that the engine takes."""
+        """Count the cards of one host that the engine takes."""
         return self.tp * self.pp // self.hosts
 
 
 def graph_sizes(
     max_num_seqs: int, batched: int, wanted: Scalar | None, largest: Scalar | None
 ) -> tuple[int, ...]:
-    """Batch sizes to capture, as vLLM 0.32.0 chooses them (config/vllm.py, _set_cudagraph_sizes)."""
+    """Choose the batch sizes to capture, as vLLM 0.32.0 does (config/vllm.py, _set_cudagraph_sizes)."""
     if wanted:
         return tuple(sorted({int(x) for x in str(wanted).split()}))
     top = int(largest) if largest is not None else min(max_num_seqs * 2, 512)
@@ -102,11 +102,12 @@ def graph_sizes(
 
 
 def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ...]:
-    """Decoder layers of each pipeline stage as vLLM 0.32.0 deals them (distributed/utils.py, get_pp_indices).
+    """Divide decoder layers among pipeline stages, as vLLM 0.32.0 does (distributed/utils.py,
+    get_pp_indices).
 
-    Evenly; what is left over goes one each to the stages before the last, from the end. `wanted`:
-    VLLM_PP_LAYER_PARTITION, which decides. BadInput for a partition that the engine would refuse, or one with
-    an empty stage.
+    Each stage gets the same number. What is left over goes one each to the stages before the last, from the
+    end. `wanted` is VLLM_PP_LAYER_PARTITION, which overrides this. Raises BadInput for a partition that the
+    engine would refuse, or one with an empty stage.
     """
     if wanted:
         parts = [int(x) if x.strip().isdigit() else -1 for x in wanted.split(",")]
@@ -127,8 +128,9 @@ def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ..
 def linear_kernel(
     card: ModelCard, device: Device, vllm: tuple[int, int, int], wanted: str, disabled: str
 ) -> str:
-    """The kernel that vLLM takes for the linear layers (0.32.0: model_executor/kernels/linear,
-    quantization/utils/humming/priority.py).
+    """Choose the kernel of the linear layers as vLLM does.
+
+    Source: 0.32.0, model_executor/kernels/linear and quantization/utils/humming/priority.py.
     """
     if device.kind == "cpu":
         return "cpu"

@@ -1,6 +1,4 @@
-"""`lowmem explain`: each flag of a profile, why it is there, and what it costs or saves for this model and
-device.
-"""
+"""Explains each flag of a profile: its reason, and what it costs or saves for this model and device."""
 
 from __future__ import annotations
 
@@ -29,8 +27,10 @@ _WITHOUT: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Effect:
-    """One knob: what the plan would be without it. Differences are with minus without; None: the plan without
-    it cannot be made.
+    """Effect of one knob on the plan.
+
+    Each difference is the plan with the knob minus the plan without it. None means that the plan without it
+    cannot be made.
     """
 
     name: str
@@ -45,8 +45,9 @@ class Effect:
 
 
 def without(inputs: Inputs, name: str) -> Plan:
-    """The plan with one knob at the engine's default and the KV pool held at the same number of tokens where
-    it was chosen by the plan.
+    """Compute the plan with one knob at the engine's default.
+
+    A pool that the plan chose keeps its number of tokens.
     """
     knobs = dict(inputs.knobs)
     if name in _WITHOUT:
@@ -58,7 +59,10 @@ def without(inputs: Inputs, name: str) -> Plan:
 
 
 def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[Effect]:
-    """Every knob of the profile with its effect; `receipts`: knob -> what a measured ablation says."""
+    """Compute the effect of every knob of the profile.
+
+    `receipts` holds the sentence of a measured ablation by knob.
+    """
     base = compute(inputs)
     found = []
     for name, knob in inputs.knobs.items():
@@ -109,8 +113,9 @@ def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[E
 
 
 def measured_effects(folder: Path, profile: str) -> dict[str, str]:
-    """Ablations that were measured: `ablations.yml` in the folder, profile -> knob -> sentence. Empty when
-    there is none.
+    """Read the measured ablations of a profile, a sentence by knob.
+
+    They are in `ablations.yml` of the folder. The result is empty if there is no such file.
     """
     from lowmem.data import parse_yaml
 

@@ -1,6 +1,4 @@
-"""Start parameters: which exist in which vLLM version, their types and limits, and what the engine makes of
-them together.
-"""
+"""Checks start parameters: which exist in which vLLM version, their types and their limits."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ OLDEST = (0, 17, 0)
 
 
 def version(text: str) -> tuple[int, int, int]:
-    """`0.32.0` as a tuple. BadInput for anything else, and for versions before the V1 engine's offload
-    options.
+    """Parse a version such as `0.32.0`.
+
+    Raises BadInput for anything else, and for versions before the V1 engine's offload options.
     """
     match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:[.+-].*)?", text)
     if not match:
@@ -36,8 +35,9 @@ def _capability(text: str) -> tuple[int, int]:
 
 
 def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "--set") -> dict[str, Scalar]:
-    """`knob=value` strings to a table; values stay text until `checked`. BadInput for a missing `=`, an
-    unknown or repeated knob.
+    """Parse `knob=value` strings; values stay text until `checked`.
+
+    Raises BadInput for a missing `=` or a repeated knob.
     """
     found: dict[str, Scalar] = {}
     for text in assignments:
@@ -55,7 +55,10 @@ def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "-
 
 
 def checked(name: str, value: Scalar) -> Scalar:
-    """One knob's value as its type, within its limits. BadInput names knob, value, limit and what to do."""
+    """Convert one knob's value to its type and check its limits.
+
+    Raises BadInput, which names knob, value, limit and what to do.
+    """
     spec = load_yaml("knobs.yml").get(name)
     if spec is None:
         close = [k for k in load_yaml("knobs.yml") if k.startswith(name[:6])]
@@ -120,19 +123,20 @@ def _typed(kind: str, value: Scalar) -> Scalar:
 
 
 def version_tuple(text: str) -> tuple[int, int, int]:
-    """`0.18.0` of the tables as a tuple."""
+    """Parse a version of the tables, such as `0.18.0`."""
     parts = [int(x) for x in text.split(".")]
     return parts[0], parts[1] if len(parts) > 1 else 0, parts[2] if len(parts) > 2 else 0
 
 
 def flag_of(name: str) -> str:
-    """A knob's command line flag."""
+    """Return a knob's command line flag."""
     return "--" + name.replace("_", "-")
 
 
 def tokens_of(name: str, value: Scalar) -> tuple[str, str | None] | None:
-    """Flag and value as given to `vllm serve`; None when the knob asks for what the engine does without being
-    told.
+    """Return flag and value as `vllm serve` gets them.
+
+    None means that the engine does what the knob asks for without being told.
     """
     spec = load_yaml("knobs.yml")[name]
     if spec["type"] == "bool":

@@ -1,4 +1,4 @@
-"""Composes the latency of a load from the steps of its engine, in milliseconds. Pure functions."""
+"""Composes the latency of a load from the steps of its engine, in milliseconds, with pure functions."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lowmem.schema import Latency, Limits, Link
 
 
 def latency(steps: StepModel) -> Latency:
-    """Decode time of one token at the load's concurrency, prefill time of one prompt (time to the first token
-    of a lone request).
+    """Compute decode time per token at the load's concurrency, and prefill time per prompt, in milliseconds.
 
-    With pipeline stages a token passes all of them, one after the other, and a request's next token waits for
-    its last: a pipeline makes room, not speed. The expectation has all that decode in one step, the floor the
-    better of that and an even split between the steps in flight.
+    The prefill time is the time to the first token of a lone request. With pipeline stages a token passes all
+    of them in a row, and a request's next token waits for its last. So a pipeline adds room and no speed. The
+    expectation has all decoding requests in one step. The floor takes the better of that and an even split
+    between the steps in flight.
     """
     engine, load, together = steps.engine, steps.load, steps.together
     steady, mixed = steps.slot(together), steps.slot(steps.mixed_tokens)
@@ -57,8 +57,9 @@ def latency(steps: StepModel) -> Latency:
 
 
 def idle_share(steps: StepModel) -> float:
-    """Part of a decode step's time in which a card waits for the other stages and the network, all clients of
-    the load in one batch.
+    """Return the share of a decode step in which a card waits for the other stages and the network.
+
+    All clients of the load are in one batch.
     """
     terms = latency(steps).terms
     busy = (terms["steady_step"] - terms["network"] - terms["step"]) / steps.engine.pp
@@ -66,10 +67,11 @@ def idle_share(steps: StepModel) -> float:
 
 
 def link_needs(steps: StepModel, link: Link, limits: Limits) -> tuple[float | None, float | None]:
-    """The least bandwidth in GB/s at this round trip, and the longest round trip in us at this bandwidth,
-    that meet both latency limits.
+    """Return the link that meets both latency limits.
 
-    None where no value does. To three digits, on the side that meets them.
+    The first figure is the least bandwidth in GB/s at this round trip. The second is the longest round trip
+    in us at this bandwidth. None means that no value is enough. Both are rounded to three digits, to the side
+    that meets the limits.
     """
 
     def meets(changed: Link) -> bool:

@@ -28,7 +28,7 @@ from lowmem.units import MIB
 def arguments_of(
     inputs: Inputs, engine: EngineConfig, memory: CardMemory, pool_bytes: int
 ) -> tuple[Argument, ...]:
-    """The arguments of `vllm serve`, each with its reason, in the profile's order."""
+    """Build the arguments of `vllm serve` in the profile's order, each with its reason."""
     place, card = inputs.deploy, inputs.card
     made = (
         ""
@@ -92,12 +92,11 @@ _SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--sh
 
 
 def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
-    """How each host of a server that spans several is started, by vLLM's own multi-node mode; empty for one
-    host.
+    """Build the start parameters of each host of a multi-host server, for vLLM's own multi-node mode.
 
-    0.32.0, cli/serve.py and multiproc_executor.py: the first host has the API server, the scheduler and its
-    own workers; the others run `--headless`, with every setting of the engine alike. They meet at the first
-    one's address and port.
+    One host gives an empty tuple. The first host runs the API server, the scheduler and its own workers. The
+    others run `--headless`, with the same engine settings. They meet at the first host's address and
+    rendezvous port (0.32.0, cli/serve.py and multiproc_executor.py).
     """
     if inputs.hosts == 1:
         return ()
@@ -163,8 +162,10 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
 
 
 def startup_check(device: Device, memory: CardMemory) -> Argument:
-    """vLLM refuses to start unless utilization x total is free, even with the pool set in bytes
-    (v1/worker/utils.py, request_memory).
+    """Build the flag that satisfies vLLM's start-up check.
+
+    vLLM starts only if utilization x total is free, even with the pool set in bytes (v1/worker/utils.py,
+    request_memory).
     """
     need = math.ceil(10_000 * (memory.peak - memory.before_start) / (device.torch_total_mib * MIB)) / 10_000
     return Argument(
@@ -180,7 +181,7 @@ _LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
 
 
 def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable, ...]:
-    """The service's environment: what every deployment needs, then the profile's."""
+    """Build the service's environment: the variables of every deployment, then the profile's."""
     always = {
         "HF_HUB_OFFLINE": Knob(
             value="1", why="serve the local checkpoint only; never download while starting"
@@ -204,15 +205,17 @@ RELEASE_S = 30
 
 
 def drain_s(load: Load, limits: Limits) -> int:
-    """Seconds in which a request of the plan's load ends, by the plan's own limits."""
+    """Return the seconds in which a request of the plan's load ends, by the plan's own limits."""
     return math.ceil((limits.ttft_p99_ms + load.output_tokens * limits.tpot_p99_ms) / 1000)
 
 
 def service_limits(
     engine: EngineConfig, device: Device, host: Mapping[str, int], card: ModelCard, load: Load, limits: Limits
 ) -> ServiceLimits:
-    """What the service manager is told: time to start by checkpoint size, RAM with a quarter of headroom
-    (half for pinned buffers).
+    """Compute the limits for the service manager.
+
+    The start timeout follows from the size of the checkpoint. RAM gets a quarter of headroom, and pinned
+    buffers get a half.
     """
     read_s = stored_bytes(card) / 200e6  # a slow disk
     return ServiceLimits(

@@ -1,5 +1,6 @@
-"""Profile + model card + device -> Plan. Pure: everything it needs is passed in or is a table of this
-package.
+"""Makes a plan of profile, model card and device.
+
+It is pure: every input is passed in or is a table of this package.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from lowmem.schema import Plan
 
 
 def make_plan(request: PlanRequest) -> Plan:
-    """The plan of a request.
+    """Make the plan of a request.
 
-    Never raises for a plan that does not fit (the verdict says so); BadInput, one line, for input that cannot
-    be planned.
+    A plan that does not fit says so in its verdict and raises nothing. Raises BadInput, one line, for input
+    that cannot be planned.
     """
     inputs = gather(request)
     plan = compute(inputs)

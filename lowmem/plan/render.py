@@ -1,4 +1,4 @@
-"""The human side of the plan: tables with a bar per term."""
+"""Renders a plan for people, as tables with a bar per term."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _COLOUR = {"fits": "green", "slow": "yellow", "impossible": "red"}
 
 
 def plan_text(plan: Plan, width: int = 120) -> str:
-    """What `show_plan` prints, as plain text without colour."""
+    """Return the output of `show_plan` as plain text without colour."""
     page = io.StringIO()
     show_plan(plan, Console(file=page, width=width, color_system=None, highlight=False))
     return page.getvalue()
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
-    """Verdict, memory per card, host RAM, latency and arguments."""
+    """Print verdict, memory per card, host RAM, latency and arguments."""
     out = console or Console(highlight=False)
     q = plan.quantization
     weights = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit, group {q.group_size}"
@@ -118,7 +118,7 @@ def _stages_table(plan: Plan) -> Table:
 
 
 def show_pipeline(plan: Plan, pipeline: Pipeline, out: Console) -> None:
-    """What passes between the stages, what it costs, and what the link must be."""
+    """Print the traffic between the stages, its cost, and the link that it needs."""
     out.print(
         f"between stages {pipeline.bytes_per_token:,} bytes a token: {pipeline.bytes_per_decode_step:,} a"
         f" decode step of {plan.load.clients} clients, {pipeline.bytes_per_prefill_step:,} a step of a prompt"
@@ -141,7 +141,7 @@ def show_pipeline(plan: Plan, pipeline: Pipeline, out: Console) -> None:
 
 
 def show_suggestions(found: list[Option], plan: Plan, console: Console | None = None) -> None:
-    """The options that meet the limits of a plan, best first."""
+    """Print the options that meet the limits of a plan, best first."""
     out = console or Console(highlight=False)
     wanted = (
         f"{mib(plan.limit_bytes)} a card and {plan.limits.tpot_p99_ms:g} ms a token at {plan.load.clients}"

@@ -30,7 +30,7 @@ _POOL_KNOBS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_block
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What someone asks a plan for; None takes the profile's own."""
+    """Request for a plan; None takes the profile's own value."""
 
     profile: str | Profile
     model: str | ModelCard | None = None
@@ -52,7 +52,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a plan is a function of."""
+    """Complete input of a plan, validated."""
 
     profile: Profile
     base: ModelCard  # the model as named, before the profile's quantization
@@ -70,7 +70,7 @@ class Inputs:
 
 
 def gather(request: PlanRequest) -> Inputs:
-    """Names to data, overrides checked. BadInput for anything that cannot be planned."""
+    """Load the named data and check the overrides. Raises BadInput for anything that cannot be planned."""
     p = profiles.load_profile(request.profile) if isinstance(request.profile, str) else request.profile
     wanted_device, wanted_model = request.device or p.device, request.model or p.model
     d = devices.load_device(wanted_device) if isinstance(wanted_device, str) else wanted_device
@@ -102,7 +102,7 @@ def gather(request: PlanRequest) -> Inputs:
 
 
 def _count(request: PlanRequest, profile: Profile, device: Device) -> int:
-    """Cards of one host."""
+    """Return the cards of one host."""
     n = profile.device_count if request.count is None else request.count
     if not 1 <= n <= 64:
         raise BadInput(f"count={n} is not from 1 to 64; give the number of cards of one host")
@@ -112,7 +112,7 @@ def _count(request: PlanRequest, profile: Profile, device: Device) -> int:
 
 
 def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
-    """The profile's knobs, and over them those of the request."""
+    """Return the profile's knobs, overridden by those of the request."""
     merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in profile.knobs.items()}
     given = {name: knobs.checked(name, value) for name, value in request.overrides.items()}
     if any(name in given for name in _POOL_KNOBS):
@@ -124,7 +124,7 @@ def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
 
 
 def _load(request: PlanRequest, profile: Profile) -> Load:
-    """The profile's load with what the request changes of it."""
+    """Return the profile's load with the request's changes."""
     asked = {
         "clients": request.clients,
         "input_tokens": request.input_tokens,
@@ -139,7 +139,7 @@ def _load(request: PlanRequest, profile: Profile) -> Load:
 
 
 def _limits(request: PlanRequest, profile: Profile) -> Limits:
-    """The profile's limits with the request's memory limit, if it has one."""
+    """Return the profile's limits with the request's memory limit, if it has one."""
     if request.memory_limit_bytes is None:
         return profile.limits
     if request.memory_limit_bytes < MIB:
@@ -151,7 +151,7 @@ def _limits(request: PlanRequest, profile: Profile) -> Limits:
 
 
 def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
-    """Hosts that one server spans, and the link between them; None for one host."""
+    """Return the number of hosts that one server spans, and the link between them; None for one host."""
     hosts = profile.hosts if request.hosts is None else request.hosts
     if not 1 <= hosts <= 64:
         raise BadInput(f"hosts={hosts} is not from 1 to 64; give the number of hosts that one server spans")
@@ -167,11 +167,14 @@ def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
 
 
 class BadPlace(BadInput):
-    """Of the hosts of a server; what it says begins with the name of the field of `Deploy`."""
+    """Raised for an invalid multi-host placement.
+
+    The message starts with the name of the offending `Deploy` field.
+    """
 
 
 def refuse_place(place: Deploy, hosts: int) -> None:
-    """BadPlace where the hosts of one server could not meet."""
+    """Raise BadPlace if the hosts of one server could not meet."""
     if place.nodes and len(place.nodes) != hosts:
         raise BadPlace(
             f"nodes has {len(place.nodes)} addresses and the server spans {hosts} host(s); give one for each,"
@@ -205,8 +208,9 @@ def refuse_place(place: Deploy, hosts: int) -> None:
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:
-    """What the checkpoint to come is made as: the profile's quantization, in the format that a `quantization`
-    knob names.
+    """Return the quantization of a checkpoint to be made.
+
+    It is the profile's, in the format that a `quantization` knob names.
     """
     method = engine_config.FORMATS.get(str(given["quantization"].value)) if "quantization" in given else None
     if method is None or profile.quantization.method == "none":
@@ -215,10 +219,10 @@ def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantiza
 
 
 def fitting_group(card: ModelCard, quantization: Quantization, given: Mapping[str, Knob]) -> Quantization:
-    """The largest group size, from the profile's down to 32, that divides every layer's inputs on each card;
-    the profile's if none does.
+    """Choose a group size that divides every layer's inputs on each card.
 
-    A checkpoint to come can be made to fit the model; one that exists is what it is.
+    It is the largest from the profile's down to 32, or the profile's if none does. This applies to a
+    checkpoint to be made; an existing one is left as it is.
     """
     cards_per_layer = given["tensor_parallel_size"].value if "tensor_parallel_size" in given else 1
     if (

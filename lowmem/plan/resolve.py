@@ -28,8 +28,9 @@ def resolve(
     environment: Mapping[str, str],
     hosts: int = 1,
 ) -> EngineConfig:
-    """Knobs to engine settings; `count` cards on each host. BadInput where values contradict one another, the
-    model or the cards.
+    """Resolve knobs to engine settings, with `count` cards on each host.
+
+    Raises BadInput if values contradict one another, the model or the cards.
     """
     vllm = version(vllm_version)
     v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
@@ -91,7 +92,7 @@ def _auto_len(v: Mapping[str, Any]) -> bool:
 
 
 def _max_model_len(v: Mapping[str, Any], card: ModelCard) -> int:
-    """The longest sequence. BadInput where the model has fewer positions."""
+    """Return the longest sequence in tokens. Raises BadInput if the model has fewer positions."""
     most = card.max_position_embeddings
     max_len = most if _auto_len(v) else int(v.get("max_model_len", most))
     if max_len > most:
@@ -103,7 +104,7 @@ def _max_model_len(v: Mapping[str, Any], card: ModelCard) -> int:
 
 
 def _batch(v: Mapping[str, Any], device: Device, max_len: int) -> tuple[int, int]:
-    """Sequences and tokens of a step, as vLLM fills in what is not given."""
+    """Return sequences and tokens of a step, with vLLM's defaults filled in."""
     roomy = device.kind == "cuda" and device.torch_total_mib >= 70 * 1024 and "a100" not in device.name
     seqs_given, batched_given = "max_num_seqs" in v, "max_num_batched_tokens" in v
     seqs = int(v.get("max_num_seqs", 1024 if roomy else 256))
@@ -118,14 +119,14 @@ def _batch(v: Mapping[str, Any], device: Device, max_len: int) -> tuple[int, int
 
 
 def _graphs(v: Mapping[str, Any], device: Device, seqs: int, batched: int) -> dict[str, Any]:
-    """Whether steps run without captured graphs, and the sizes to capture."""
+    """Return whether steps run without captured graphs, and the batch sizes to capture."""
     eager = bool(v.get("enforce_eager", False)) or device.kind == "cpu" or v.get("optimization_level") == 0
     wanted, largest = v.get("cudagraph_capture_sizes"), v.get("max_cudagraph_capture_size")
     return {"eager": eager, "graph_sizes": () if eager else graph_sizes(seqs, batched, wanted, largest)}
 
 
 def _offload(v: Mapping[str, Any]) -> dict[str, Any]:
-    """Which weights stay in host RAM, and by which back end they come."""
+    """Return the settings of weight offload: the back end and its share of the weights."""
     uva = float(v.get("cpu_offload_gb", 0))
     group, num, step = support.offload_groups(v)
     params = str(v.get("offload_params" if group else "cpu_offload_params", "")).split()

@@ -1,4 +1,4 @@
-"""Search of the feasible region: which settings meet the limits, and how memory trades against latency."""
+"""Searches the settings that meet the limits, and how memory trades against latency."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from lowmem.units import GIB, MIB, mib
 
 
 def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Plan]:
-    """Plans of the other profiles for the same model and device, with the same load where it fits the
-    profile, best first.
+    """Plan the other profiles for the same model, device and load; best first.
+
+    A profile that cannot take the load is left out.
     """
     found = []
     for name in names or profiles.names():
@@ -59,7 +60,7 @@ def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
 
 
 def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
-    """The profile to use instead, and a sentence about it; None when no profile does better."""
+    """Return the profile to use instead, and a sentence about it; None if no profile does better."""
     better = {"impossible": ("fits", "slow"), "slow": ("fits",), "fits": ()}[plan.verdict]
     for other in alternatives(inputs):
         if other.verdict in better:
@@ -92,7 +93,7 @@ KV = ("auto", "int8_per_token_head", "int4_per_token_head")
 
 @dataclass(frozen=True)
 class Option:
-    """One point of the search: what to set, and its plan."""
+    """Point of the search: its knobs and their plan."""
 
     weights: str
     knobs: dict[str, Scalar]
@@ -122,7 +123,9 @@ def _profile(
 
 
 def base_card(model: str | ModelCard) -> ModelCard:
-    """The card without its quantization where the built-in table has it, so that every width can be tried."""
+    """Return the model card without its quantization if the built-in table has it, so that every width can be
+    tried.
+    """
     return model_cards.load_card(model) if isinstance(model, str) else model
 
 
@@ -136,8 +139,9 @@ def options(
     *,
     needless_offload: bool = False,
 ) -> Iterator[Option]:
-    """Every combination of weight width, cards, KV type and offload share; offload only for what does not fit
-    without.
+    """Yield every combination of weight width, cards, KV type and offload share.
+
+    Offload is tried only for combinations that do not fit without it.
     """
     card = base_card(model)
     widths = WEIGHTS if card.quantization.method == "none" else (("as stored", card.quantization),)
@@ -187,8 +191,9 @@ _KV_QUALITY = {kv: rank for rank, kv in enumerate(KV)}
 def suggestions(
     model: str | ModelCard, device: str, count: int, limits: Limits, load: Load, vllm_version: str
 ) -> list[Option]:
-    """Options that meet every limit, best first: more bits before fewer, then a better KV type, fewer cards,
-    less time a token.
+    """List the options that meet every limit, best first.
+
+    More bits come before fewer, then a better KV type, fewer cards, and less time a token.
     """
     found = [o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"]
     unique = {o.label: o for o in found}
@@ -204,7 +209,7 @@ def suggestions(
 
 
 def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_version: str) -> list[Option]:
-    """Every distinct option that starts on the device at all, with the smallest pool that holds the load."""
+    """List every distinct option that starts on the device, with the smallest pool that holds the load."""
     from lowmem.inputs.devices import load_device
 
     total = load_device(device).torch_total_mib * MIB
@@ -214,8 +219,9 @@ def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_v
 
 
 def needed_bytes(plan: Plan) -> int:
-    """Bytes under load with a KV pool of exactly the load's requests: where the point lies on the memory
-    axis.
+    """Return the bytes under load with a KV pool of exactly the load's requests.
+
+    This is the point's place on the memory axis.
     """
     if plan.kv_tokens == 0:
         return plan.peak_bytes
@@ -225,8 +231,9 @@ def needed_bytes(plan: Plan) -> int:
 
 
 def pareto(points: list[Option], weights: str | None = None) -> list[Option]:
-    """The points (of one weight width, if given) that no other point beats in both memory and time a token,
-    by memory.
+    """Return the points that no other point beats in both memory and time a token, by memory.
+
+    `weights` limits them to one weight width.
     """
     points = [o for o in points if weights in (None, o.weights)]
     best: list[Option] = []

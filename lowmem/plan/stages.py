@@ -12,7 +12,7 @@ from lowmem.schema import ModelCard
 
 @dataclass(frozen=True)
 class Part:
-    """What one pipeline stage holds of the model, as a model card of its own."""
+    """Share of the model that one pipeline stage holds, as a model card of its own."""
 
     card: ModelCard
     first_layer: int
@@ -22,11 +22,11 @@ class Part:
 
 
 def parts(card: ModelCard, engine: EngineConfig) -> tuple[Part, ...]:
-    """The stages in order; a single one is the model itself.
+    """Cut the model into its stages, in order; a single stage is the model itself.
 
-    0.32.0, models/llama.py: the embedding is on the first stage (and on the last where lm_head is the same
-    tensor), norm and lm_head are on the last. Ranks count through a stage's cards first (parallel_state.py),
-    and each host takes as many in a row.
+    The embedding is on the first stage, and also on the last if lm_head is the same tensor. Norm and lm_head
+    are on the last (0.32.0, models/llama.py). Ranks count through a stage's cards first (parallel_state.py),
+    and each host takes the same number in a row.
     """
     if engine.pp == 1:
         return (Part(card, 0, 0, first=True, last=True),)
@@ -48,17 +48,18 @@ def parts(card: ModelCard, engine: EngineConfig) -> tuple[Part, ...]:
 
 
 def hop_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:
-    """Hidden states and residual of one token, which each stage hands to the
-    next (0.32.0, models/llama.py).
+    """Return the bytes of one token that each stage hands to the next.
+
+    They are hidden states and residual (0.32.0, models/llama.py).
     """
     return 2 * card.hidden_size * DTYPE_BYTES[engine.dtype]
 
 
 def pipeline_buffers(part: Part, engine: EngineConfig) -> int:
-    """On a card: what a stage receives, once for the captured graphs and once as it comes; what it has handed
-    on stays until it is sent.
+    """Return the bytes of a card's pipeline buffers.
 
-    And what only the last stage has, which computes logits and samples.
+    A stage holds its input twice: once for the captured graphs and once as it arrives. Its output stays until
+    it is sent. The last stage also computes logits and samples.
     """
     if engine.pp == 1:
         return 0

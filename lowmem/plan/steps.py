@@ -1,5 +1,6 @@
-"""Models one step of decoding or of a prompt: its floors (bytes over bandwidth, operations over rate) and the
-calibrated expectation, in milliseconds.
+"""Models one step of decoding or of a prompt, in milliseconds.
+
+Floors are bytes over bandwidth and operations over rate. Expectations add calibration.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from lowmem.units import GB
 
 
 def _active_parameters(card: ModelCard) -> int:
-    """Parameters that one token multiplies with: a mixture of experts uses only some of them; the embedding
-    is a look-up.
+    """Count the parameters that one token multiplies with.
+
+    A mixture of experts uses only some of them, and the embedding is a look-up.
     """
     total = 0
     for g in card.groups:
@@ -33,7 +35,10 @@ def _active_parameters(card: ModelCard) -> int:
 
 
 def _expert_share(card: ModelCard, tokens: float) -> float:
-    """Part of the experts' weights that a step of `tokens` tokens reads, routed evenly and independently."""
+    """Return the share of the experts' weights that a step reads.
+
+    Its `tokens` tokens are routed evenly and independently.
+    """
     if not card.experts:
         return 1.0
     return float(1 - (1 - card.experts_per_token / card.experts) ** tokens)
@@ -44,8 +49,9 @@ def _embedding_bytes(card: ModelCard, engine: EngineConfig) -> int:
 
 
 def _efficiency(which: str, kernel: str, device: Device) -> float:
-    """Of this kernel on this card or on cards of this compute capability where that was measured, else of the
-    kernel.
+    """Return the measured efficiency of a kernel.
+
+    The most specific figure counts: for this card, for its compute capability, or for the kernel alone.
     """
     table = constant("latency", which)
     return float(
@@ -59,9 +65,10 @@ def _efficiency(which: str, kernel: str, device: Device) -> float:
 
 @dataclass(frozen=True)
 class Hops:
-    """A step's way from stage to stage, in ms: physics, and what is expected.
+    """Time of a step's way from stage to stage, in milliseconds.
 
-    `out`: what a stage waits for before its next step may begin.
+    `floor` is physics and `expected` is calibrated. `out` is how long a stage waits before its next step may
+    begin.
     """
 
     floor: float
@@ -70,10 +77,11 @@ class Hops:
 
 
 def hops(card: ModelCard, engine: EngineConfig, device: Device, link: Link | None, tokens: float) -> Hops:
-    """Hand-overs of a step of so many tokens, and the way of the sampled tokens back to the first stage.
+    """Compute the hand-overs of a step of `tokens` tokens, and the way of the sampled tokens back to the
+    first stage.
 
-    A boundary inside a host is a copy from card to card. 0.32.0, gpu_worker.py: a stage's next step waits
-    until the one before is sent.
+    A boundary inside a host is a copy from card to card. A stage's next step waits until the one before is
+    sent (0.32.0, gpu_worker.py).
     """
     if engine.pp == 1:
         return Hops(0.0, 0.0, 0.0)
@@ -101,8 +109,8 @@ def hops(card: ModelCard, engine: EngineConfig, device: Device, link: Link | Non
 class StepModel:
     """Steps of an engine under a load.
 
-    The engine takes a request again only every `pp` steps, and does not split those that decode evenly
-    between the steps in flight (0.32.0, async_scheduler.py).
+    The engine takes a request again only every `pp` steps. It does not split decoding requests evenly between
+    the steps in flight (0.32.0, async_scheduler.py).
     """
 
     card: ModelCard
@@ -114,34 +122,34 @@ class StepModel:
 
     @cached_property
     def together(self) -> int:
-        """Requests that decode in one step."""
+        """Count the requests that decode in one step."""
         request = self.load.input_tokens + self.load.output_tokens
         held = usable_kv_tokens(self.stages[0][1].kv_tokens, self.engine) // request
         return min(self.load.clients, self.engine.max_num_seqs, held or self.load.clients)
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens of a prompt in one step."""
+        """Count the tokens of a prompt in one step."""
         return min(self.engine.max_num_batched_tokens, self.load.input_tokens)
 
     @property
     def chunks(self) -> int:
-        """Steps of one prompt."""
+        """Count the steps of one prompt."""
         return math.ceil(self.load.input_tokens / self.engine.max_num_batched_tokens)
 
     @property
     def mixed_tokens(self) -> int:
-        """Tokens of a step that has a chunk of a prompt beside those that decode."""
+        """Count the tokens of a step that has a chunk of a prompt beside the decoding requests."""
         return min(self.chunk_tokens + self.together, self.engine.max_num_batched_tokens)
 
     @property
     def fixed(self) -> float:
-        """What a step takes whatever its size."""
+        """Return the time that a step takes whatever its size."""
         return float(constant("latency", "step_ms"))
 
     @property
     def flops_per_ms(self) -> float:
-        """Operations of the cards that share a layer."""
+        """Return the operations per millisecond of the cards that share a layer."""
         return self.device.fp16_tflops * 1e12 / 1e3 * self.engine.tp
 
     @property
@@ -153,7 +161,7 @@ class StepModel:
         return self.engine.vllm >= (0, 28, 0)
 
     def work(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> dict[str, float]:
-        """The floors of a step of so many tokens on one stage."""
+        """Compute the floors of a step of `tokens` tokens on one stage, by term."""
         mine, weights = stage[0].card, stage[1].weights
         hbm = self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
         context = self.load.input_tokens + self.load.output_tokens // 2
@@ -171,12 +179,12 @@ class StepModel:
         }
 
     def floor(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> float:
-        """The least time of a step on one stage."""
+        """Return the least time of a step on one stage."""
         t = self.work(stage, tokens, sequences)
         return max(t["hbm_weights"] + t["hbm_kv"], t["link_offload"], t["flops"])
 
     def all_reduces(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
-        """Sums across the cards that share a layer, two a layer."""
+        """Return the time of the sums across the cards that share a layer, two a layer."""
         engine, device = self.engine, self.device
         if engine.tp == 1:
             return 0.0
@@ -192,13 +200,14 @@ class StepModel:
         return 2 * stage[0].card.layers * (float(constant("latency", "all_reduce_ms")[over]) + wire)
 
     def launches(self, stage: tuple[Part, CardMemory]) -> float:
-        """Kernel launches by the host, which captured graphs spare."""
+        """Return the time of kernel launches by the host, which captured graphs avoid."""
         each = float(constant("latency", "eager_ms_per_layer" if self._new else "eager_old_ms_per_layer"))
         return stage[0].card.layers * each if self.engine.eager and self._cuda else 0.0
 
     def _beside(self, layers: int, tokens: int) -> float:
-        """What layers take beside their matrix products: keys and values of few bits are packed and unpacked
-        by kernels of their own.
+        """Return the time that layers take beside their matrix products.
+
+        A quantized KV cache of few bits is packed and unpacked by kernels of its own.
         """
         if not self._cuda:
             return 0.0
@@ -208,8 +217,9 @@ class StepModel:
         return layers * (float(constant("latency", "graph_ms_per_layer")) + few_bits)
 
     def _attention(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
-        """Products of a prompt's tokens with keys and values, each token's with half of the prompt on
-        average; no weights are in them.
+        """Return the time of a prompt's products with keys and values.
+
+        Each token meets half of the prompt on average. No weights are in these products.
         """
         if not self._cuda:
             return 0.0
@@ -218,8 +228,9 @@ class StepModel:
         return operations / self.flops_per_ms / _efficiency("attention_efficiency", "any", self.device)
 
     def expected(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
-        """One stage's share of a step of so many tokens with the efficiencies seen; more than decode together
-        are tokens of a prompt.
+        """Return one stage's expected time for a step of `tokens` tokens.
+
+        Tokens beyond those that decode together belong to a prompt.
         """
         name, layers = self.engine.kernel, stage[0].card.layers
         t = self.work(stage, tokens, self.together)
@@ -244,25 +255,30 @@ class StepModel:
         return float(max(body, self.launches(stage)) + self.all_reduces(stage, tokens))
 
     def hops(self, tokens: float) -> Hops:
-        """The way of a step of so many tokens from stage to stage."""
+        """Compute the way of a step of `tokens` tokens from stage to stage."""
         return hops(self.card, self.engine, self.device, self.link, tokens)
 
     def through(self, tokens: int) -> float:
-        """From the start of a step to its sampled tokens being back."""
+        """Return the time from the start of a step until its sampled tokens are back."""
         return sum(self.expected(s, tokens) for s in self.stages) + self.hops(tokens).expected + self.fixed
 
     def slot(self, tokens: int) -> float:
-        """From one step to the next where the pipeline is full; of a single stage the step itself."""
+        """Return the time from one step to the next in a full pipeline.
+
+        A single stage takes the step itself.
+        """
         return max(self.expected(s, tokens) for s in self.stages) + self.hops(tokens).out + self.fixed
 
     def decode_floor(self, batches: int) -> float:
-        """The least time of a token with those that decode dealt evenly to so many steps in flight."""
+        """Return the least time of a token with the decoding requests split evenly between `batches` steps in
+        flight.
+        """
         share = self.together / batches
         each = [self.floor(s, share, share) for s in self.stages]
         return max(sum(each) + self.hops(share).floor, batches * max(each))
 
     def prefill_floor(self, stage: tuple[Part, CardMemory]) -> float:
-        """The least time of one prompt on one stage."""
+        """Return the least time of one prompt on one stage."""
         t = self.work(stage, self.chunk_tokens, self.together)
         return max(
             2 * _active_parameters(stage[0].card) * self.load.input_tokens / self.flops_per_ms,

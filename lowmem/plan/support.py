@@ -1,4 +1,4 @@
-"""Says what a vLLM version, a device, a model or the knobs together refuse."""
+"""Refuses what a vLLM version, a device, a model or the knobs together cannot run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lowmem.schema import Device, Knob, ModelCard
 
 
 def missing_flags(knobs: Mapping[str, Knob], vllm: tuple[int, int, int]) -> list[str]:
-    """One reason per knob that this version's parser does not know."""
+    """Return one reason per knob that this version's parser does not know."""
     reasons = []
     for name in knobs:
         spec, flag = load_yaml("knobs.yml")[name], flag_of(name)
@@ -34,7 +34,7 @@ PIPELINE_SINCE = (0, 32, 0)
 
 
 def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]:
-    """What this version or this capability cannot run, each with what it needs."""
+    """List what this version or this capability cannot run, each with what it needs."""
     reasons = []
     if engine.pp > 1 and engine.vllm < PIPELINE_SINCE:
         reasons.append(
@@ -94,7 +94,7 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
 
 
 def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
-    """BadInput where the cards of a host are too few, or a layer would be split across hosts."""
+    """Raise BadInput if a host has too few cards, or if a layer would be split across hosts."""
     if tp > count and hosts > 1:
         raise BadInput(
             f"tensor_parallel_size={tp} is more than the {count} card(s) of a host: each layer would wait"
@@ -118,7 +118,7 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
 
 
 def refuse_split(card: ModelCard, tp: int) -> None:
-    """BadInput where so many cards cannot share the model's layers."""
+    """Raise BadInput if `tp` cards cannot share the model's layers."""
     if card.heads % tp:
         raise BadInput(
             f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use"
@@ -145,7 +145,7 @@ def refuse_split(card: ModelCard, tp: int) -> None:
 
 
 def refuse_dtype(card: ModelCard, dtype: str) -> None:
-    """BadInput where the checkpoint's format has no kernels of this type."""
+    """Raise BadInput if the checkpoint's format has no kernels of this type."""
     if dtype == "float32" and card.quantization.method in ("awq", "gptq"):
         raise BadInput(
             f"dtype=float32 is not supported for quantization method {card.quantization.method}; use float16"
@@ -154,7 +154,7 @@ def refuse_dtype(card: ModelCard, dtype: str) -> None:
 
 
 def refuse_quantization(card: ModelCard, v: Mapping[str, Any]) -> None:
-    """BadInput where the `quantization` knob contradicts the checkpoint."""
+    """Raise BadInput if the `quantization` knob contradicts the checkpoint."""
     if "quantization" in v and v["quantization"] not in (*FORMATS, "fp8"):
         raise BadInput(
             f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from"
@@ -174,7 +174,7 @@ def refuse_quantization(card: ModelCard, v: Mapping[str, Any]) -> None:
 
 
 def refuse_batch(v: Mapping[str, Any], seqs: int, batched: int, max_len: int) -> None:
-    """BadInput where a step has no room for its sequences, or for the whole prompt that it must take."""
+    """Raise BadInput if a step has no room for its sequences, or for the whole prompt that it must take."""
     if batched < seqs:
         raise BadInput(
             f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}; each sequence needs one"
@@ -188,7 +188,7 @@ def refuse_batch(v: Mapping[str, Any], seqs: int, batched: int, max_len: int) ->
 
 
 def refuse_kv(kv_dtype: str, block: int) -> None:
-    """BadInput for a KV type or a block size that no version has."""
+    """Raise BadInput for a KV type or a block size that no version has."""
     if kv_dtype not in KV_DTYPES:
         raise BadInput(f"kv_cache_dtype={kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
     if block % 16:
@@ -196,7 +196,7 @@ def refuse_kv(kv_dtype: str, block: int) -> None:
 
 
 def offload_groups(v: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Layers of a group, how many of them are prefetched, and how many layers ahead."""
+    """Return the layers of a group, how many of them are prefetched, and how many layers ahead."""
     return (
         int(v.get("offload_group_size", 0)),
         int(v.get("offload_num_in_group", 1)),
@@ -205,7 +205,7 @@ def offload_groups(v: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def refuse_offload(v: Mapping[str, Any], card: ModelCard) -> None:
-    """BadInput where the knobs of weight offload contradict one another or the model."""
+    """Raise BadInput if the knobs of weight offload contradict one another or the model."""
     uva, backend = float(v.get("cpu_offload_gb", 0)), str(v.get("offload_backend", "auto"))
     group, num, step = offload_groups(v)
     if uva > 0 and group > 0:

@@ -14,8 +14,10 @@ from lowmem.units import MIB, gib, mib
 
 
 def ceiling(device: Device, limits: Limits) -> int:
-    """Bytes the plan may use: the limit, or what the driver hands out where that is less (it keeps some of
-    memory.total for itself).
+    """Return the bytes that the plan may use.
+
+    They are the limit, or what the driver hands out if that is less. The driver keeps some of memory.total
+    for itself.
     """
     return min(limits.memory_bytes, device.torch_total_mib * MIB)
 
@@ -23,8 +25,9 @@ def ceiling(device: Device, limits: Limits) -> int:
 def stage_reasons(
     engine: EngineConfig, device: Device, stages: Sequence[tuple[Part, CardMemory]], limits: Limits
 ) -> list[str]:
-    """As `memory_reasons` of each stage, with its number where there are several; the same one on several
-    stages is said once.
+    """List the `memory_reasons` of every stage, with its number if there are several.
+
+    A reason that holds on several stages is given once.
     """
     found: dict[str, str] = {}
     least = min(range(len(stages)), key=lambda n: stages[n][1].kv_available / stages[n][1].kv_block_bytes)
@@ -41,7 +44,7 @@ def stage_reasons(
 def memory_reasons(
     engine: EngineConfig, card: ModelCard, device: Device, memory: CardMemory, limits: Limits
 ) -> list[str]:
-    """Why the engine would not start, or would pass the limit: the term and by how many bytes."""
+    """List why the engine would not start or would exceed the limit: the term and by how many bytes."""
     reasons = []
     if engine.offload != "none" and ignores_offload(engine):
         reasons.append(
@@ -107,8 +110,9 @@ def memory_reasons(
 
 
 def network_reasons(pipeline: Pipeline | None, load: Load, limits: Limits) -> list[str]:
-    """Why the link between the hosts is too slow, and which one would do; empty where it is not the link that
-    misses a limit.
+    """Say why the link between the hosts is too slow, and which link would do.
+
+    The list is empty if another cause misses the limit.
     """
     if pipeline is None or pipeline.network is None:
         return []
@@ -128,7 +132,7 @@ def network_reasons(pipeline: Pipeline | None, load: Load, limits: Limits) -> li
 
 
 def pipeline_notes(pipeline: Pipeline | None, speed: Latency) -> list[str]:
-    """What a plan whose stages lie on several hosts has to say of the link between them."""
+    """Describe the cost of the link between the hosts of a plan; empty for one host."""
     if pipeline is None or pipeline.network is None:
         return []
     link = pipeline.network
@@ -153,7 +157,7 @@ def _pool_advice(engine: EngineConfig) -> str:
 def slow_reasons(
     engine: EngineConfig, speed: Latency, load: Load, limits: Limits, requests: int
 ) -> list[str]:
-    """Which latency limit is missed, by how much, and which term it is."""
+    """List the latency limits that are missed, by how much, and the term that causes it."""
     reasons = []
     terms = speed.terms
     if speed.decode_expected > limits.tpot_p99_ms:
@@ -200,7 +204,7 @@ def slow_reasons(
 def fit_notes(
     engine: EngineConfig, card: ModelCard, memory: CardMemory, limits: Limits, requests: int, load: Load
 ) -> list[str]:
-    """What a plan that fits has to say for itself."""
+    """Describe a plan that fits: its room below the limit, and its KV pool."""
     room = limits.memory_bytes - memory.peak
     return [
         f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limits.memory_bytes)}; "
@@ -211,8 +215,9 @@ def fit_notes(
 def start_notes(
     card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory, limits: Limits
 ) -> list[str]:
-    """A note when the engine passes the limit for some seconds while it starts, which matters on a card that
-    others share.
+    """Warn if the engine exceeds the limit for some seconds while it starts.
+
+    This matters on a card that others share.
     """
     highest = start_peak(card, engine, device, memory)
     if highest <= limits.memory_bytes:

@@ -103,7 +103,8 @@ def _cut(g: WeightGroup, card: ModelCard, tp: int) -> tuple[int, int]:
 _MERGED = {
     "self_attn.q_proj": "qkv_proj", "self_attn.k_proj": "qkv_proj", "self_attn.v_proj": "qkv_proj",
     "mlp.gate_proj": "gate_up_proj", "mlp.up_proj": "gate_up_proj",
-    "block_sparse_moe.experts.w1": "experts.w13", "block_sparse_moe.experts.w3": "experts.w13", "block_sparse_moe.experts.w2": "experts.w2",
+    "block_sparse_moe.experts.w1": "experts.w13", "block_sparse_moe.experts.w3": "experts.w13",
+    "block_sparse_moe.experts.w2": "experts.w2",
 }  # fmt: skip
 
 _PART_ORDER = ("weight", "zeros", "scales")

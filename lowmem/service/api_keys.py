@@ -1,13 +1,16 @@
-"""The API keys of a server, read from a file and again when it changes, so that a key comes and goes without
-a restart.
+"""Checks API keys against a file that is read again when it changes.
 
-vLLM takes its keys at its start only (`--api-key`, VLLM_API_KEY) and guards /v1, /v2, /inference and /cohere
-with them (vllm 0.32, entrypoints/serve/middleware/authenticate.py). `--middleware lowmem.api_keys.ApiKeys`
-takes its place: the same header, the same answer, the same comparison of hashes in constant time, but every
-path is guarded that is not named in OPEN.
+So a key comes and goes without a restart of the server. vLLM reads its keys only at its start (`--api-key`,
+VLLM_API_KEY). It guards /v1, /v2, /inference and /cohere with them (vllm 0.32,
+entrypoints/serve/middleware/authenticate.py).
 
-LOWMEM_API_KEYS names the file: lines of VLLM_API_KEY=KEY or VLLM_API_KEY_<name>=KEY, mode 0600. The keys
-themselves are in no environment. Standard library only: this runs in the server.
+`--middleware lowmem.api_keys.ApiKeys` takes the place of vLLM's check. The header, the answer and the
+comparison of hashes in constant time are the same. But it guards every path that OPEN does not name.
+
+LOWMEM_API_KEYS names the file, which has mode 0600. Its lines are VLLM_API_KEY=KEY or
+VLLM_API_KEY_<name>=KEY. The keys themselves are in no environment.
+
+This module runs in the server, so it imports the standard library only.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 def read_keys(text: str) -> dict[str, str]:
-    """Name to key; the name of VLLM_API_KEY itself is empty. Other lines are none of ours."""
+    """Return key by name from the lines of a key file; the name of VLLM_API_KEY itself is empty.
+
+    Other lines are skipped.
+    """
     found = {}
     for line in text.splitlines():
         variable, _, value = line.strip().partition("=")
@@ -54,8 +60,9 @@ def read_keys(text: str) -> dict[str, str]:
 
 
 class KeyFile:
-    """The hashes of a file's keys. A file that cannot be read or holds no key changes nothing: those known
-    before stay.
+    """Hashes of the keys in a file.
+
+    A file that cannot be read or holds no key changes nothing: the keys known before stay valid.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,6 +71,7 @@ class KeyFile:
         self._seen: object = None
 
     def current(self) -> tuple[bytes, ...]:
+        """Return the SHA-256 of each key, after reading the file again if it changed."""
         try:
             stat = self.path.stat()
             mark: object = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
@@ -90,7 +98,7 @@ class KeyFile:
 
 
 class ApiKeys:
-    """Pure ASGI: a stream that has begun is not touched by it again."""
+    """ASGI middleware that lets requests with a known key pass. It does not touch a stream that has begun."""
 
     def __init__(self, app: App) -> None:
         self.app = app

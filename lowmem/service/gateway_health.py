@@ -1,10 +1,11 @@
-"""`lowmem gateway-health`: says on a local socket whether the server can complete a request, for the
-gateway's /healthz and /metrics.
+"""Says on a local socket whether the server can complete a request, for the gateway's /healthz and /metrics.
 
-vLLM's own /health is 200 while its engine hangs. Here the answer is the watchdog's judgement
-(`lowmem.service.watchdog.Watch`) with a shorter limit: tokens that are being made prove it; an idle engine is asked
-for one; a busy one never. The last judgement is kept, so that a load balancer that asks every second costs
-the engine nothing. A judgement that is too old is a no.
+vLLM's own /health answers 200 while its engine hangs. So the answer here is the watchdog's judgement
+(`lowmem.service.watchdog.Watch`) with a shorter limit. New tokens prove that the engine works. An idle engine
+is asked for one token; a busy one is never asked.
+
+The last judgement is kept, so a load balancer that asks every second costs the engine nothing. A judgement
+that is too old counts as a no.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from lowmem.service.watchdog import Watch
 
 @dataclass
 class Health:
-    """The last judgement. Times are seconds of a monotonic clock; `stale_s`: how long an engine, or this
-    program, may say nothing.
+    """Last judgement on the server.
+
+    Times are seconds of a monotonic clock. `stale_s` is how long the engine, or this program, may be silent.
     """
 
     server: Server
@@ -37,22 +39,26 @@ class Health:
         self.watch = Watch(self.server, self.stale_s, math.inf)
 
     def look(self, now: float) -> None:
+        """Judge the server now and keep the judgement."""
         verdict = self.watch.look(now)
         self.reason = self.watch.remark or ("" if verdict in ("serving", "silent") else verdict)
         self.looked = now
 
     def trouble(self, now: float) -> str:
-        """Empty where a request can be completed, else why not."""
+        """Return why no request can be completed; empty if one can."""
         if now - self.looked > self.stale_s and self.looked > -math.inf:
             return f"last looked {now - self.looked:.0f} s ago"
         return self.reason
 
     def sign_age_s(self, now: float) -> float:
+        """Return the seconds since the engine last showed that it works; infinite before its first
+        completion.
+        """
         return now - self.watch.last_sign if self.watch.ready else math.inf
 
 
 def metrics(health: Health, now: float, more: str) -> str:
-    """Prometheus's text format; `more` is text in that format from elsewhere."""
+    """Format the judgement as Prometheus text; `more` is text of that format to append."""
     age = health.sign_age_s(now)
     return (
         "# HELP lowmem_gateway_can_complete Whether a request can be completed now, as /healthz says.\n#"
@@ -65,6 +71,7 @@ def metrics(health: Health, now: float, more: str) -> str:
 
 
 def text_of(path: Path | None) -> str:
+    """Read a file; empty if there is none yet."""
     try:
         return path.read_text() if path else ""
     except OSError:  # not written yet
@@ -72,8 +79,9 @@ def text_of(path: Path | None) -> str:
 
 
 def serve(health: Health, path: Path, figures: Path | None = None) -> socketserver.ThreadingUnixStreamServer:
-    """A server on the socket `path`, which every user of this host may ask; it says nothing that
-    is a secret.
+    """Open a server on the socket `path`.
+
+    Every user of this host may ask it, since it tells no secret.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -100,7 +108,7 @@ def serve(health: Health, path: Path, figures: Path | None = None) -> socketserv
             return "gateway"
 
         def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class's name
-            """A load balancer asks every few seconds: nothing to note."""
+            """Log nothing, since a load balancer asks every few seconds."""
 
     path.unlink(missing_ok=True)
     server = socketserver.ThreadingUnixStreamServer(str(path), Handler)

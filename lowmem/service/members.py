@@ -1,14 +1,16 @@
-"""The hosts of one server that spans several: whether they are joined, and whether they still are, as each of
-them sees it.
+"""Watches whether the hosts of a multi-host server are still joined, as each host sees it.
 
-A fresh engine of the first host wants fresh ones of the others, and none notices by itself that another one
-is gone (vLLM 0.32: the second host's workers outlive the first's, and wait). What joins them is a TCP
-connection of each other host's worker to the meeting port, torch's TCPStore, which the first host's worker
-holds for as long as it lives. It is made once, at the start, and whoever dies has it closed by his kernel. So
-that connection, with its two ports, is the incarnation: where it is gone, these engines are of no use to each
-other any more, whichever comes next. A host that loses power, or its network, says nothing, and the
-connection stays. So the first host and the others ask each other's kernels at that port: the first has an
-engine there, the others refuse, and either is a sign of the host.
+A fresh engine on the first host needs fresh engines on the others. None of them notices by itself that
+another one is gone. In vLLM 0.32 the second host's workers outlive the first host's, and wait.
+
+The workers of the other hosts join by a TCP connection to the rendezvous port, torch's TCPStore. The first
+host's worker holds that port for as long as it lives. Each connection is made once, at the start, and the
+kernel closes it when either process dies. So the connection, with its two ports, identifies this run of the
+engines. Once it is gone, these engines can never join again, whichever host restarts first.
+
+A host that loses power or its network closes nothing, so the connection stays. Therefore the hosts also ask
+each other's kernels at that port. The first host has an engine there, the others refuse, and either answer is
+a sign of life.
 """
 
 from __future__ import annotations
@@ -36,21 +38,24 @@ this.
 
 
 class Hosts(Protocol):
-    """What is asked of the hosts of a server."""
+    """Questions about the hosts of a server."""
 
     first: str
 
     def connections(self) -> frozenset[Connection]:
-        """Those to the meeting port: on the first host of the others, elsewhere of this one."""
+        """Return the connections to the rendezvous port: on the first host those of the others, elsewhere
+        this host's own.
+        """
 
     def answers(self) -> dict[str, Meeting]:
-        """What the kernels of other hosts say at the meeting port: to the first host those of all others, to
-        the others the first's.
+        """Return the answers of other kernels at the rendezvous port.
+
+        The first host asks all others; the others ask the first.
         """
 
 
 class MemberHosts:
-    """As the kernel of this host says it."""
+    """Answers from this host's kernel."""
 
     def __init__(self, deploy: Deploy) -> None:
         self.first, *self.others = deploy.nodes
@@ -85,7 +90,7 @@ class MemberHosts:
 
 
 def plain(address: str) -> str:
-    """10.0.0.2 for ::ffff:10.0.0.2, which a socket of both families shows."""
+    """Return 10.0.0.2 for ::ffff:10.0.0.2, which a socket of both families shows."""
     try:
         mapped = getattr(ipaddress.ip_address(address), "ipv4_mapped", None)
     except ValueError:  # with a zone
@@ -95,11 +100,11 @@ def plain(address: str) -> str:
 
 @dataclass
 class Bond:
-    """What joins this host's engine with the others', without a clock of its own: `look(now)` is called every
-    few seconds.
+    """Connection of this host's engine with the others'.
 
-    `silence_s`: how long another host may not answer at all. One that has never answered cannot be told from
-    one that a firewall hides.
+    It has no clock of its own: `look(now)` is called every few seconds. `silence_s` is how long another host
+    may not answer at all. A host that has never answered may be behind a firewall, so its silence does not
+    count.
     """
 
     hosts: Hosts
@@ -109,7 +114,10 @@ class Bond:
     _before: frozenset[Connection] = field(default=frozenset(), repr=False)
 
     def look(self, now: float) -> str:
-        """Why this host's engine is of no use any more, once; empty while it is joined, or was not yet."""
+        """Return once why this host's engine can no longer serve.
+
+        It is empty while the engine is joined, or was not yet.
+        """
         seen = self.hosts.connections()
         if not self.known:
             # twice in a row: what only asks whether the port is there is gone by the next look

@@ -33,7 +33,7 @@ def telling(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 class Engine:
-    """The engine's processes and its log, started here or found running."""
+    """Processes of the engine and its log, whether it was started here or found running."""
 
     def __init__(
         self, pid: int | None, log: Path | None, process: subprocess.Popen[bytes] | None = None
@@ -49,8 +49,9 @@ class Engine:
         return self.pid is None or psutil.pid_exists(self.pid)
 
     def look(self) -> None:
-        """Notes the processes that live now; psutil knows each by its start time too, so that a number used
-        again is no mistake.
+        """Note the processes that live now.
+
+        psutil identifies each by its start time too, so a reused process id does no harm.
         """
         if self.pid is not None:
             with contextlib.suppress(psutil.Error):
@@ -82,7 +83,7 @@ class Engine:
         return telling(variables)
 
     def stop(self, timeout_s: float) -> list[str]:
-        """Ends the processes that were started here and no others; says which had to be killed."""
+        """End the processes that were started here and no others. Return those that had to be killed."""
         if self.process is None:
             return []
         self.look()
@@ -104,8 +105,9 @@ class Engine:
 
 
 def vllm_command() -> list[str]:
-    """How to run `vllm`: $VLLM_BIN, the one beside this Python, the one on PATH, or this
-    Python's own module.
+    """Find the command that runs `vllm`.
+
+    It is $VLLM_BIN, the one beside this Python, the one on PATH, or this Python's own module.
     """
     if named := os.environ.get("VLLM_BIN"):
         return shlex.split(named)
@@ -118,8 +120,10 @@ def vllm_command() -> list[str]:
 
 
 def listening_url(deploy: Deploy | None, extra: Sequence[str]) -> str:
-    """Return where `vllm serve` listens: as the plan says, unless the extra arguments say otherwise; the last
-    --host and --port win, as in vLLM.
+    """Return the URL at which `vllm serve` listens.
+
+    The extra arguments override the plan; the last --host and --port win, as in vLLM. Raises BadInput for a
+    port that is no number.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--host", default=deploy.host if deploy else "127.0.0.1")
@@ -132,7 +136,7 @@ def listening_url(deploy: Deploy | None, extra: Sequence[str]) -> str:
 
 
 def start_engine(command: list[str], variables: dict[str, str], log: Path) -> Engine:
-    """Starts the command in a session of its own, its output in `log`."""
+    """Start the command in a session of its own, with its output in `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **variables}
     with log.open("wb") as stream:
@@ -148,7 +152,7 @@ def start_engine(command: list[str], variables: dict[str, str], log: Path) -> En
 
 
 def listener_pid(url: str) -> int:
-    """The process that listens on the URL's port."""
+    """Return the process that listens on the URL's port. Raises BadInput if none of this user's does."""
     port = urlsplit(url).port
     try:
         connections = psutil.net_connections("tcp")
@@ -164,7 +168,7 @@ def listener_pid(url: str) -> int:
 
 @contextlib.contextmanager
 def wrapped_vllm() -> Iterator[str]:
-    """A path that runs `vllm`, for launchers, which take one executable."""
+    """Yield a path that runs `vllm`, since launchers take one executable."""
     command = vllm_command()
     if len(command) == 1:
         yield command[0]

@@ -1,11 +1,10 @@
-"""`lowmem ready`: waits for a real completion, so that a unit counts as started when it serves, and not when
-its process runs.
+"""Waits for a real completion, so that a unit counts as started only when it serves.
 
-Of a server that spans several hosts only the first can be asked; another one counts as started when it has
-joined the first.
+Only the first host of a multi-host server can be asked. Another host counts as started when it has joined the
+first.
 
-Run by systemd as ExecStartPost, which names the server's process in MAINPID: once that is gone there is
-nothing to wait for.
+systemd runs this as ExecStartPost and names the server's process in MAINPID. Once that process is gone, there
+is nothing to wait for.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ PAUSE_S = 1.0
 
 
 def wait(server: Server, alive: Callable[[], bool], timeout_s: float) -> str:
-    """Empty after a completion, else why there will be none."""
+    """Wait for a completion. Return an empty text after one, else why there will be none."""
     began = time.monotonic()
     while time.monotonic() - began < timeout_s:
         answer = server.complete(min(60.0, timeout_s))
@@ -38,7 +37,10 @@ def wait(server: Server, alive: Callable[[], bool], timeout_s: float) -> str:
 
 
 def wait_joined(hosts: Hosts, alive: Callable[[], bool], timeout_s: float) -> str:
-    """Empty once this host's engine is connected with the first host's, else why it will not be."""
+    """Wait until this host's engine has joined the first host's.
+
+    Return an empty text then, else why it will not join.
+    """
     began = time.monotonic()
     before: frozenset[object] = frozenset()
     while time.monotonic() - began < timeout_s:
@@ -56,7 +58,7 @@ def wait_joined(hosts: Hosts, alive: Callable[[], bool], timeout_s: float) -> st
 
 
 def main_process_lives() -> bool:
-    """Of the unit whose ExecStartPost this is; true where there is none."""
+    """Tell whether the main process of this ExecStartPost's unit lives; true outside a unit."""
     number = os.environ.get("MAINPID", "")
     if not number.isdigit():
         return True

@@ -28,25 +28,29 @@ Answer = Literal["tokens", "nothing", "refused"]
 
 
 class Server(Protocol):
-    """What the watchdog asks of a server; each call ends within `timeout_s`."""
+    """Questions that the watchdog asks a server; each call ends within `timeout_s`."""
 
     def figures(self, timeout_s: float) -> tuple[str, ...] | None:
-        """The engine's metrics; empty where the API server does not answer in time, None where nobody
-        listens.
+        """Read the engine's metrics.
+
+        They are empty if the API server does not answer in time, and None if nobody listens.
         """
 
     def busy(self) -> bool:
-        """Whether the last figures had a running request."""
+        """Tell whether the last figures had a running request."""
 
     def complete(self, timeout_s: float) -> Answer:
-        """Asks for one token. "refused": the API server says no (key, model), which says nothing of the
+        """Ask for one token.
+
+        "refused" means that the API server rejects the key or the model, which proves nothing about the
         engine.
         """
 
 
 class VllmServer:
-    """A vLLM server on this host. The key is read again for each completion, so that a rotated one is no
-    fault.
+    """Server of vLLM on this host.
+
+    The key is read again for each completion, so a rotated key causes no error.
     """
 
     def __init__(self, plan: DeployedPlan, env_file: Path) -> None:
@@ -92,8 +96,9 @@ class VllmServer:
             return "nothing"
 
     def processes(self) -> list[psutil.Process]:
-        """The API server of this plan, known by its arguments, and all below it, the server last; empty where
-        there is none.
+        """Find the API server of this plan by its arguments, and its descendants.
+
+        The server comes last; the list is empty if there is none.
         """
         for process in psutil.process_iter():
             try:
@@ -109,8 +114,9 @@ class VllmServer:
         return []
 
     def end(self, report_s: float) -> list[str]:
-        """Kills the engine and its workers, and the API server too where it has not ended after `report_s`;
-        who was ended.
+        """Kill the engine and its workers, and return what was ended.
+
+        The API server is killed too if it has not ended after `report_s` seconds.
         """
         processes = self.processes()
         if not processes:

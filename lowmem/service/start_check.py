@@ -1,9 +1,8 @@
-"""`lowmem start-check`: whether what the plan was made for is still there, asked where and as whom the engine
-is about to start.
+"""Checks whether the host still has what the plan was made for.
 
-The service manager runs it before each start (ExecStartPre, or run_under_supervisor.sh), inside the same sandbox, with
-the same user, limits and devices: what it cannot open, the engine could not open. One line for each thing
-that is in the way, and status 1.
+The service manager runs it before each start (ExecStartPre, or run_under_supervisor.sh). It runs in the
+engine's own sandbox, with the same user, limits and devices. So what it cannot open, the engine could not
+open. It prints one line for each obstacle, and then exits with 1.
 """
 
 from __future__ import annotations
@@ -33,8 +32,9 @@ this share of its size.
 
 @dataclass(frozen=True)
 class Passing:
-    """What changes by itself: memory that a killed engine still holds for a moment, a port that is being
-    given back.
+    """State of the host that changes by itself.
+
+    Examples are memory that a killed engine still holds for a moment, and a port that is being freed.
     """
 
     cards: tuple[Card, ...]
@@ -47,7 +47,7 @@ class Passing:
 
 @dataclass(frozen=True)
 class Lasting:
-    """What stays until somebody changes it."""
+    """State of the host that stays until somebody changes it."""
 
     vllm_version: str
     memlock_unlimited: bool
@@ -56,6 +56,7 @@ class Lasting:
 
 
 def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
+    """Yield each obstacle that stays until somebody removes it."""
     if plan.verdict == "impossible":
         yield f"the plan of profile {plan.profile} is impossible: {'; '.join(plan.reasons)}"
     if seen.vllm_version.split("+")[0] != plan.vllm_version:
@@ -81,6 +82,7 @@ def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
 
 
 def passing_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
+    """Yield each obstacle that may pass by itself."""
     if plan.device_kind == "cuda":
         yield from _card_refusals(plan, seen)
     if seen.ram_available_bytes < plan.host_ram_bytes:
@@ -136,7 +138,7 @@ def _card_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
 
 
 def cores_of(bound: str) -> frozenset[int]:
-    """The cores that VLLM_CPU_OMP_THREADS_BIND names, as in 0-1|4,6; none for words such as auto."""
+    """Return the cores that VLLM_CPU_OMP_THREADS_BIND names, as in 0-1|4,6; none for words such as auto."""
     cores: set[int] = set()
     for part in bound.replace("|", ",").split(","):
         first, _, last = part.strip().partition("-")
@@ -146,6 +148,7 @@ def cores_of(bound: str) -> frozenset[int]:
 
 
 def look_at_lasting(plan: Plan) -> Lasting:
+    """Read the state that stays until somebody changes it."""
     try:
         version = importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -160,8 +163,9 @@ def look_at_lasting(plan: Plan) -> Lasting:
 
 
 def checkpoint_troubles(plan: Plan) -> list[str]:
-    """Only the bytes that the manifest has are served. What was read once and has not changed since is not
-    read again.
+    """List how the checkpoint differs from its manifest, whose bytes alone are served.
+
+    A file that was read once and has not changed since is not read again.
     """
     if plan.deploy is None:
         return []
@@ -178,6 +182,7 @@ def checkpoint_troubles(plan: Plan) -> list[str]:
 
 
 def look_at_passing(plan: Plan) -> Passing:
+    """Read the state that changes by itself."""
     trouble = ""
     found: list[Card] = []
     if plan.device_kind == "cuda":
@@ -201,10 +206,12 @@ def look_at_passing(plan: Plan) -> Passing:
 
 
 def taken(host: str, port: int) -> bool:
+    """Tell whether another process listens at this address and port."""
     return why_not_bound(host, port) == errno.EADDRINUSE
 
 
 def why_not_bound(host: str, port: int) -> int | None:
+    """Return the error number of binding this address and port; None if it can be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         # as the server does it: connections that are closing are no obstacle

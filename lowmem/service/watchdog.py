@@ -1,17 +1,17 @@
-"""`lowmem watch`: notices an engine that hangs while /health still says 200, and ends it so that the service
-manager starts it again.
+"""Ends an engine that hangs while /health still says 200, so that the service manager starts it again.
 
-vLLM's /health looks at a flag in the API server (`AsyncLLM.check_health`, vLLM 0.32): an engine that was
-stopped or waits for ever answers 200 there. What the engine does say is scheduler statistics, with each step
-(`Scheduler.update_from_output`), also with one that only computes a part of a long prompt. So a busy engine
-is never asked anything: its figures move. Where they stand still a real completion of one token is asked for,
-and where nothing comes for the limit's time the server's processes are ended.
+vLLM's /health reads a flag in the API server (`AsyncLLM.check_health`, vLLM 0.32). An engine that was stopped
+or waits for ever answers 200 there. But the engine publishes scheduler statistics with each step
+(`Scheduler.update_from_output`). It does so even for a step that computes a part of a long prompt.
 
-Of a server that spans several hosts each watches that they are still joined (`lowmem.service.members`), and ends its
-own engine where they are not; the first one also watches as above.
+So a busy engine is never asked anything, since its figures move. When they stand still, the watchdog asks for
+a real completion of one token. When nothing comes for the limit's time, it ends the server's processes.
 
-The workers first: the API server then answers every open request with an error, and ends with a failure of
-its own. Nothing here knows of systemd or supervisord: both start again what was killed, and both give up by
+Each host of a multi-host server watches that the hosts are still joined (`lowmem.service.members`). It ends
+its own engine when they are not. The first host also watches as above.
+
+The workers are killed first. The API server then answers every open request with an error and fails by
+itself. Nothing here knows of systemd or supervisord. Both start again what was killed, and both give up by
 their own limits.
 """
 
@@ -37,11 +37,10 @@ Verdict = Literal["starting", "serving", "silent", "hung", "never ready"]
 
 @dataclass
 class Watch:
-    """The judgement, without a clock of its own: `look(now)` is called every few seconds, `now` in seconds of
-    a monotonic clock.
+    """Judgement on a server, without a clock of its own.
 
-    `silence_s`: how long a ready engine may say nothing. `start_s`: how long a server may take until its
-    first completion.
+    `look(now)` is called every few seconds, with `now` in seconds of a monotonic clock. `silence_s` is how
+    long a ready engine may be silent. `start_s` is how long a server may take until its first completion.
     """
 
     server: Server
@@ -54,6 +53,7 @@ class Watch:
     remark: str = ""
 
     def look(self, now: float) -> Verdict:
+        """Judge the server at the time `now`."""
         if self.began is None:
             self._start_over(now)
         figures = self.server.figures(min(10.0, self.silence_s))
@@ -80,7 +80,7 @@ class Watch:
         return "silent" if now > self.last_sign else "serving"
 
     def ended(self, now: float) -> None:
-        """The server was ended: the next one starts from nothing."""
+        """Start over after the server was ended."""
         self._start_over(now)
 
     def _asked(self, now: float) -> bool:
@@ -101,25 +101,27 @@ class Watch:
 
 
 def silence_limit_s(plan: Plan) -> float:
-    """Seconds: the plan's own limit for a first token under load, and never less than what a sound engine was
-    seen to need.
+    """Return the longest silence allowed, in seconds.
+
+    It is the plan's own limit for a first token under load. It is never less than a sound engine was seen to
+    need.
     """
     return max(LONGEST_SILENCE_S, plan.limits.ttft_p99_ms / 1000)
 
 
 class Look(Protocol):
-    """One thing that the watchdog looks at, and says when it changes."""
+    """Subject that the watchdog looks at; it reports each change."""
 
     def trouble(self, now: float) -> str:
-        """Why the server has to be ended; empty where it has not."""
+        """Return why the server has to be ended; empty if it need not be."""
 
     def ended(self, now: float) -> None:
-        """The server was ended."""
+        """Start over after the server was ended."""
 
 
 @dataclass
 class ServerLook:
-    """Whether the server answers."""
+    """Look at whether the server answers."""
 
     state: Watch
     said: tuple[str, str] = ("", "")
@@ -141,7 +143,7 @@ class ServerLook:
 
 @dataclass
 class MemberLook:
-    """Whether the hosts of one server are still joined."""
+    """Look at whether the hosts of one server are still joined."""
 
     bond: Bond
     server: VllmServer

@@ -1,8 +1,7 @@
-"""Triage of a host: what it says about its cards, driver and memory becomes one verdict a line, each with
-what to do.
+"""Turns the state of a host into one verdict a line, each with what to do.
 
-Pure: `triage` takes what the Ansible modules `gpu_report` and `host_report` read, and the plan of the
-deployment where there is one. `playbooks/doctor.yml` brings the two together; nothing here touches a host.
+`triage` is pure. It takes the output of the Ansible modules `gpu_report` and `host_report`, and the plan if
+the host has one. `playbooks/doctor.yml` brings the two together; nothing here touches a host.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ SLOWED: dict[str, tuple[Grade, str]] = {
 
 
 class Finding(Strict):
-    """One line of the triage."""
+    """Line of the triage."""
 
     subject: str
     grade: Grade
@@ -93,8 +92,9 @@ class Finding(Strict):
 
 
 def triage(gpu: dict[str, Any], memory: dict[str, Any], plan: dict[str, Any] | None) -> list[Finding]:
-    """All findings, in the order in which causes come before effects. `gpu` and `memory` are what the two
-    modules returned.
+    """List all findings, causes before effects.
+
+    `gpu` and `memory` are the return values of the modules `gpu_report` and `host_report`.
     """
     findings: list[Finding] = []
     if plan is None or plan["device_kind"] == "cuda":
@@ -181,7 +181,7 @@ def _driver_answers(smi: dict[str, Any], present: int) -> Iterator[Finding]:
 
 
 def _driver_services(gpu: dict[str, Any]) -> Iterator[Finding]:
-    """What stands beside the driver: modules, daemons, held packages, headers."""
+    """Check modules, daemons, held packages and headers beside the driver."""
     yield _line(
         "nvidia-uvm",
         gpu["uvm"]["loaded"],
@@ -255,7 +255,7 @@ def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None
 
 
 def _card_faults(card: dict[str, Any], name: str) -> Iterator[Finding]:
-    """A split card, and errors of its memory."""
+    """Check whether a card is split, and the errors of its memory."""
     if card["mig"] == "Enabled":
         yield Finding(
             subject=f"{name} MIG",
@@ -301,7 +301,7 @@ def _card_faults(card: dict[str, Any], name: str) -> Iterator[Finding]:
 
 
 def _card_speed(card: dict[str, Any], name: str) -> Iterator[Finding]:
-    """What makes a card slower than it is: its link, its clocks."""
+    """Yield what makes a card slower than it could be: its link and its clocks."""
     generation, best = card["link_generation"], card["link_generation_max"]
     width, widest = card["link_width"], card["link_width_max"]
     if None not in (generation, best, width, widest):
@@ -370,12 +370,13 @@ def _memory(memory: dict[str, Any], plan: dict[str, Any] | None) -> Iterator[Fin
 
 
 def overall(findings: list[Finding]) -> Grade:
+    """Return the worst grade of these findings."""
     grades = {f.grade for f in findings}
     return "bad" if "bad" in grades else "warn" if "warn" in grades else "ok"
 
 
 def lines(findings: list[Finding]) -> list[str]:
-    """As they are shown: grade, subject, what was seen, and what to do."""
+    """Format the findings as they are shown: grade, subject, state, and what to do."""
     wide = max((len(f.subject) for f in findings), default=0)
     return [
         f"{f.grade:<4}  {f.subject:<{wide}}  {f.says}" + (f" -> {f.do}" if f.do else "") for f in findings

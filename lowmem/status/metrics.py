@@ -1,9 +1,11 @@
-"""What a vLLM server says of itself under /metrics, as figures: one look, the difference of two, and
-quantiles of its histograms.
+"""Reads the figures that a vLLM server gives under /metrics.
 
-Pure functions over the text that the server sends. Quantiles are those of Prometheus' `histogram_quantile`
-(promql/quantile.go, BucketQuantile): linear within a bucket, from 0 in the first; in the last bucket, which
-is open, the highest bound that there is.
+These are pure functions over the text that the server sends. They read one sample, take the difference of
+two, and compute quantiles of histograms.
+
+Quantiles are those of Prometheus' `histogram_quantile` (promql/quantile.go, BucketQuantile). They are linear
+within a bucket, and the first bucket begins at 0. In the last bucket, which is open, the answer is the
+highest bound.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from lowmem.schema import Strict
 
 
 class Histogram(Strict):
-    """`counts[i]`: observations up to `bounds[i]`, cumulative; the last count is that of all, so there is one
-    more of them than bounds.
+    """Cumulative histogram.
+
+    `counts[i]` is the number of observations up to `bounds[i]`. The last count is that of all observations,
+    so there is one count more than bounds.
     """
 
     bounds: tuple[float, ...] = ()
@@ -32,7 +36,10 @@ class Histogram(Strict):
         return self.counts[-1]
 
     def since(self, earlier: Histogram) -> Histogram:
-        """What was observed after `earlier`; all of it where the two cannot be one server's."""
+        """Return the observations after `earlier`.
+
+        If the two cannot come from one server, all observations are returned.
+        """
         if self.bounds != earlier.bounds or any(
             now < then for now, then in zip(self.counts, earlier.counts, strict=True)
         ):
@@ -43,11 +50,11 @@ class Histogram(Strict):
         )
 
     def less_lowest(self, number: float) -> Histogram:
-        """Without `number` observations of the lowest bucket."""
+        """Return the histogram without `number` observations of the lowest bucket."""
         return Histogram(bounds=self.bounds, counts=tuple(max(0.0, count - number) for count in self.counts))
 
     def quantile(self, q: float) -> float | None:
-        """0 <= q <= 1; None where nothing was observed."""
+        """Return the quantile `q`, from 0 to 1, or None if nothing was observed."""
         if not self.bounds or self.total <= 0:
             return None
         rank = q * self.total
@@ -61,8 +68,9 @@ class Histogram(Strict):
 
 
 class Sample(Strict):
-    """One look at a server. Tokens, requests and preemptions are counted since it started; histograms are in
-    seconds.
+    """Figures of a server at one moment.
+
+    Tokens, requests and preemptions are counted since the server started. Histograms are in seconds.
     """
 
     at: float = Field(description="seconds since 1970")
@@ -87,12 +95,15 @@ class Sample(Strict):
     )
 
     def same_server(self, earlier: Sample) -> bool:
-        """Whether its counters go on from the earlier ones."""
+        """Tell whether the counters go on from the earlier sample's."""
         return self.started == earlier.started and self.generation_tokens >= earlier.generation_tokens
 
 
 class Window(Strict):
-    """What happened between two looks at one server, or since it started where there is but one."""
+    """Figures of the time between two samples of one server.
+
+    With a single sample it is the time since the server started.
+    """
 
     seconds: float | None = Field(description="None: since the server started, which nobody saw")
     output_tokens: float
@@ -113,8 +124,9 @@ class Window(Strict):
 
 
 def window(now: Sample, earlier: Sample | None) -> Window:
-    """From `earlier` to `now`; from the server's start where there is no earlier look, or it was at another
-    server.
+    """Return the figures from `earlier` to `now`.
+
+    They begin at the server's start if there is no earlier sample, or if it came from another server.
     """
     if earlier is None or not now.same_server(earlier):
         earlier = Sample(at=now.started if now.started is not None else now.at)
@@ -132,11 +144,10 @@ def window(now: Sample, earlier: Sample | None) -> Window:
 
 
 def idle_since(samples: Iterable[Sample]) -> float | None:
-    """Since when the last of these looks, oldest first, has shown running requests and no token; None where
-    it has not.
+    """Return since when the server has had running requests and made no token, in seconds since 1970.
 
-    A time in seconds since 1970. The engine's counters move with each step, so that a busy engine never shows
-    this for long.
+    `samples` come oldest first. None means that the last one does not show this. The engine's counters move
+    with each step, so a busy engine never shows it for long.
     """
     since = None
     for before, now in pairwise(samples):
@@ -152,8 +163,10 @@ def idle_since(samples: Iterable[Sample]) -> float | None:
 
 
 def parse(text: str, at: float) -> Sample:
-    """Raises ValueError for what is not the text of a vLLM server. Several engines of one server are taken
-    together: counters, requests and histograms as sums, KV use as the mean.
+    """Parse the text of /metrics.
+
+    Several engines of one server are taken together: counters, requests and histograms are summed, and KV use
+    is their mean. Raises ValueError for text that is not a vLLM server's.
     """
     families = {family.name: family for family in text_string_to_metric_families(text)}
     if "vllm:num_requests_running" not in families:

@@ -1,7 +1,6 @@
-"""Looks at a deployed server from its own host: its state, its metrics, and the memory it takes. Input and
-output only.
+"""Looks at a deployed server from its own host: its state, its metrics, and the memory it takes.
 
-What the figures mean is in `metrics` and `status` beside this file.
+This module holds input and output only; `metrics` and `status` beside it interpret the figures.
 """
 
 from __future__ import annotations
@@ -33,9 +32,7 @@ DEFAULT_PLAN = Path("/opt/vllm-lowmem/etc/plan.json")
 
 
 class Host:
-    """A deployed server and the memory of the host it runs on. `look` never raises for what a
-    server may do.
-    """
+    """Deployed server and the memory of the host it runs on."""
 
     def __init__(self, plan: DeployedPlan) -> None:
         self.plan = plan
@@ -45,6 +42,7 @@ class Host:
         self._tree: ProcessTree | None = None
 
     def look(self) -> Look:
+        """Look at the server once. It never raises, whatever the server does."""
         at = time.time()
         sample: Sample | None = None
         state: State = "serving"
@@ -96,7 +94,10 @@ class Host:
         return processes[-1] if processes else None
 
     def _memory_bytes(self, process: psutil.Process | None) -> tuple[tuple[int, ...], str]:
-        """Per GPU, or of the server's processes; and where the figure comes from, or why there is none."""
+        """Return the bytes per GPU, or of the server's processes, and their source.
+
+        If there are no figures, the second part says why.
+        """
         if self.plan.device_kind == "cuda":
             try:
                 self._gpus = self._gpus or Gpus(self.plan.device_count)
@@ -113,13 +114,17 @@ class Host:
 
 
 def deployed(plan: Path) -> Host:
-    """The server of this plan. BadInput, one line, where the file is no plan of a deployment."""
+    """Return the host of the server of this plan.
+
+    Raises BadInput, one line, if the file is no plan of a deployment.
+    """
     return Host(read_deployed_plan(plan))
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Earlier looks, oldest first, one JSON object a line; what is not whole, or of another version, is left
-    out.
+    """Read earlier samples, oldest first, one JSON object a line.
+
+    A line that is cut or of another version is left out.
     """
     samples = []
     try:
@@ -135,4 +140,5 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples, one JSON object a line."""
     write_text(path, "\n".join(sample.model_dump_json() for sample in samples))

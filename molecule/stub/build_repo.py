@@ -139,7 +139,8 @@ def names(system: str, branch: str) -> dict[str, str]:
     suffix = f"-{branch}" if int(branch) < 590 else ""
     return {
         "smi": f"nvidia-utils{suffix}", "libcuda": f"libnvidia-compute{suffix}",
-        "open": f"nvidia-dkms{suffix}-open" if suffix else "nvidia-dkms-open", "proprietary": f"nvidia-dkms{suffix}",
+        "open": f"nvidia-dkms{suffix}-open" if suffix else "nvidia-dkms-open",
+        "proprietary": f"nvidia-dkms{suffix}",
     }  # fmt: skip
 
 
@@ -149,8 +150,10 @@ def driver(out: Path, system: str, version: str, cuda: str) -> None:
     name = names(system, branch)
     for suffix in (branch, version):
         pin = f"Package: *nvidia* *libcuda* *cuda-drivers*\nPin: version {suffix}*\nPin-Priority: 1000\n"
-        package(out, f"nvidia-driver-pinning-{suffix}", full, {"/etc/apt/preferences.d/nvidia-driver-pinning": (pin, 0o644)},
-                provides="nvidia-driver-pinning", conflicts="nvidia-driver-pinning", replaces="nvidia-driver-pinning")  # fmt: skip
+        package(out, f"nvidia-driver-pinning-{suffix}", full,
+            {"/etc/apt/preferences.d/nvidia-driver-pinning": (pin, 0o644)},
+                provides="nvidia-driver-pinning", conflicts="nvidia-driver-pinning",
+                replaces="nvidia-driver-pinning")  # fmt: skip
     smi = (HERE / "files/nvidia-smi").read_text().replace("@VERSION@", version).replace("@CUDA@", cuda)
     modules = f"{name['open']} (= {full}) | {name['proprietary']} (= {full})"
     needs = {

@@ -48,7 +48,8 @@ LIMITS = {"default": {"requests_per_minute": 1, "burst": 2}, "bob": {"concurrent
 
 TREE = ("nginx.conf", "forward.conf", "health.conf", "errors.conf", "gateway.sh")
 NAMES = (
-    *TREE, "firewall.nft", "tmpfiles.conf", "logrotate", "vllm-gateway@.service", "vllm-gateway-health@.service",
+    *TREE, "firewall.nft", "tmpfiles.conf", "logrotate", "vllm-gateway@.service",
+    "vllm-gateway-health@.service",
     "vllm-gateway-look@.service", "vllm-gateway-look@.timer", "vllm-gateway-firewall@.service",
 )  # fmt: skip
 
@@ -82,7 +83,8 @@ def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
         f"@{given}",
     ]
     return subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | {"PATH": path, "ANSIBLE_NOCOLOR": "1"}, text=True, check=False,
+        command, cwd=REPOSITORY, env=os.environ | {"PATH": path, "ANSIBLE_NOCOLOR": "1"}, text=True,
+        check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
@@ -91,9 +93,11 @@ def render(folder: Path, **variables: Any) -> subprocess.CompletedProcess[str]:
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     done = render(
-        folder, destination=str(folder / "tree"), names=NAMES, __gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS,
+        folder, destination=str(folder / "tree"), names=NAMES, __gateway_key_file=key_file(KEYS),
+        gateway_key_limits=LIMITS,
         gateway_addresses=["0.0.0.0", "::"],
-        gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}", "POST /v1/responses/{id}/cancel"],
+        gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}",
+        "POST /v1/responses/{id}/cancel"],
         deploy={"port": 8000},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -242,7 +246,8 @@ def serving(folder: Path, behind: str = "service") -> Iterator[Gateway]:
     """nginx as the role configures it, but for its folders, its ports, and the user, who is this one."""
     upstream = Upstream()
     router: dict[str, Any] = {
-        "gateway_upstream": "router", "gateway_upstream_address": f"127.0.0.1:{upstream.server_port}", "gateway_clients": 16,
+        "gateway_upstream": "router", "gateway_upstream_address": f"127.0.0.1:{upstream.server_port}",
+        "gateway_clients": 16,
         "gateway_stop_s": 300, "gateway_keys_path": "/opt/vllm-router/etc/keys.env", "lowmem_plan": {},
     }  # fmt: skip
     gateway = Gateway(folder, free_port(), free_port(), upstream)
@@ -250,11 +255,14 @@ def serving(folder: Path, behind: str = "service") -> Iterator[Gateway]:
         (folder / name).mkdir(parents=True)
     make_certificate(folder)
     done = gateway.put(
-        gateway_root=str(folder / "etc"), gateway_log_root=str(folder / "log"), __gateway_run=str(folder / "run"),
-        __gateway_health_run=str(folder / "run"), gateway_status_root=str(folder / "status"), gateway_user=getpass.getuser(),
+        gateway_root=str(folder / "etc"), gateway_log_root=str(folder / "log"),
+        __gateway_run=str(folder / "run"),
+        __gateway_health_run=str(folder / "run"), gateway_status_root=str(folder / "status"),
+        gateway_user=getpass.getuser(),
         gateway_addresses=["127.0.0.1"], gateway_port=gateway.port, gateway_metrics_port=gateway.metrics_port,
         gateway_tls_certificate=str(folder / "certificate.pem"), gateway_tls_key=str(folder / "key.pem"),
-        __gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS, gateway_max_body_mib=1, gateway_answer_timeout_s=60,
+        __gateway_key_file=key_file(KEYS), gateway_key_limits=LIMITS, gateway_max_body_mib=1,
+        gateway_answer_timeout_s=60,
         gateway_routes=["GET /v1/models", "POST /v1/completions", "GET /v1/responses/{id}"],
         deploy={"port": upstream.server_port}, **(router if behind == "router" else {}),
     )  # fmt: skip
@@ -275,8 +283,10 @@ def serving(folder: Path, behind: str = "service") -> Iterator[Gateway]:
 
 def make_certificate(folder: Path) -> None:
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2", "-subj", "/CN=test",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out", folder / "certificate.pem"],
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days",
+        "2", "-subj", "/CN=test",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", folder / "key.pem", "-out",
+         folder / "certificate.pem"],
         check=True, capture_output=True,
     )  # fmt: skip
 
@@ -314,8 +324,10 @@ def test_what_is_listed_is_passed_on_and_nothing_else(gateway: Gateway) -> None:
     ] * 2
     assert gateway.upstream.seen == known
     for path in (
-        "/", "/health", "/metrics", "/tokenize", "/version", "/load", "/invocations", "/openapi.json", "/docs", "/pause", "/ping",
-        "/v1", "/v1/", "/v1/models/", "/v1/modelsx", "/V1/models", "/v1/embeddings", "/v1/../tokenize", "/v1/models/../../tokenize",
+        "/", "/health", "/metrics", "/tokenize", "/version", "/load", "/invocations", "/openapi.json",
+        "/docs", "/pause", "/ping",
+        "/v1", "/v1/", "/v1/models/", "/v1/modelsx", "/V1/models", "/v1/embeddings", "/v1/../tokenize",
+        "/v1/models/../../tokenize",
         "/v1/responses/a/cancel", "/v1/responses/..%2f..%2ftokenize", "/v1/responses/a%0d%0aX:y",
         "/v1/responses/a%20b", "/v1/responses/a%2fb",
         "/v1/models%00", "/%2e%2e/tokenize", "/.gateway/429", "/v1/models;x",
@@ -365,7 +377,8 @@ def test_a_known_key_is_asked_for(gateway: Gateway) -> None:
     gateway.upstream.seen.clear()
     basic = base64.b64encode(f"alice:{ALICE}".encode()).decode()
     for sent in (
-        None, "", "Bearer", "Bearer ", f"Bearer {ALICE}x", f"Bearer {ALICE[:-1]}", f"Bearer {ALICE.upper()}", f"Bearer  {ALICE}", ALICE,
+        None, "", "Bearer", "Bearer ", f"Bearer {ALICE}x", f"Bearer {ALICE[:-1]}", f"Bearer {ALICE.upper()}",
+        f"Bearer  {ALICE}", ALICE,
         f"Basic {basic}", f"Bearer {ALICE} {BOB}", f"Bearer {SLOW.replace('.', 'x')}",
     ):  # fmt: skip
         status, headers, body = gateway.ask(

@@ -57,8 +57,10 @@ def test_a_host_goes_back_though_another_fails_for_good(tmp_path: Path) -> None:
     groups = {"vllm": {"hosts": hosts, "vars": release}, "to_deploy": {"children": {"vllm": {}}}}
     (tmp_path / "hosts.json").write_text(json.dumps(groups))
     done = subprocess.run(
-        [Path(sys.executable).with_name("ansible-playbook"), "-i", tmp_path / "hosts.json", "playbooks/serve.yml"],
-        cwd=REPOSITORY, env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles"), "ANSIBLE_NOCOLOR": "1"},
+        [Path(sys.executable).with_name("ansible-playbook"), "-i", tmp_path / "hosts.json",
+        "playbooks/serve.yml"],
+        cwd=REPOSITORY,
+        env={**os.environ, "ANSIBLE_ROLES_PATH": str(tmp_path / "roles"), "ANSIBLE_NOCOLOR": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stdout + done.stderr

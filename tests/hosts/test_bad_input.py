@@ -336,7 +336,8 @@ def answers(tmp_path_factory):
     changed something.
     """
     plan = {
-        "host_ram_bytes": 2**20, "host_ram": {"workers": 2**20}, "service": {"memlock": "infinity", "drain_s": 280, "timeout_stop_s": 310},
+        "host_ram_bytes": 2**20, "host_ram": {"workers": 2**20},
+        "service": {"memlock": "infinity", "drain_s": 280, "timeout_stop_s": 310},
         "load": {"clients": 8}, "deploy": {"host": "127.0.0.1", "port": 8000},
     }  # fmt: skip
     make_certificates()

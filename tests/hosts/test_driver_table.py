@@ -150,6 +150,7 @@ def test_what_is_there_and_of_the_branch_stays_and_the_rest_is_asked_for_by_its_
         "nvidia-utils-580",
     ]
     assert got["__gpu_driver_candidates"] == {
-        "libnvidia-compute-580": "(none)", "nvidia-utils-580": "580.159.04-1ubuntu1", "nvidia-dkms-580-open": "(none)",
+        "libnvidia-compute-580": "(none)", "nvidia-utils-580": "580.159.04-1ubuntu1",
+        "nvidia-dkms-580-open": "(none)",
         "nvidia-persistenced": "580.159.04-1ubuntu1", "nvidia-modprobe": "(none)",
     }  # fmt: skip

@@ -136,7 +136,8 @@ def test_the_module_changes_nothing_and_needs_no_root(tmp_path):
     result = json.loads(done.stdout)
     assert result["changed"] is False
     assert sorted(result["report"]) == [
-        "cards", "compilers", "held", "holders", "kernel", "module", "nouveau", "nvswitches", "packages", "runfile", "secure_boot",
+        "cards", "compilers", "held", "holders", "kernel", "module", "nouveau", "nvswitches", "packages",
+        "runfile", "secure_boot",
         "services", "smi", "uvm", "xid",
     ]  # fmt: skip
 

@@ -49,7 +49,8 @@ def test_command_runs(command):
 
 
 NINE = (
-    "new-host", "driver-upgrade", "gpu-fell-off-the-bus", "oom-at-start", "latency-too-high", "model-update", "rollback", "key-rotation",
+    "new-host", "driver-upgrade", "gpu-fell-off-the-bus", "oom-at-start", "latency-too-high", "model-update",
+    "rollback", "key-rotation",
     "host-replacement", "certificate", "blocked-requests",
 )  # fmt: skip
 

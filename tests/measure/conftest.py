@@ -26,10 +26,13 @@ def make_plan(**changes: Any) -> Plan:
         "verdict": "fits", "reasons": [], "limit_bytes": 2048 * MIB,
         "per_gpu": {"weights": 120 * MIB, "kv_cache": 256 * MIB, "runtime": 900 * MIB, "total": 1276 * MIB},
         "host_ram": {}, "kv_tokens": 11648, "max_requests": 9,
-        "latency_ms": {"decode_floor": 10, "decode_expected": 100, "prefill_floor": 5, "prefill_expected": 100},
-        "arguments": [{"flag": "", "value": "/models/fake", "why": "the model"}, {"flag": "--port", "value": "8000", "why": "where"}],
+        "latency_ms": {"decode_floor": 10, "decode_expected": 100, "prefill_floor": 5,
+        "prefill_expected": 100},
+        "arguments": [{"flag": "", "value": "/models/fake", "why": "the model"},
+        {"flag": "--port", "value": "8000", "why": "where"}],
         "environment": [],
-        "service": {"timeout_start_s": 20, "timeout_stop_s": 3, "memory_max_bytes": 4096 * MIB, "memlock": "default"},
+        "service": {"timeout_start_s": 20, "timeout_stop_s": 3, "memory_max_bytes": 4096 * MIB,
+        "memlock": "default"},
     }  # fmt: skip
     return Plan.model_validate(plan | changes)
 

@@ -94,12 +94,15 @@ def write_measurement(
     root: Path, plan: Plan, peak_mib: int = 1500, tpot_ms: float = 90, failed: int = 0, kv_tokens: int = 11648
 ) -> None:
     load = LoadResult(
-        load=plan.load, requests=8, failed=failed, duration_s=10, request_throughput_per_s=0.8, output_tokens_per_s=9,
+        load=plan.load, requests=8, failed=failed, duration_s=10, request_throughput_per_s=0.8,
+        output_tokens_per_s=9,
         ttft_ms=same(900), tpot_ms=same(tpot_ms), itl_ms=same(tpot_ms), e2e_ms=same(2500),
     )  # fmt: skip
     receipt = Receipt(
-        created_utc="2026-11-22T20:00:00Z", plan=plan, versions={}, hardware={}, argv=(), ready_s=None, loads=(load,), verdict="passed",
-        terms=(Term(name="peak", planned_bytes=None, measured_bytes=1, source=""),), engine_values={"kv_tokens": (float(kv_tokens),)},
+        created_utc="2026-11-22T20:00:00Z", plan=plan, versions={}, hardware={}, argv=(), ready_s=None,
+        loads=(load,), verdict="passed",
+        terms=(Term(name="peak", planned_bytes=None, measured_bytes=1, source=""),),
+        engine_values={"kv_tokens": (float(kv_tokens),)},
         memory_before_bytes=(0,), memory_idle_bytes=(1,), memory_peak_bytes=(peak_mib * MIB,),
     )  # fmt: skip
     (root / "run" / "measured.json").write_text(receipt.model_dump_json())
@@ -205,7 +208,8 @@ class Host:
         xml = self.root / "checks.xml"
         command = [
             sys.executable, "-m", "pytest", f"checks/test_{suite}.py" if suite else "checks", "-q", "--hosts=local://",
-            f"--lowmem-root={self.root}", f"--measurement={self.root / 'run' / 'measured.json'}", f"--junitxml={xml}", *more,
+            f"--lowmem-root={self.root}", f"--measurement={self.root / 'run' / 'measured.json'}",
+            f"--junitxml={xml}", *more,
         ]  # fmt: skip
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         assert done.returncode in (0, 1), done.stdout + done.stderr

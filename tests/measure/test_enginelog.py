@@ -98,13 +98,16 @@ def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
     ("text", "word"),
     [
         ("ValueError: Cannot find the config file for awq", "not quantized"),
-        ("Quantization method specified in the model config (compressed-tensors) does not match", "leave --quantization out"),
+        ("Quantization method specified in the model config (compressed-tensors) does not match",
+        "leave --quantization out"),
         ("ValueError: torch.float32 is not supported for quantization method awq.", "float16 or bfloat16"),
-        ("Available memory on node 0 (14.53/17.71 GiB) on startup is less than desired CPU memory", "kv_cache_memory_bytes"),
+        ("Available memory on node 0 (14.53/17.71 GiB) on startup is less than desired CPU memory",
+        "kv_cache_memory_bytes"),
         ("max_num_batched_tokens (512) is smaller than max_model_len (2048)", "chunked prefill"),
         ("AttributeError: '_C' object has no attribute 'cpu_gemm_wna16'", "vllm_avx2_int4"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 224.00 MiB", "card is full"),
-        ("Free memory on device cuda:0 (3.1/39.4 GiB) on startup is less than desired GPU memory utilization", "nvidia-smi"),
+        ("Free memory on device cuda:0 (3.1/39.4 GiB) on startup is less than desired GPU memory utilization",
+        "nvidia-smi"),
     ],
 )  # fmt: skip
 def test_known_errors_have_advice(text: str, word: str) -> None:

@@ -39,7 +39,8 @@ def make_receipt(**changes: object) -> Receipt:
         Term(name="peak", planned_bytes=1050 * MIB, measured_bytes=1138 * MIB, source="highest under load"),
     )
     values: dict[str, object] = {
-        "created_utc": "2026-11-22T20:00:00Z", "plan": make_plan(), "versions": {"vllm": "0.32.0"}, "hardware": {"cpu": "a <CPU>"},
+        "created_utc": "2026-11-22T20:00:00Z", "plan": make_plan(), "versions": {"vllm": "0.32.0"},
+        "hardware": {"cpu": "a <CPU>"},
         "argv": (), "terms": terms, "memory_before_bytes": (100 * MIB,), "memory_idle_bytes": (1218 * MIB,),
         "memory_peak_bytes": (1238 * MIB,), "ready_s": 30.0, "loads": (), "verdict": "passed",
     }  # fmt: skip

@@ -26,7 +26,8 @@ PARAMETERS = {
 }
 COMPRESSED = {"num_bits": 4, "group_size": 32, "symmetric": False}
 LLAMA = {
-    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512, "torch_dtype": "float16",
 }  # fmt: skip
 
@@ -115,7 +116,8 @@ def test_headers_refine_what_is_quantized(tmp_path):
     write_safetensors(folder(tmp_path, config) / "model.safetensors", tensors)
     card = model_cards.load_card(str(tmp_path))
     assert {g.name for g in card.groups if g.quantized} == {
-        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+        "mlp.up_proj",
     }  # fmt: skip
     assert stored_bytes(card) == sum(size for _, _, size in tensors.values())
 
@@ -174,9 +176,11 @@ def test_an_index_without_its_files_is_seen(tmp_path):
     [
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}, ("awq", 4, 128, True)),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1, "sym": True}, ("gptq", 8, -1, False)),
-        ({"quant_method": "auto-round", "bits": 2, "group_size": 64, "sym": True, "packing_format": "x"}, ("auto-round", 2, 64, False)),
+        ({"quant_method": "auto-round", "bits": 2, "group_size": 64, "sym": True, "packing_format": "x"},
+        ("auto-round", 2, 64, False)),
         (
-            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": COMPRESSED}}, "ignore": ["lm_head"]},
+            {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": COMPRESSED}},
+            "ignore": ["lm_head"]},
             ("compressed-tensors", 4, 32, True),
         ),
     ],

@@ -27,7 +27,9 @@ def test_the_runs_that_calibrate_are_declared():
 
     assert load_yaml("calibration.yml")["calibrated_on"] == [
         "awq40-0.26.0", "tp2-0.26.0", "low_mem-0.32.0", "offload_uva-0.32.0", "extreme_uncapped-0.32.0",
-        "extreme_expandable-0.32.0", "low_mem-int8-0.32.0", "low_mem-int4-0.32.0", "extreme-kv_cache_dtype-auto-0.32.0",
-        "pipeline-0.32.0", "low_mem-max_num_seqs-256-0.32.0", "low_mem-no-custom-all-reduce-0.32.0", "extreme-8-batched-128-0.32.0",
+        "extreme_expandable-0.32.0", "low_mem-int8-0.32.0", "low_mem-int4-0.32.0",
+        "extreme-kv_cache_dtype-auto-0.32.0",
+        "pipeline-0.32.0", "low_mem-max_num_seqs-256-0.32.0", "low_mem-no-custom-all-reduce-0.32.0",
+        "extreme-8-batched-128-0.32.0",
         "ll-enforce_eager-0.32.0", "low_latency-0.32.0", "long_context-0.32.0",
     ]  # fmt: skip

@@ -18,7 +18,8 @@ from lowmem.plan.request import PlanRequest
 
 RECEIPTS = Path(__file__).parents[2] / "docs" / "measurements" / "2026-11-23-2xh200"
 SIMPLE = Speed(
-    steps_ms={1: 10.0, 5: 14.0}, chunk_extra_ms=100.0, chunk_tokens=512, max_num_batched_tokens=512, max_num_seqs=2, kv_tokens=4096,
+    steps_ms={1: 10.0, 5: 14.0}, chunk_extra_ms=100.0, chunk_tokens=512, max_num_batched_tokens=512,
+    max_num_seqs=2, kv_tokens=4096,
     async_scheduling=False,
 )  # fmt: skip
 
@@ -82,8 +83,10 @@ def test_a_request_waits_for_room_in_the_pool():
 @pytest.mark.parametrize(
     ("receipt", "clients", "tokens_per_s", "tpot_p99", "ttft_p99"),
     [
-        ("low_mem-4-channels", 8, 419.6, 17.6, 1874), ("low_mem-4-channels", 4, 262.0, 13.9, 926), ("low_latency", 16, 277.1, 27.1, 10389),
-        ("low_latency", 8, 274.6, 27.2, 3128), ("low_latency", 4, 177.1, 20.9, 1560), ("extreme_uncapped", 8, 271.1, 27.9, 2210),
+        ("low_mem-4-channels", 8, 419.6, 17.6, 1874), ("low_mem-4-channels", 4, 262.0, 13.9, 926),
+        ("low_latency", 16, 277.1, 27.1, 10389),
+        ("low_latency", 8, 274.6, 27.2, 3128), ("low_latency", 4, 177.1, 20.9, 1560),
+        ("extreme_uncapped", 8, 271.1, 27.9, 2210),
     ],
 )  # fmt: skip
 def test_a_measured_host_is_simulated_as_it_was(receipt, clients, tokens_per_s, tpot_p99, ttft_p99):

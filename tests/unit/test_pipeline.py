@@ -246,13 +246,16 @@ def test_what_each_host_runs():
     plan = make_plan(PlanRequest("two_hosts", deploy=DEPLOY))
     head, worker = plan.nodes
     engine = [
-        "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2", "--dtype", "float16", "--max-model-len", "2048",
+        "--tensor-parallel-size", "1", "--pipeline-parallel-size", "2", "--dtype", "float16",
+        "--max-model-len", "2048",
         "--max-num-seqs", "8",
-        "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(10256 * 163_840), "--gpu-memory-utilization", "0.4799",
+        "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", str(10256 * 163_840),
+        "--gpu-memory-utilization", "0.4799",
         "--distributed-executor-backend", "mp", "--nnodes", "2",
     ]  # fmt: skip
     server = [
-        "--served-model-name", "m", "--host", "127.0.0.1", "--port", "8000", "--middleware", "lowmem.api_keys.ApiKeys",
+        "--served-model-name", "m", "--host", "127.0.0.1", "--port", "8000", "--middleware",
+        "lowmem.api_keys.ApiKeys",
         "--shutdown-timeout", "62",
     ]  # fmt: skip
     meet = ["--master-addr", "10.0.0.1", "--master-port", "29501"]

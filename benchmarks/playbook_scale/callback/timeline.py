@@ -40,7 +40,8 @@ class CallbackModule(CallbackBase):
 
     def _begin(self, task: Any) -> None:
         role = task._role.get_name() if task._role else ""
-        self.tasks.append({"play": self.play, "role": role, "name": task.name or task.action, "action": task.resolved_action or task.action,
+        self.tasks.append({"play": self.play, "role": role, "name": task.name or task.action,
+            "action": task.resolved_action or task.action,
                            "at_s": self._now(), "ran": 0, "skipped": 0})  # fmt: skip
 
     def v2_playbook_on_task_start(self, task: Any, is_conditional: bool) -> None:

@@ -13,7 +13,8 @@ from conftest import CERTIFICATE, KEYS, MODEL, needs_minutes
 testinfra_hosts = ["ansible://edge-one"]
 
 LISTED = {
-    ("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/responses"),
+    ("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"),
+    ("POST", "/v1/responses"),
     ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"),
 }  # fmt: skip
 COMPLETION = {"model": MODEL, "prompt": "Hello", "max_tokens": 8, "ignore_eos": True}

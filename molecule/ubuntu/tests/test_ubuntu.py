@@ -7,9 +7,11 @@ import pytest
 JAMMY, NOBLE = "ubuntu-jammy", "ubuntu-noble"
 VERSION = {JAMMY: "580.95.05", NOBLE: "580.159.04"}
 HELD = {
-    JAMMY: ["libnvidia-compute-580", "nvidia-dkms-580", "nvidia-modprobe", "nvidia-persistenced", "nvidia-utils-580"],
+    JAMMY: ["libnvidia-compute-580", "nvidia-dkms-580", "nvidia-modprobe", "nvidia-persistenced",
+    "nvidia-utils-580"],
     NOBLE: [
-        "libnvidia-compute-580", "nvidia-dkms-580-open", "nvidia-fabricmanager", "nvidia-modprobe", "nvidia-persistenced",
+        "libnvidia-compute-580", "nvidia-dkms-580-open", "nvidia-fabricmanager", "nvidia-modprobe",
+        "nvidia-persistenced",
         "nvidia-utils-580",
     ],
 }  # fmt: skip
