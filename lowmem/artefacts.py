@@ -4,48 +4,51 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lowmem.errors import BadInput
+from lowmem.files import JSON_LIMIT_BYTES, parse_json, read_text
 from lowmem.schema import Plan, Receipt
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read_environment(path: Path) -> dict[str, str]:
     """KEY=VALUE lines as systemd's EnvironmentFile reads them; comments and blank lines are skipped."""
     variables = {}
-    for number, raw in enumerate(path.read_text().splitlines(), 1):
+    for number, raw in enumerate(read_text(path).splitlines(), 1):
         line = raw.strip()
         if not line or line.startswith(("#", ";")):
             continue
         name, equals, value = line.partition("=")
         if not equals or not name.isidentifier():
             raise BadInput(f"{path}:{number}: expected NAME=VALUE, found {name!r}")
-        variables[name] = shlex.split(value)[0] if value[:1] in "\"'" and len(value) > 1 else value
+        try:
+            words = shlex.split(value) if value[:1] in "\"'" and len(value) > 1 else [value]
+        except ValueError as error:
+            raise BadInput(f"{path}:{number}: the value of {name} cannot be read: {error}") from None
+        variables[name] = words[0]
     return variables
 
 
 def read_plan(path: Path) -> Plan:
-    try:
-        return Plan.model_validate_json(path.read_text())
-    except OSError as error:
-        raise BadInput(f"--plan {path}: {error.strerror}") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(
-            f"--plan {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']} (write it with"
-            " `lowmem plan --json`)"
-        ) from None
+    """Raises BadInput with one line when there is no plan at the path."""
+    return _read_model(Plan, path, f"--plan {path}", " (write it with `lowmem plan --json`)")
 
 
 def read(path: Path) -> Receipt:
     """Raises BadInput with one line when there is no receipt at the path."""
+    return _read_model(Receipt, path, f"receipt {path}")
+
+
+def _read_model(model: type[_Model], path: Path, called: str, advice: str = "") -> _Model:
+    text = read_text(path, JSON_LIMIT_BYTES, called)
+    parse_json(text, called)  # pydantic's own parser knows no such bounds
     try:
-        return Receipt.model_validate_json(path.read_text())
-    except OSError as error:
-        raise BadInput(f"receipt {path}: {error.strerror}") from None
+        return model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        raise BadInput(
-            f"receipt {path}: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
-        ) from None
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise BadInput(f"{called}: {place}: {first['msg']}{advice}") from None

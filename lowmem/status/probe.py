@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from lowmem.artefacts import read_plan
 from lowmem.errors import BadInput
-from lowmem.files import write_text
+from lowmem.files import read_text, write_text
 from lowmem.probes import Gpus, ProcessTree
 from lowmem.schema import Plan
 from lowmem.service.server import VllmServer
@@ -128,8 +128,8 @@ def read_samples(path: Path) -> list[Sample]:
     """
     samples = []
     try:
-        lines = path.read_text().splitlines()
-    except OSError:
+        lines = read_text(path).splitlines()
+    except BadInput:
         return []
     for line in lines:
         try:
