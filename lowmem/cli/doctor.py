@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lowmem.errors import BadInput
+from lowmem.files import read_json_object
 from lowmem.status.doctor import lines, overall, triage
 
 
@@ -20,10 +21,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: verdict and findings.")] = False,
 ) -> None:
     """Say what is wrong with a host, one verdict a line. Exit status 0: nothing is bad; 2: something is."""
+    data = read_json_object(report)
     try:
-        data = json.loads(report.read_text(encoding="utf-8"))
         findings = triage(data["gpu"], data["memory"], data["plan"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BadInput(
             f"{report} is no report of playbooks/doctor.yml ({error!r}): run the playbook again"
         ) from error

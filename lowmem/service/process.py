@@ -59,7 +59,7 @@ class Engine:
                 self.seen |= {main, *main.children(recursive=True)}
 
     def log_lines(self) -> list[str]:
-        if self.log is None or not self.log.exists():
+        if self.log is None or not self.log.is_file():
             return []
         with self.log.open("rb") as stream:
             stream.seek(max(0, self.log.stat().st_size - 50 * MIB))
