@@ -56,10 +56,11 @@ def read(path: Path) -> Receipt:
 
 def _read(model: type[_Model], path: Path, called: str, advice: str = "") -> _Model:
     text = read_text(path, JSON_LIMIT_BYTES, called)
-    parse_json(text, called)  # pydantic's own parser knows no such bounds
     try:
-        return model.model_validate_json(text)
+        value = model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise BadInput(f"{called}: {place}: {first['msg']}{advice}") from None
+    parse_json(text, called)  # pydantic's own parser accepts NaN and has other bounds
+    return value

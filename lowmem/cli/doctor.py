@@ -21,8 +21,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: verdict and findings.")] = False,
 ) -> None:
     """Say what is wrong with a host, one verdict a line. Exit status 0: nothing is bad; 2: something is."""
-    data = read_json_object(report)
     try:
+        data = read_json_object(report)
         findings = triage(data["gpu"], data["memory"], data["plan"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BadInput(

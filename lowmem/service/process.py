@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from lowmem.errors import BadInput
-from lowmem.schema import Deploy, local_url
-from lowmem.units import MIB
+from lowmem.schema import Deploy
+from lowmem.units import MIB, local_url
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
