@@ -190,6 +190,16 @@ def pages() -> dict[Path, str]:
     return texts
 
 
+# those of the status page; what a measurement cannot tell apart is grey, and no alarm
+TERM_COLOURS = {
+    "weights": "#3568b0", "kv_cache": "#e0a94a", "cuda_graphs": "#2f8a8a", "activations": "#86c070",
+    "cuda_context": "#8159a8", "runtime": "#8159a8", "nccl": "#b94a69", "under load": "#c5ccd3", "offload_buffers": "#6fb1d6",
+    "pipeline_buffers": "#a0785a", "rest": "#77808a", "all": "#77808a",
+}  # fmt: skip
+
+TERM_NAMES = {"rest": "not told apart", "all": "not told apart"}
+
+
 def draw(runs: list[Received], file: Path) -> None:
     """Planned and measured memory of each run as stacked bars, the limit as a line."""
     import matplotlib as mpl
@@ -198,8 +208,7 @@ def draw(runs: list[Received], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(11, 6.2), layout="constrained")
-    colours: dict[str, tuple[float, ...]] = {}
-    palette = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours: dict[str, str] = {}
     for row, run in enumerate(runs):
         fresh = run.receipt.model_copy(
             update={
@@ -223,7 +232,7 @@ def draw(runs: list[Received], file: Path) -> None:
         for offset, bar in zip((-0.2, 0.2), bars(fresh), strict=True):
             left = 0.0
             for term, size, _ in bar["parts"]:
-                colour = colours.setdefault(term, palette[len(colours) % len(palette)])
+                colour = colours.setdefault(term, TERM_COLOURS[term])
                 axes.barh(
                     row + offset, size / 1024, 0.36, left=left, color=colour, edgecolor="white", linewidth=0.4
                 )
@@ -245,7 +254,8 @@ def draw(runs: list[Received], file: Path) -> None:
         f" {runs[0].plan.device.upper()}"
     )
     squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
-    figure.legend(squares, list(colours), loc="outside lower center", fontsize=8, ncols=9)
+    names = [TERM_NAMES.get(term, term.replace("_", " ")) for term in colours]
+    figure.legend(squares, names, loc="outside lower center", fontsize=8, ncols=9)
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 

@@ -27,6 +27,14 @@ _COLOURS = {
 
 _MARKS = {1: "o", 2: "s", 4: "^", 8: "D"}
 
+_MARK_SIZES = {16: 64, 8: 40, 4: 20}
+"""Area of a mark in square points, by the bits of the KV cache."""
+
+
+def _kv_bits(option: Option) -> int:
+    kind = str(option.knobs.get("kv_cache_dtype", "auto"))
+    return 4 if "int4" in kind else 8 if "8" in kind else 16
+
 
 def frontier_command(
     model: Annotated[
@@ -106,16 +114,17 @@ def draw(
     for o, a, b in zip(points, x, y, strict=True):
         streamed = "cpu_offload_gb" in o.knobs
         colour = _COLOURS[o.weights]
+        kv_bits = _kv_bits(o)
+        # smaller marks for fewer bits lie on top, each with a white rim: none hides another
         ax.scatter(
             a,
             b,
-            s=46,
+            s=_MARK_SIZES[kv_bits],
             marker=_MARKS[o.plan.tensor_parallel_size],
-            zorder=3,
-            linewidths=1.3,
-            edgecolors=colour,
+            zorder=3 + 1 / kv_bits,
+            linewidths=1.2,
+            edgecolors=colour if streamed else "white",
             facecolors="white" if streamed else colour,
-            alpha=0.9,
         )
     ax.set_xlabel(
         f"GiB per card under load, {load.clients} requests of {load.input_tokens + load.output_tokens:,}"
@@ -161,6 +170,18 @@ def _legend(ax: Axes, points: list[Option]) -> None:
     ]
     handles += [
         Line2D([], [], ls="-", color="#555555", label="best of each width"),
-        Line2D([], [], ls="", label="beside one another: 16, 8, 4-bit KV"),
+    ]
+    handles += [
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="o",
+            color="#555555",
+            mec="white",
+            ms=size**0.5,
+            label=f"{bits}-bit KV cache",
+        )
+        for bits, size in _MARK_SIZES.items()
     ]
     ax.legend(handles=handles, frameon=False, fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -65,8 +65,13 @@ def report(
                 f"no receipt in {', '.join(map(str, given))}: a folder with *.json files, or files, are"
                 " wanted"
             )
+        # receipt.json of a release is one of the receipts beside it once more
+        told: dict[str, tuple[str, Receipt]] = {}
+        for path in paths:
+            receipt = read(path)
+            told.setdefault(receipt.model_dump_json(), (path.stem, receipt))
         html = page(
-            [(path.stem, read(path)) for path in paths],
+            list(told.values()),
             dt.datetime.now(dt.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         )
     write_text(out, html)

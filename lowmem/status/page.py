@@ -1,13 +1,15 @@
-"""The page of `lowmem report`: one HTML file, readable on a phone, in light and dark, with no script and
-nothing to fetch. Pure functions.
+"""Makes the page of `lowmem report`: one HTML file, readable on a phone, in light and dark.
 
-From receipts alone it says what was measured; with a `Live` it is the status page of one deployment.
+The page fetches nothing and has one small script, which tells how old it is. From receipts alone it says what
+was measured; with a `Live` it is the status page of one deployment. All functions are pure.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from importlib.resources import files
 from itertools import pairwise
 from typing import Any
@@ -24,6 +26,25 @@ SUMS = ("total", "rest", "peak", "start", "load_growth")
 
 RECENT_S = 300
 
+AGE_SCRIPT = """
+"use strict";
+const own = document.currentScript.dataset, at = Number(own.at), every = Number(own.everyS) || 300;
+function tell() {
+  const age = Date.now() / 1000 - at, old = age > 3 * every + 30;
+  document.body.classList.toggle("is-old", old);
+  if (!old) return;
+  const minutes = Math.round(age / 60);
+  document.getElementById("age").textContent =
+    minutes < 120 ? minutes + " min" : minutes < 2880 ? Math.round(minutes / 60) + " h" : Math.round(minutes / 1440) + " days";
+  document.title = document.title.replace(/^[^:]*:/, "old page:");
+}
+tell();
+setInterval(tell, 10000);
+"""
+"""Marks a status page that is older than three of its intervals, also one that stays open. A page of a host that
+is gone would otherwise go on saying "serving".
+"""
+
 KEPT_S = 3600
 """Rates and percentiles of the page are over the last five minutes; looks of the last hour
 make its curves.
@@ -32,8 +53,9 @@ make its curves.
 
 @dataclass(frozen=True)
 class Live:
-    """What is known of a running deployment. `earlier`: looks before this one, oldest first; `unread`: why
-    some receipts are not told.
+    """Knowledge of a running deployment.
+
+    `earlier` holds the looks before this one, oldest first. `unread` says why some receipts are left out.
     """
 
     plan: Plan
@@ -52,9 +74,7 @@ class Live:
 
 @dataclass(frozen=True)
 class Tile:
-    """One live figure. `share`: percent of its limit, for a bar; `curve` with the sentence that says what it
-    shows.
-    """
+    """Live figure. `share` is its percent of the limit, for a bar; `curve_says` is the curve in words."""
 
     name: str
     figure: str
@@ -76,7 +96,7 @@ def _planned(plan: Plan) -> dict[str, float]:
 
 
 def _parts(receipt: Receipt) -> tuple[dict[str, float], dict[str, float]]:
-    """Plan and measurement, term -> bytes."""
+    """Return plan and measurement, each as term -> bytes."""
     planned: dict[str, float] = {
         t.name: t.planned_bytes or 0
         for t in receipt.terms
@@ -99,8 +119,9 @@ def _parts(receipt: Receipt) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _scaled(rows: Sequence[tuple[str, Mapping[str, float]]], limit_bytes: int) -> list[dict[str, Any]]:
-    """Each row as a bar: `name`, `total_mib`, and `parts` of (term, MiB, percent of the longest bar or the
-    limit).
+    """Turn each row into a bar: `name`, `total_mib`, and `parts` of (term, MiB, percent).
+
+    Percents are of the longest bar, or of the limit when that is longer.
     """
     scale = max(*(sum(parts.values()) for _, parts in rows), limit_bytes, 1)
     return [
@@ -115,13 +136,13 @@ def _scaled(rows: Sequence[tuple[str, Mapping[str, float]]], limit_bytes: int) -
 
 
 def bars(receipt: Receipt) -> list[dict[str, Any]]:
-    """Plan and measurement as two stacked bars, see `_scaled`."""
+    """Return plan and measurement as two stacked bars, see `_scaled`."""
     planned, measured = _parts(receipt)
     return _scaled([("plan", planned), ("measured", measured)], receipt.plan.limits.memory_bytes)
 
 
 def live_bars(plan: Plan, memory_bytes: Sequence[int], receipt: Receipt | None) -> list[dict[str, Any]]:
-    """The plan, what its receipt measured, and what is in use now, on one scale."""
+    """Return bars of the plan, of its receipt and of the memory in use now, on one scale."""
     rows: list[tuple[str, Mapping[str, float]]] = [("plan", _planned(plan))]
     if receipt is not None and receipt.plan.per_gpu == plan.per_gpu:
         rows.append(("receipt", _parts(receipt)[1]))
@@ -133,7 +154,7 @@ def live_bars(plan: Plan, memory_bytes: Sequence[int], receipt: Receipt | None) 
 
 
 def tiles(live: Live, seen: Status) -> list[Tile]:
-    """The live figures, most asked for first."""
+    """Return the live figures, most asked for first."""
     samples = live.samples
     curves = _Curves(samples, live.look.at)
     kv = seen.kv_usage or 0
@@ -263,8 +284,9 @@ class _Curves:
 
 
 def periods(live: Live, seen: Status, receipt: Receipt | None) -> list[dict[str, Any]]:
-    """Latency and throughput over several times, a row each: name, requests, tokens_per_s; ttft and tpot with
-    p50, p90, p99 in ms.
+    """Return latency and throughput over several times, a row each.
+
+    A row has name, requests and tokens_per_s; its ttft and tpot have p50, p90 and p99 in ms.
     """
     rows: list[dict[str, Any]] = []
     if live.look.sample is not None:
@@ -302,8 +324,9 @@ def periods(live: Live, seen: Status, receipt: Receipt | None) -> list[dict[str,
 
 
 def history(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Plots over receipts, oldest first: `name`, `plot`, `says` (for who does not see it), `last`; none for
-    fewer than two.
+    """Return plots over receipts, oldest first; none for fewer than two receipts.
+
+    A plot has `name`, `plot`, `says` (the same in words) and `last`.
     """
     ordered = sorted(entries, key=lambda entry: str(entry["r"].created_utc))
     if len(ordered) < 2:
@@ -353,8 +376,9 @@ def history(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | None = None) -> str:
-    """HTML of the report; each receipt with the name it is told under, oldest first where `live` is given."""
+    """Return the HTML of named receipts; with `live` they are given oldest first."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -383,6 +407,8 @@ def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | No
         seen = status(live.plan, live.look, live.earlier, RECENT_S)
         newest = receipts[-1][1] if receipts else None
         context |= {
+            "age_script": Markup(AGE_SCRIPT),  # noqa: S704 - a constant of this file
+            "age_hash": f"sha256-{b64encode(sha256(AGE_SCRIPT.encode()).digest()).decode()}",
             "live": live,
             "seen": seen,
             "plan": live.plan,

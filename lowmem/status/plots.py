@@ -1,4 +1,4 @@
-"""Small line plots as SVG coordinates. Pure functions; the page's template draws what they return."""
+"""Small line plots as SVG coordinates, which the page's template draws. All functions are pure."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ HEADROOM = 1.08
 
 @dataclass(frozen=True)
 class Plot:
-    """Coordinates of a drawing of `width` x `height` units, y downwards; `paths`: one polyline for each
-    unbroken run of values.
+    """Coordinates of a drawing of `width` x `height` units, y downwards.
+
+    `paths` has one polyline for each unbroken run of values.
     """
 
     width: float
@@ -24,7 +25,7 @@ class Plot:
 
     @property
     def area(self) -> tuple[str, ...]:
-        """The runs as closed shapes down to the zero line."""
+        """Return the runs as closed shapes down to the zero line."""
         shapes = []
         for path in self.paths:
             points = path.split(" ")
@@ -41,10 +42,9 @@ def plot(
     height: float = 96,
     least: float = 0,
 ) -> Plot:
-    """Values over increasing xs, from zero to the highest of values, limits and `least`; None breaks the
-    line.
+    """Plot values over increasing xs, from zero to the highest of values, limits and `least`.
 
-    `limits`: none, or one for each x. The dots are (x, y, index of the value).
+    None breaks the line. `limits` has none, or one for each x. The dots are (x, y, index of the value).
     """
     known = [value for value in values if value is not None]
     top = max([*known, *limits, least]) * HEADROOM or 1.0

@@ -26,7 +26,7 @@ State = Literal["serving", "starting", "silent", "failing", "down"]
 
 
 class Look(Strict):
-    """What one look at a server and its host found."""
+    """Findings of one look at a server and its host."""
 
     at: float = Field(description="seconds since 1970")
     state: State = Field(
@@ -45,7 +45,7 @@ class Look(Strict):
 
 
 class Quantiles(Strict):
-    """Milliseconds, interpolated from a histogram; None where nothing was observed."""
+    """Milliseconds, interpolated from a histogram; None when nothing was observed."""
 
     count: int
     p50: float | None
@@ -54,9 +54,7 @@ class Quantiles(Strict):
 
 
 class Status(Strict):
-    """A running server beside its plan. What only an answering server says is None or zero where it does not
-    answer.
-    """
+    """Running server beside its plan. Figures that only an answering server gives are None or zero otherwise."""
 
     at_utc: str
     state: State
@@ -102,16 +100,15 @@ def quantiles(histogram: Histogram) -> Quantiles:
 
 
 def at_least(samples: Sequence[Sample], now: float, seconds: float) -> Sample | None:
-    """The newest of these looks, oldest first, that is `seconds` old; the oldest where none is."""
+    """Return the newest of these looks that is `seconds` old, or else the oldest; they come oldest first."""
     old = [sample for sample in samples if sample.at <= now - seconds]
     return old[-1] if old else next(iter(samples), None)
 
 
 def status(plan: Plan, look: Look, earlier: Sequence[Sample] = (), window_s: float = 300) -> Status:
-    """`earlier`: looks before this one, oldest first; rates and percentiles are over the last `window_s`
-    seconds of them.
+    """Judge a look. `earlier` holds the looks before it, oldest first.
 
-    Without any they are since the server started.
+    Rates and percentiles are over the last `window_s` seconds of them, or else since the server started.
     """
     now = look.sample
     recent = window(now, at_least(earlier, look.at, window_s)) if now else _nothing()

@@ -1,7 +1,7 @@
-"""`lowmem top`: a deployed server in the terminal, looked at again and again, beside its plan.
+"""Shows a deployed server in the terminal beside its plan, look after look.
 
-In a terminal one screen that is drawn anew; in a pipe a line for each look; with `--json` each look as one
-JSON object.
+A terminal gets one screen that is drawn anew, a pipe a line for each look, and `--json` one JSON object for
+each look.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ WORDS = {
 
 
 class Watcher:
-    """Looks at a server and keeps what a window of `window_s` seconds needs. `rates`: output tokens/s from
-    look to look, newest last.
+    """Looks at a server and keeps what a window of `window_s` seconds needs.
+
+    `rates` has the output tokens/s from look to look, newest last.
     """
 
     def __init__(self, host: Host, window_s: float) -> None:
@@ -43,7 +44,7 @@ class Watcher:
         self.rates: deque[float] = deque(maxlen=120)
 
     def look(self) -> tuple[Status, Status]:
-        """What is seen now: over the window, and since the server started."""
+        """Look now; return the status over the window and since the server started."""
         look = self.host.look()
         if look.sample is None:
             self.samples.clear()
@@ -60,7 +61,7 @@ class Watcher:
 
 
 def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], width: int) -> RenderableType:
-    """The whole view for a terminal of so many columns, from 40 on."""
+    """Return the whole view for a terminal of so many columns, from 40 on."""
     narrow = width < 64
     bars = max(8, min(50, width - (26 if narrow else 52)))
     title = Text()
@@ -157,7 +158,7 @@ def _latencies(seen: Status, since: Status, narrow: bool) -> Table:
 
 
 def line(seen: Status) -> str:
-    """One look for a log or a pipe."""
+    """Return one look as a line for a log or a pipe."""
     if seen.running is None:
         return f"{seen.at_utc} {seen.state}: {seen.trouble}"
     memory = "+".join(f"{used / MIB:.0f}" for used in seen.memory_bytes) or "?"

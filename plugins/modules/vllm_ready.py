@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shlex
 import subprocess
 import time
 import urllib.error
@@ -13,6 +12,7 @@ import urllib.request
 from collections import deque
 from pathlib import Path
 
+from ansible.module_utils.api_keys import read_keys
 from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
@@ -91,11 +91,10 @@ class Refused(Exception):
 
 
 def api_key(env_file: str) -> str:
-    for line in Path(env_file).read_text().splitlines():
-        name, _, value = line.partition("=")
-        if name == "VLLM_API_KEY":
-            return "".join(shlex.split(value))
-    raise Refused(f"{env_file} holds no VLLM_API_KEY")
+    keys = read_keys(Path(env_file).read_text())
+    if "" not in keys:
+        raise Refused(f"{env_file} holds no VLLM_API_KEY")
+    return keys[""]
 
 
 def completion(url: str, model: str, key: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
+
+from lowmem.service import api_keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "sk-test-0123456789abcdef"
@@ -27,6 +30,9 @@ def load(path: str) -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
+
+# on a host it lies among Ansible's own module utilities
+sys.modules["ansible.module_utils.api_keys"] = api_keys
 
 host_report = load("plugins/modules/host_report.py")
 vllm_ready = load("plugins/modules/vllm_ready.py")

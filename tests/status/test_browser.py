@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ addEventListener("load", () => {{
     columns: tiles ? style(tiles).gridTemplateColumns.split(" ").length : 0,
     resources: view.performance.getEntriesByType("resource").map((e) => e.name),
     reach: page.querySelectorAll(".scroll:not([tabindex])").length,
+    aside: [...page.querySelectorAll(".stack")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.getAttribute("aria-label")),
   }});
 }});
 </script>"""
@@ -89,6 +91,8 @@ def test_a_phone_shows_it_without_scrolling_to_the_side(tmp_path: Path, name: st
     assert seen["columns"] == (2 if name in ("serving", "gpus") else 0)
     # what scrolls inside itself can be reached without a pointer
     assert (seen["resources"], seen["reach"]) == ([], 0)
+    # tables of figures are read from top to bottom
+    assert seen["aside"] == []
 
 
 @pytest.mark.parametrize(("theme", "dark"), [("light", False), ("dark", True)])
@@ -101,3 +105,36 @@ def test_both_themes_on_a_desktop(tmp_path: Path, theme: str, dark: bool) -> Non
 def test_a_name_without_a_blank_stays_on_the_phone(tmp_path: Path) -> None:
     html = pages()["serving"].replace("SmolLM2-135M-Instruct", "a-model-with-a-name-that-does-not-end-" * 4)
     assert browse(tmp_path, html, PHONE)["scrolls_to"] == PHONE
+
+
+@pytest.mark.parametrize(
+    ("age_s", "every_s", "old"),
+    [
+        (5, 60, False),
+        (100, 60, False),
+        (2400, 60, True),
+        (500, 0, False),
+        (2400, 0, True),
+        (-3600, 60, False),
+    ],
+)
+def test_a_page_that_is_old_says_so_itself(tmp_path: Path, age_s: int, every_s: int, old: bool) -> None:
+    assert CHROMIUM is not None
+    html = re.sub(r'data-at="[^"]*"', f'data-at="{time.time() - age_s}"', pages()["serving"])
+    # the page would load itself anew while it is looked at
+    html = re.sub(r'<meta http-equiv="refresh"[^>]*>', "", html)
+    file = tmp_path / "page.html"
+    file.write_text(re.sub(r'data-every-s="\d+"', f'data-every-s="{every_s}"', html))
+    flags = [*FLAGS, f"--user-data-dir={tmp_path / 'profile'}"]
+    done = subprocess.run(
+        [CHROMIUM, *flags, "--dump-dom", file.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ('class="is-old"' in done.stdout) == old
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title
+    assert title[1] == f"{'old page' if old else 'serving'}: SmolLM2-135M-Instruct"
+    assert ('id="age">40 min<' in done.stdout) == old

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from base64 import b64encode
+from dataclasses import replace
+from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -75,8 +78,9 @@ def down(**changes: object) -> Live:
 
 
 def text(html: str) -> str:
-    """What a reader reads, with single blanks."""
-    return " ".join(re.sub(r"<[^>]+>", " ", re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)).split())
+    """What the reader of a fresh page reads, with single blanks."""
+    hidden = r"<style>.*?</style>|<script.*?</script>|<noscript>.*?</noscript>|<p class=\"old.*?</p>|<span class=\"pill old.*?</span>"
+    return " ".join(re.sub(r"<[^>]+>", " ", re.sub(hidden, "", html, flags=re.DOTALL)).split())
 
 
 def pages() -> dict[str, str]:
@@ -157,12 +161,31 @@ def test_history_is_drawn_oldest_first_with_failures_told_apart() -> None:
 def test_the_page_stands_alone(name: str) -> None:
     html = pages()[name]
     assert (
-        re.findall(
-            r"(?:src|href)=\"(?!#|data:)[^\"]*\"|<script|<iframe|<link rel=\"style|@import|url\(", html
-        )
-        == []
+        re.findall(r"(?:src|href)=\"(?!#|data:)[^\"]*\"|<iframe|<link rel=\"style|@import|url\(", html) == []
     )
     assert "default-src 'none'" in html
+    # one script, which tells the page's age, and the policy lets no other run
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", html, re.DOTALL)
+    hashes = [f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'" for script in scripts]
+    assert len(scripts) == (0 if name == "receipts" else 1)
+    assert re.findall(r"script-src (\S+?)\"", html) == hashes
+
+
+def test_a_folder_lists_one_run_once(tmp_path: Path) -> None:
+    receipt = receipts()[0][1].model_dump_json()
+    for name in ("2026-11-23T02:34:14Z.json", "receipt.json"):
+        (tmp_path / name).write_text(receipt)
+    out = tmp_path / "report.html"
+    assert CliRunner().invoke(app, ["report", str(tmp_path), "--out", str(out)]).exit_code == 0
+    assert out.read_text().count("<article ") == 1
+
+
+def test_nothing_in_use_is_a_gauge_at_zero() -> None:
+    assert 'class="meter zero"' not in pages()["serving"]
+    idle = serving()
+    assert idle.look.sample
+    look = idle.look.model_copy(update={"sample": idle.look.sample.model_copy(update={"kv_usage": 0.0})})
+    assert page([], "", replace(idle, look=look)).count('class="meter zero"') == 1
 
 
 class Outline(HTMLParser):

@@ -16,6 +16,7 @@ GENERATED = {"claims.md", "variables.md", "planning.md", "reliability.md"}
 PAGES = sorted(
     [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
     + [ROOT / "benchmarks/gpu/README.md", ROOT / "locks/README.md", ROOT / "scripts/planning.md.in"]
+    + [ROOT / "molecule/README.md", ROOT / "inventory/README.md", *(ROOT / "roles").glob("*/README.md")]
     + [path for path in (ROOT / "docs").rglob("*.md") if path.name not in GENERATED]
 )
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]

@@ -17,7 +17,6 @@ PACKAGE = Path(__file__).parents[2] / "lowmem"
 LATER = {
     *("checkpoint/headers.py", "checkpoint/keep.py", "checkpoint/manifest.py", "inputs/model_cards.py"),
     *("plan/memory.py", "plan/weights.py"),
-    *("status/page.py", "status/plots.py", "status/status.py", "status/top.py"),
 }
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if str(path.relative_to(PACKAGE)) not in LATER)
 IDS = [str(path.relative_to(PACKAGE)) for path in MODULES]

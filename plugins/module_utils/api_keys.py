@@ -1,0 +1,1 @@
+../../lowmem/service/api_keys.py
