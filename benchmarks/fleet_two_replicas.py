@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """What `lowmem fleet` says of two replicas behind the router, against two real ones.
 
-    benchmarks/fleet_two_replicas.py measure FOLDER        with .lowmem/venv/bin/python, after `make demo` and `pytest tests/router`
+    benchmarks/fleet_two_replicas.py measure FOLDER
     benchmarks/fleet_two_replicas.py compare FOLDER
+
+Run it with .lowmem/venv/bin/python, after `make demo` and `pytest tests/router`.
 
 `measure` starts two replicas behind the real vllm-router (least load of two). One alone is measured first
 (`lowmem measure`), through the router as well: FOLDER/one.json. Then both are driven, by clients that wait

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""How the time of `site.yml` grows with the number of hosts, and where it goes.
+"""Measures how the time of `site.yml` grows with the number of hosts, and where it goes.
 
-    benchmarks/playbook_scale.py --hosts 1,4,16,64 [--forks N] [--out FOLDER]      run it with .lowmem/venv/bin/python, after `make demo`
+    benchmarks/playbook_scale.py --hosts 1,4,16,64 [--forks N] [--out FOLDER]
+
+Run it with .lowmem/venv/bin/python, after `make demo`.
 
 Each "host" is this machine over a local connection: its own `lowmem_root`, instance and port, one shared
 `lowmem_store`. `site.yml` runs once, then again with nothing to change: as `inventory/cluster` has it
@@ -14,11 +16,14 @@ both.
 
 Stubbed, all else is the product:
 - `--skip-tags verify`: no load, no checks of a host, no receipt.
-- Building an environment (progress_command with build_env.py): a folder of scripts that takes its packages from the demo's environment.
-- Fetching and quantizing: the model and the quantized one are copied from the demo, so that these steps find them whole; the checkpoint's
-  copy under its content's name is made before the first run.
-- The engine: `vllm` answers each request with a completion of one token, at once, and so the wait until it is ready is short.
-- `lowmem watch` and `lowmem start-check`: what a host does beside the play. The rest of `lowmem`, the supervisor and its control are real.
+- Building an environment (progress_command with build_env.py): a folder of scripts that takes its packages
+  from the demo's environment.
+- Fetching and quantizing: the model and the quantized one are copied from the demo, so that these steps find
+  them whole. The checkpoint's copy under its content's name is made before the first run.
+- The engine: `vllm` answers each request at once with a completion of one token. So the wait until it is
+  ready is short.
+- `lowmem watch` and `lowmem start-check`: a host runs them beside the play. The rest of `lowmem`, the
+  supervisor and its control are real.
 """
 
 from __future__ import annotations

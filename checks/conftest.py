@@ -50,7 +50,8 @@ for pid in {c.pid for c in listening if c.pid}:
     main = psutil.Process(pid)
     for p in [main, *main.children(recursive=True)]:
         try:
-            facts = {"pid": p.pid, "main": p.pid == pid, "user": p.username(), "argv": p.cmdline(), "started": p.create_time()}
+            facts = {"pid": p.pid, "main": p.pid == pid, "user": p.username(), "argv": p.cmdline()}
+            facts |= {"started": p.create_time()}
         except psutil.Error:  # it ended while we looked
             continue
         found["processes"].append(facts)

@@ -17,7 +17,8 @@ folder = pathlib.Path(sys.argv[1])
 found = {}
 for path in sorted(p for p in folder.rglob("*") if p.is_file()):
     with path.open("rb") as stream:
-        found[str(path.relative_to(folder))] = [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        found[str(path.relative_to(folder))] = [path.stat().st_size, digest]
 print(json.dumps(found))
 """
 

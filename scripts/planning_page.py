@@ -1,5 +1,6 @@
-"""docs/planning.md: the text of scripts/planning.md.in with computed numbers. `python scripts/planning_page.py`
-prints it; a test compares.
+"""Renders docs/planning.md: the text of scripts/planning.md.in with computed numbers.
+
+`python scripts/planning_page.py` prints it; a test compares.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ PAGE = REPOSITORY / "docs/reliability.md"
 HEAD = """# Reliability
 
 Each fault below was injected into a running service by a test, with requests under way if that matters.
-A client keeps a ledger of its requests: each ends with a complete answer or with an error that the client saw.
+A client keeps a ledger of its requests: each ends with a complete answer or an error that the client saw.
 A request that ends otherwise is lost, and fails the test.
 
 **What was run.** vLLM {vllm}, profile demo_cpu under its supervisor, {cpu_cores} cores ({cpu}).
-Rows `unit-` ran the same engine as `vllm@main.service` in its sandbox, on a systemd host (scenario `service`).
+Rows `unit-` ran the engine as `vllm@main.service` in its sandbox, on a systemd host (scenario `service`).
 Rows `cluster-` ran two such hosts behind the router on a third (scenario `cluster`).
-Rows `two-hosts-` ran two such hosts that are one server, with half of the layers on each (scenario `two_hosts`).
+Rows `two-hosts-` ran one server over two such hosts, half of the layers on each (scenario `two_hosts`).
 
 **Recovery** is the time from the fault to the next complete answer; most of it is vLLM's own start.
 Beside it stand the day and the machine's load (mean of a minute, when the test ended).

@@ -16,7 +16,8 @@ HEAD = """# Variables
 
 Made from each role's `meta/argument_specs.yml` by `make docs`; a test compares the two.
 
-An inventory normally sets the `lowmem_*` variables and leaves the rest. `playbooks/group_vars/all.yml` shows how they reach the roles.
+An inventory normally sets the `lowmem_*` variables and leaves the rest.
+`playbooks/group_vars/all.yml` shows how they reach the roles.
 """
 
 

@@ -1,6 +1,7 @@
-"""The role's own quantization on a GPU, served, and judged by what the server says.
+r"""The role's own quantization on a GPU, served, and judged by what the server says.
 
-    python benchmarks/gpu/awq_on_gpu.py MODELS OUT.json --backend llmcompressor=SITE/site-packages [--backend autoawq=…]
+    python benchmarks/gpu/awq_on_gpu.py MODELS OUT.json --backend llmcompressor=SITE/site-packages \
+        [--backend autoawq=…]
 
 MODELS holds SmolLM2-135M-Instruct/ and its manifest, as `make demo` leaves them. SITE is the folder with that
 backend's packages (locks/<backend>-cuda.txt, less torch), below one named site-packages: `dill`, by which

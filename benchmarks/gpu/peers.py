@@ -1,7 +1,8 @@
-"""The same load on any server with an OpenAI completions route: memory by NVML, TTFT, TPOT and tokens per
+r"""The same load on any server with an OpenAI completions route: memory by NVML, TTFT, TPOT and tokens per
 second by one client.
 
-    python benchmarks/gpu/peers.py OUT.json --name llama.cpp --clients 8,1 -- llama-server -m model.gguf --port 8090 …
+    python benchmarks/gpu/peers.py OUT.json --name llama.cpp --clients 8,1 -- \
+        llama-server -m model.gguf --port 8090 …
 
 Starts the command, waits for a completion, warms up, drives closed-loop clients with prompts of random token
 ids, stops the command. `lowmem measure` is for our own service; this is for the comparison, so vLLM is

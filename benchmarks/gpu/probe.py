@@ -1,10 +1,13 @@
-"""Where does a GPU's memory go before any model is loaded, and how fast are its memory and its host link?
+"""Measures the memory that a GPU uses before a model is loaded, and the speed of its memory and host link.
 
-Measures with NVML, on the host it runs on:
+It reads NVML on the host it runs on:
 
-- the CUDA context of one process, then the same process after its first matrix product (cuBLAS workspace and kernels);
-- the host link: pinned copies of 1 GiB in both directions; the HBM: a device-to-device copy, bytes read and written;
-- with two or more GPUs: what NCCL takes per GPU for one tensor-parallel group, for each environment given in NCCL_CASES.
+- the CUDA context of one process, then the same process after its first matrix product (cuBLAS workspace and
+  kernels);
+- the host link: pinned copies of 1 GiB in both directions;
+- the HBM: a device-to-device copy, bytes read and written;
+- with two or more GPUs: NCCL's memory per GPU for one tensor-parallel group, for each environment in
+  NCCL_CASES.
 
     python benchmarks/gpu/probe.py --out probe.json
 

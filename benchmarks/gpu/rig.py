@@ -1,8 +1,10 @@
-"""Packs wheels for a lent GPU machine that reaches no registry, less the machine code of cards that it does
+r"""Packs wheels for a lent GPU machine that reaches no registry, less the machine code of cards that it does
 not have.
 
-    python benchmarks/gpu/rig.py pack WHEELS .carry [--name rig] [--compute-capability 9.0] [--empty '*_vllm_fa3_C*'] [--without GLOB]
-    python benchmarks/gpu/rig.py unpack /tmp/rig /tmp/site --try torch --try torchvision --try vllm.model_executor.warmup.kernel_warmup
+    python benchmarks/gpu/rig.py pack WHEELS .carry [--name rig] [--compute-capability 9.0] \
+        [--empty '*_vllm_fa3_C*'] [--without GLOB]
+    python benchmarks/gpu/rig.py unpack /tmp/rig /tmp/site --try torch --try torchvision \
+        --try vllm.model_executor.warmup.kernel_warmup
 
 `pack` writes .carry/NAME-00/part-00 …, none over 60 MB; `unpack` joins them there. Three quarters of torch
 and vLLM is machine code for other cards: its bytes become zeros, so that every library keeps its layout and

@@ -284,8 +284,8 @@ def reader_notes(plan: Plan, seen: Observation, alike: bool) -> list[str]:
     notes = []
     if not alike:
         notes.append(
-            f"planned for {plan.device}, measured on {seen.hardware.get('gpu')}: the plan's floors are not this"
-            " card's and were not compared"
+            f"planned for {plan.device}, measured on {seen.hardware.get('gpu')}: the plan's floors are not"
+            " this card's and were not compared"
         )
     if seen.loads and not any(result.load == plan.load for result in seen.loads):
         notes.append("none of the loads is the plan's: latency limits were not compared")

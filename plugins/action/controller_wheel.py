@@ -19,7 +19,8 @@ DOCUMENTATION = r"""
 module: controller_wheel
 short_description: Build a wheel of a source folder on the controller
 description:
-  - The wheel lies in a folder named after the sources' SHA-256, so its path changes exactly when its content does.
+  - The wheel lies in a folder named after the sources' SHA-256, so its path changes exactly when its content
+    does.
   - Touches nothing on the host; runs in check mode as well.
 options:
   source:

@@ -34,16 +34,18 @@ description:
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options:
   profile: {description: Name of a profile in C(profiles/)., type: str, required: true}
-  model: {description: "Model card by name, or a directory on the controller; empty is the profile's own.", type: str, default: ""}
+  model: {description: "Model card by name, or a directory on the controller; empty is the profile's own.",
+    type: str, default: ""}
   device: {description: Name in the device table; empty is the profile's own., type: str, default: ""}
   count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
-  deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host, port.",
-    type: dict, required: true}
+  deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host,
+      port.", type: dict, required: true}
   members:
     description: >-
-      Of a profile that is one server over several hosts, and ignored for any other: nodes (addresses in order), rank (this host's place
-      among them), interface, master_port. All but the rank must be the same on each.
+      Keys of a server that spans several hosts: nodes (addresses in order), rank (this host's place among
+      them), interface, master_port. All but the rank must be the same on each host. A profile of one host
+      ignores them.
     type: dict
     default: {}
 """

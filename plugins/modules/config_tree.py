@@ -17,9 +17,10 @@ DOCUMENTATION = r"""
 module: config_tree
 short_description: Put a folder of configuration files in place as a whole, after a check of the whole
 description:
-  - Writes all files into a scratch folder beside O(path), runs O(validate) on that folder, and only then makes O(path) name it.
-  - O(path) is a link that is replaced by a rename, so that it always names a whole folder that was accepted. What a refused one would have
-    replaced stays as it is.
+  - Writes all files into a scratch folder beside O(path), runs O(validate) on that folder, and only then
+    makes O(path) name it.
+  - O(path) is a link that is replaced by a rename, so that it always names a whole folder that was accepted.
+    What a refused one would have replaced stays as it is.
 options:
   path:
     description: The link; the folders that it names lie beside it, as C(<path>.<digest>).
@@ -38,7 +39,8 @@ options:
     type: bool
     default: false
   validate:
-    description: Commands that must all end well, each a list in which C(%s) is the scratch folder. Not run in check mode.
+    description: Commands that must all end well, each a list in which C(%s) is the scratch folder. Not run in
+      check mode.
     type: list
     elements: list
     default: []

@@ -24,11 +24,12 @@ DOCUMENTATION = r"""
 module: deployed_state
 short_description: Keep what a whole run left on the host, and compare the host with it
 description:
-  - Everything is compared by the same names as it was kept under, so that what differs can be said. One that is there now and was not
-    then differs too.
-  - Besides what the options name, these count on every host. The boot, the package database, swap areas, the live values of what
-    /etc/sysctl.d sets, and NVIDIA's driver and cards.
-  - The controller's part (plugins/action/deployed_state.py) adds the variables and the code that the run was made of.
+  - Everything is compared by the same names as it was kept under, so that what differs can be said. One that
+    is there now and was not then differs too.
+  - Besides what the options name, these count on every host. The boot, the package database, swap areas, the
+    live values of what /etc/sysctl.d sets, and NVIDIA's driver and cards.
+  - The controller's part (plugins/action/deployed_state.py) adds the variables and the code that the run was
+    made of.
 options:
   state:
     description: Whether the host is compared with the record, or the record is written.
@@ -49,7 +50,8 @@ options:
     elements: str
     default: []
   outlines:
-    description: The same, but of files only size and modification time count, and of folders nothing below them.
+    description: The same, but of files only size and modification time count, and of folders nothing below
+      them.
     type: list
     elements: str
     default: []
@@ -79,7 +81,8 @@ RETURN = r"""
 unchanged: {description: Whether all is as it was recorded., returned: always, type: bool}
 differences: {description: The first names that differ., returned: always, type: list}
 count: {description: How many differ., returned: always, type: int}
-recorded_utc: {description: When the record was written; empty where there is none., returned: always, type: str}
+recorded_utc: {description: When the record was written; empty where there is none.,
+  returned: always, type: str}
 """
 
 SHOWN = 5

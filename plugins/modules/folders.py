@@ -13,7 +13,8 @@ DOCUMENTATION = r"""
 module: folders
 short_description: Have folders on the host, each with its mode and owner
 description:
-  - As ansible.builtin.file with C(state=directory) does it for one; folders above that are missing are made too.
+  - As ansible.builtin.file with C(state=directory) does it for one; folders above that are missing are made
+    too.
 options:
   folders:
     description: The folders, each after those above it.
@@ -29,7 +30,8 @@ author: vllm-lowmem
 """
 
 RETURN = r"""
-changed_folders: {description: Paths of those that were made or had another mode or owner., returned: always, type: list}
+changed_folders: {description: Paths of those that were made or had another mode or owner.,
+  returned: always, type: list}
 """
 
 

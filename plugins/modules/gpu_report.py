@@ -32,7 +32,8 @@ EXAMPLES = r"""
 RETURN = r"""
 report:
   description: >-
-    Keys: cards, nvswitches, secure_boot, kernel, module, uvm, nouveau, packages, held, runfile, smi, holders, xid, services, compilers.
+    Keys: cards, nvswitches, secure_boot, kernel, module, uvm, nouveau, packages, held, runfile, smi, holders,
+    xid, services, compilers.
   type: dict
   returned: always
 """

@@ -20,7 +20,8 @@ description:
   - One call in place of the slow hardware facts; sizes are bytes.
 options:
   paths:
-    description: Paths whose file systems' free space is wanted. A path need not exist; its nearest existing parent counts.
+    description: Paths whose file systems' free space is wanted. A path need not exist; its nearest existing
+      parent counts.
     type: list
     elements: path
     default: []
@@ -61,7 +62,8 @@ sysctl:
   returned: always
   type: dict
 numa:
-  description: NUMA nodes that have memory, each with V(node) and V(total_bytes); empty where the kernel does not say.
+  description: NUMA nodes that have memory, each with V(node) and V(total_bytes); empty where the kernel does
+    not say.
   returned: always
   type: list
 memlock_bytes:
@@ -69,7 +71,8 @@ memlock_bytes:
   returned: always
   type: int
 disk:
-  description: By path as given, whether it exists (V(exists)), V(free_bytes) for this user and V(total_bytes).
+  description: By path as given, whether it exists (V(exists)), V(free_bytes) for this user and
+    V(total_bytes).
   returned: always
   type: dict
 listeners:

@@ -21,8 +21,10 @@ DOCUMENTATION = r"""
 module: release
 short_description: Lay out, switch, mark and prune the releases of a deployment
 description:
-  - A release is C(<root>/releases/<id>), never changed once it is there. The id ends in a digest of its content.
-  - C(<root>/current) links to the one that is served. It is replaced by a rename, so it always names a whole release.
+  - A release is C(<root>/releases/<id>), never changed once it is there. The id ends in a digest of its
+    content.
+  - C(<root>/current) links to the one that is served. It is replaced by a rename, so it always names a whole
+    release.
   - Which one runs is read from the environment of the server's process, not from what a play remembers.
 options:
   root:
@@ -33,21 +35,25 @@ options:
     description:
       - V(read) changes nothing.
       - V(staged) makes the release of O(files) and O(private).
-      - V(current) makes O(id) the one that is served from the next start on. Counts as changed too where another one runs.
-      - V(proven) notes that O(id) has served as it should, and removes what is too old, down to O(keep) releases, with the environments and
-        checkpoints that no kept release names. The current, the running and the last proven one always stay.
+      - V(current) makes O(id) the one that is served from the next start on. Counts as changed too where
+        another one runs.
+      - V(proven) notes that O(id) has served as it should, and removes what is too old, down to O(keep)
+        releases, with the environments and checkpoints that no kept release names. The current, the running
+        and the last proven one always stay.
       - V(refuted) takes that note back.
-      - V(left) is for a root whose releases are gone; it takes the root off the list of O(store), and removes there what no other root
-        names.
+      - V(left) is for a root whose releases are gone; it takes the root off the list of O(store), and removes
+        there what no other root names.
     type: str
     choices: [read, staged, current, proven, refuted, left]
     required: true
   store:
     description:
-      - Folder with the environments and checkpoints, where several deployments share one; O(root) is a folder of its own then.
-      - Each deployment is written down in C(<store>/roots) before it names anything there, as a link to its root. With V(proven) and
-        V(left) an environment or a kept checkpoint goes when no kept release of this root names it, no release at all of the others does,
-        and it has been there for an hour, so that a play that makes it for its own release at this moment keeps it.
+      - Folder with the environments and checkpoints, where several deployments share one; O(root) is a folder
+        of its own then.
+      - Each deployment is written down in C(<store>/roots) before it names anything there, as a link to its
+        root. With V(proven) and V(left) an environment or a kept checkpoint goes when no kept release of this
+        root names it, no release at all of the others does, and it has been there for an hour, so that a play
+        that makes it for its own release at this moment keeps it.
       - Nothing is removed there while one of these roots cannot be looked at.
     type: path
   id:
@@ -69,7 +75,8 @@ options:
     type: dict
     default: {}
   validate:
-    description: With V(staged), file name to a command that must end well, as a list in which C(%s) is the file.
+    description: With V(staged), file name to a command that must end well, as a list in which C(%s) is the
+      file.
     type: dict
     default: {}
   owner:
@@ -96,14 +103,18 @@ author: vllm-lowmem
 RETURN = r"""
 id: {description: The release that was staged, returned: with V(staged), type: str}
 path: {description: Its folder, returned: with V(staged), type: str}
-current: {description: Id of the release that is served from the next start on; empty where there is none, returned: always, type: str}
-running: {description: Ids of the releases that servers run from now, returned: always, type: list}
-fallback: {description: "Id of the release other than O(id), or else than the current one, that was proven last; empty where there is none",
+current: {description: Id of the release that is served from the next start on; empty where there is none,
   returned: always, type: str}
-releases: {description: "Every release by age of its proof, newest first: V(id), V(proven) in seconds since 1970 (0: never), V(links)",
+running: {description: Ids of the releases that servers run from now, returned: always, type: list}
+fallback: {description: "Id of the release other than O(id), or else than the current one, that was proven
+    last; empty where there is none",
+  returned: always, type: str}
+releases: {description: "Every release by age of its proof, newest first: V(id), V(proven) in seconds since
+    1970 (0: never), V(links)",
   returned: always, type: list}
 removed: {description: What was removed, returned: with V(proven) and V(left), type: list}
-unseen: {description: "Deployments of O(store) that cannot be looked at from here, for whose sake nothing was removed there",
+unseen: {description: "Deployments of O(store) that cannot be looked at from here, for whose sake nothing was
+    removed there",
   returned: with V(proven) and V(left), type: list}
 """
 

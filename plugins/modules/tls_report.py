@@ -16,7 +16,8 @@ DOCUMENTATION = r"""
 module: tls_report
 short_description: Judge a TLS certificate and its private key on this host
 description:
-  - Reads both files, lets OpenSSL load them together as a server does, and says in a few words what is wrong with them. Changes nothing.
+  - Reads both files, lets OpenSSL load them together as a server does, and says in a few words what is wrong
+    with them. Changes nothing.
 options:
   certificate:
     description: File with the certificate, and those between it and its root, in PEM.
@@ -32,7 +33,8 @@ author: vllm-lowmem
 RETURN = r"""
 problem: {description: Empty where they can be served, returned: always, type: str}
 subject: {description: Which of V(certificate) and V(key) the problem is of, returned: always, type: str}
-not_after: {description: "End of validity as ISO 8601, UTC; empty where it cannot be read", returned: always, type: str}
+not_after: {description: "End of validity as ISO 8601, UTC; empty where it cannot be read",
+  returned: always, type: str}
 days_left: {description: "Whole days until then; negative once it is past", returned: always, type: int}
 names: {description: Names and addresses that it is for, returned: always, type: list}
 """

@@ -19,9 +19,12 @@ DOCUMENTATION = r"""
 module: vllm_ready
 short_description: Wait until a vLLM server answers a real completion
 description:
-  - Asks for a completion of a few tokens until one comes. A listening port or C(/health) proves nothing; a completion does.
-  - Gives up at once when the service manager has given up, or when the server that answers refuses the key or the model.
-  - Reads the API key from the service's own environment file on the host, so that it is never an argument of a task.
+  - Asks for a completion of a few tokens until one comes. A listening port or C(/health) proves nothing; a
+    completion does.
+  - Gives up at once when the service manager has given up, or when the server that answers refuses the key or
+    the model.
+  - Reads the API key from the service's own environment file on the host, so that it is never an argument of
+    a task.
 options:
   url:
     description: Base address of the server, as C(http://127.0.0.1:8000).

@@ -1,5 +1,6 @@
-"""Holds every condition to `| bool` for what an operator sets: `-e host_memory_manage=false` is a string, and a
-string that is not empty is true.
+"""Holds every condition to `| bool` for what an operator sets.
+
+`-e host_memory_manage=false` is a string, and a string that is not empty is true.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BARE = re.compile(rf"\b(?:{'|'.join(sorted(booleans()))})\b(?!\s*\|\s*bool\b)")
 
 
 def conditions(node: Any) -> Iterator[str]:
-    """Yield every condition of a file: of tasks, of plays' roles, of assertions, and those inside templates."""
+    """Yield every condition of a file: of tasks, plays' roles and assertions, and those inside templates."""
     if isinstance(node, dict):
         for key, value in node.items():
             if key in ("when", "that", "until", "failed_when", "changed_when"):

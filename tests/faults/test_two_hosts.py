@@ -33,9 +33,13 @@ ALONE = """
 import json, sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    engine = LLM(sys.argv[1], dtype="bfloat16", max_model_len=2048, max_num_seqs=4, kv_cache_memory_bytes=134217728, disable_log_stats=True)
+    engine = LLM(
+        sys.argv[1], dtype="bfloat16", max_model_len=2048, max_num_seqs=4, kv_cache_memory_bytes=134217728,
+        disable_log_stats=True,
+    )
     settings = SamplingParams(temperature=0, max_tokens=24)
-    texts = [engine.generate([prompt], settings, use_tqdm=False)[0].outputs[0].text for prompt in json.loads(sys.argv[2])]
+    prompts = json.loads(sys.argv[2])
+    texts = [engine.generate([prompt], settings, use_tqdm=False)[0].outputs[0].text for prompt in prompts]
     print("TEXTS " + json.dumps(texts))
 """
 

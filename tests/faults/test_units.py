@@ -73,8 +73,8 @@ def test_a_hung_engine(node: Node, dropin: Callable[[str, str], None], fault: An
     quick = f"[Service]\nExecStart=\nExecStart={started.rsplit(' ', 1)[0]} 20 --every-s 1\n"
     before = node.family()
     dropin(WATCHDOG, quick)
-    node.until(lambda: "serving" in node.sh(f"journalctl --unit={WATCHDOG} --invocation=0 --output=cat --no-pager 2>/dev/null || "
-                                            f"journalctl --unit={WATCHDOG} --lines=3 --output=cat --no-pager"))  # fmt: skip
+    journal = f"journalctl --unit={WATCHDOG} --output=cat --no-pager"
+    node.until(lambda: "serving" in node.sh(f"{journal} --invocation=0 2>/dev/null || {journal} --lines=3"))
     with under_load(node.client) as ledger:
         began = time.monotonic()
         node.sh(f"kill -STOP {before['engine']}")

@@ -19,7 +19,8 @@ OLD = """<?xml version="1.0" ?>
 <performance_state>P0</performance_state>
 <clocks_throttle_reasons><clocks_throttle_reason_gpu_idle>Not Active</clocks_throttle_reason_gpu_idle>
 <clocks_throttle_reason_sw_power_cap>Active</clocks_throttle_reason_sw_power_cap></clocks_throttle_reasons>
-<fb_memory_usage><total>40960 MiB</total><reserved>571 MiB</reserved><used>38000 MiB</used><free>2389 MiB</free></fb_memory_usage>
+<fb_memory_usage><total>40960 MiB</total><reserved>571 MiB</reserved>
+<used>38000 MiB</used><free>2389 MiB</free></fb_memory_usage>
 <ecc_mode><current_ecc>Enabled</current_ecc></ecc_mode>
 <ecc_errors><volatile><sram_correctable>9</sram_correctable><sram_uncorrectable>1</sram_uncorrectable>
 <dram_uncorrectable>2</dram_uncorrectable></volatile>
@@ -105,7 +106,8 @@ def test_a_driver_that_does_not_answer(gpu_report, monkeypatch, rc, out, error):
 
 
 def test_xids(gpu_report, monkeypatch):
-    log = """1764000000.1 host kernel: NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, name=python3, GPU has fallen off the bus.
+    log = """\
+1764000000.1 host kernel: NVRM: Xid (PCI:0000:3b:00): 79, pid=1234, name=python3, GPU has fallen off the bus.
 1764000001.1 host kernel: NVRM: GPU at PCI:0000:3b:00: GPU-1
 1764000002.1 host kernel: NVRM: Xid (PCI:0000:5e:00): 31, pid=99, Ch 00000008
 """

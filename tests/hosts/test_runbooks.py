@@ -121,6 +121,9 @@ def test_variables_that_are_named_exist(path):
         "".join(f.read_text() for f in (ROOT / "roles").glob("*/defaults/main.yml"))
         + (ROOT / "playbooks/group_vars/all.yml").read_text()
     )
-    roles = "gpu_driver|nvidia_repository|cuda_toolkit|host_memory|vllm_service|gateway|monitoring|status_page|router"
+    roles = (
+        "gpu_driver|nvidia_repository|cuda_toolkit|host_memory|vllm_service"
+        "|gateway|monitoring|status_page|router"
+    )
     named = set(re.findall(rf"\b((?:{roles})_\w+)\b", path.read_text()))
     assert sorted(n for n in named if f"{n}:" not in known) == []

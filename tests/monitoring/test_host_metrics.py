@@ -133,7 +133,10 @@ def test_an_end_as_the_watchdog_itself_says_it(
 def test_memory_of_units_that_run(
     host_metrics: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said = "Id=vllm@main.service\nControlGroup=/system.slice/vllm@main.service\n\nId=vllm@second.service\nControlGroup=\n"
+    said = (
+        "Id=vllm@main.service\nControlGroup=/system.slice/vllm@main.service\n\n"
+        "Id=vllm@second.service\nControlGroup=\n"
+    )
     monkeypatch.setattr(host_metrics.gpu_report, "output", lambda *command, **_: (0, said, ""))
     folder = tmp_path / "system.slice/vllm@main.service"
     folder.mkdir(parents=True)

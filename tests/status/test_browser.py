@@ -35,15 +35,18 @@ PROBE = """<!doctype html><meta name="color-scheme" content="light dark">
 <iframe sandbox="allow-same-origin" srcdoc="{page}"></iframe><pre></pre>
 <script>
 addEventListener("load", () => {{
-  const view = document.querySelector("iframe").contentWindow, page = view.document, style = (e) => view.getComputedStyle(e);
-  const seen = [...page.querySelectorAll("h1,h2,h3,p,th,td,dt,dd,li,summary,strong")].filter((e) => e.offsetParent !== null);
+  const view = document.querySelector("iframe").contentWindow, page = view.document;
+  const style = (e) => view.getComputedStyle(e), tiles = page.querySelector(".tiles");
+  const texts = [...page.querySelectorAll("h1,h2,h3,p,th,td,dt,dd,li,summary,strong")];
+  const seen = texts.filter((e) => e.offsetParent !== null);
+  const right = (e) => e.getBoundingClientRect().right;
   document.querySelector("pre").textContent = JSON.stringify({{
     width: page.documentElement.clientWidth,
     scrolls_to: page.documentElement.scrollWidth,
-    outside: seen.filter((e) => !e.closest(".scroll") && e.getBoundingClientRect().right > {width} + 0.5).map((e) => e.textContent),
+    outside: seen.filter((e) => !e.closest(".scroll") && right(e) > {width} + 0.5).map((e) => e.textContent),
     smallest_text: Math.min(...seen.map((e) => parseFloat(style(e).fontSize))),
     ink: style(page.body).color, paper: style(page.body).backgroundColor,
-    columns: page.querySelector(".tiles") ? style(page.querySelector(".tiles")).gridTemplateColumns.split(" ").length : 0,
+    columns: tiles ? style(tiles).gridTemplateColumns.split(" ").length : 0,
     resources: view.performance.getEntriesByType("resource").map((e) => e.name),
     reach: page.querySelectorAll(".scroll:not([tabindex])").length,
     aside: [...page.querySelectorAll(".stack")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.getAttribute("aria-label")),

@@ -187,5 +187,8 @@ def test_without_any_file_nothing_opens(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_is_read() -> None:
-    text = "# VLLM_API_KEY_no=1\nVLLM_API_KEY='a~b'\nVLLM_API_KEY_x=c\nVLLM_API_KEYS=d\nOTHER=e\nVLLM_API_KEY_empty=\n"
+    text = (
+        "# VLLM_API_KEY_no=1\nVLLM_API_KEY='a~b'\nVLLM_API_KEY_x=c\n"
+        "VLLM_API_KEYS=d\nOTHER=e\nVLLM_API_KEY_empty=\n"
+    )
     assert read_keys(text) == {"": "a~b", "x": "c"}

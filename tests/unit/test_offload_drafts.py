@@ -1,4 +1,4 @@
-"""vllm_plugins/offload_drafts: which layers a draft model leaves on the card, and which engines are refused."""
+"""Tests vllm_plugins/offload_drafts: which layers of a draft model stay on the card, which engines fail."""
 
 import ast
 import hashlib

@@ -15,8 +15,9 @@ GATEWAY = "/etc/systemd/system/vllm-gateway@main.service"
 PLAN = "/opt/vllm-lowmem/etc/plan.json"
 COMPLETION = """
 set -a; . /opt/vllm-lowmem/etc/vllm.env; set +a
-curl --silent --show-error --fail --max-time 120 http://127.0.0.1:8000/v1/completions -H "Authorization: Bearer $VLLM_API_KEY" \
-  -H 'Content-Type: application/json' -d '{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 8, "ignore_eos": true}'
+curl --silent --show-error --fail --max-time 120 http://127.0.0.1:8000/v1/completions \
+  -H "Authorization: Bearer $VLLM_API_KEY" -H 'Content-Type: application/json' \
+  -d '{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 8, "ignore_eos": true}'
 """
 
 

