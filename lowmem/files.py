@@ -1,7 +1,7 @@
 """Reads and writes files.
 
-A file is written beside its place and then moved into it, so that a reader never sees half of one. A file that is
-read may come from anybody: every reader here is bounded, and refuses with one line.
+A file is written beside its place and then moved into it, so that a reader never sees half of one. A file
+that is read may come from anybody: every reader here is bounded, and refuses with one line.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def span(seconds: float) -> str:
 
 
 _UNPRINTABLE = re.compile(
-    # control characters but tab and newline, soft hyphen, marks of direction and of no width, separators of lines
-    # and paragraphs, halves of a UTF-16 pair, interlinear marks, tags
+    # control characters but tab and newline, soft hyphen, marks of direction and of no width, separators of
+    # lines and paragraphs, halves of a UTF-16 pair, interlinear marks, tags
     "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ud800-\\udfff\\ufeff"
     "\\ufff9-\\ufffb\\U000e0000-\\U000e007f]"
 )

@@ -1,4 +1,7 @@
-"""Reads and writes sizes. MiB and GiB are powers of two, GB and MB powers of ten; the names never mix."""
+"""Reads and writes sizes and addresses.
+
+MiB and GiB are powers of two, GB and MB powers of ten; the names never mix.
+"""
 
 from __future__ import annotations
 

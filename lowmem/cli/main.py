@@ -91,7 +91,7 @@ class LazyGroup(TyperGroup):
 
 
 def message_of(error: Exception) -> str:
-    """Return what is wrong with the input, or, of a fault in this program, where it is and how to report it."""
+    """Return what is wrong with the input, or where a fault of this program is and how to report it."""
     if isinstance(error, BadInput):
         return str(error)
     if isinstance(error, ValidationError):
@@ -102,8 +102,8 @@ def message_of(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return (
-        f"a fault in lowmem itself, {type(error).__name__}{place}: {str(error)[:200]}; please report it with the"
-        f" traceback that {DEBUG}=1 shows"
+        f"a fault in lowmem itself, {type(error).__name__}{place}: {str(error)[:200]};"
+        f" please report it with the traceback that {DEBUG}=1 shows"
     )
 
 
@@ -113,9 +113,8 @@ def refuse_odd_numbers(options: dict[str, Any]) -> None:
         for one in value if isinstance(value, list | tuple) else [value]:
             number = isinstance(one, int | float) and not isinstance(one, bool)
             if number and not (math.isfinite(one) and abs(one) <= MOST):
-                raise BadInput(
-                    f"--{name.rstrip('_').replace('_', '-')} {one:g} is not a number from {-MOST:g} to {MOST:g}"
-                )
+                option = name.rstrip("_").replace("_", "-")
+                raise BadInput(f"--{option} {one:g} is not a number from {-MOST:g} to {MOST:g}")
 
 
 app = typer.Typer(

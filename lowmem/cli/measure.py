@@ -25,8 +25,8 @@ def parse_clients(text: str) -> list[int]:
         counts = []
     if not counts or min(counts) < 1 or max(counts) > MOST_CLIENTS:
         raise BadInput(
-            f"--clients {text}: a comma-separated list of whole numbers from 1 to {MOST_CLIENTS} is wanted, such as"
-            " 8,1,4"
+            f"--clients {text}: a comma-separated list of whole numbers from 1 to {MOST_CLIENTS} is wanted,"
+            " such as 8,1,4"
         )
     return counts
 

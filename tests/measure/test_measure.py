@@ -101,8 +101,8 @@ def test_a_service_that_ignores_sigterm_is_killed_and_reported(
         (
             ["--serve", "--clients", "8,none"],
             (
-                "--clients 8,none: a comma-separated list of whole numbers of at least 1 is wanted, such as"
-                " 8,1,4"
+                "--clients 8,none: a comma-separated list of whole numbers from 1 to 100000 is wanted,"
+                " such as 8,1,4"
             ),
         ),
         (["--serve", "--env-file", "none.env"], "--env-file none.env: no such file"),
