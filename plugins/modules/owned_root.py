@@ -12,8 +12,8 @@ DOCUMENTATION = r"""
 module: owned_root
 short_description: Refuse a root that is not this project's
 description:
-  - A root that this project made holds the file C(lowmem_root). A deployment of before that file is recognised by its plan and its
-    releases.
+  - A root that this project made holds the file C(lowmem_root).
+  - A deployment of before that file is recognised by its plan and its releases.
   - Folders of the system are refused in every state.
 options:
   root:
@@ -24,7 +24,8 @@ options:
     description:
       - V(free) refuses a folder in which something else lies. It writes nothing.
       - V(made) does the same, makes the folder and writes the marker file.
-      - V(owned) refuses a folder that holds something and was not made by this project; it is for what is about to remove something.
+      - V(owned) refuses a folder that holds something and was not made by this project; a task that is about
+        to remove something asks for it.
     type: str
     choices: [free, made, owned]
     required: true
@@ -38,14 +39,15 @@ marker: {description: The marker file, returned: always, type: str}
 MARKER = "lowmem_root"
 
 OURS = {
-    "as-deployed.json", "cache", "current", "envs", "etc", "lib", "log", "models", "receipts", "releases", "run",
-    "status",
+    "as-deployed.json", "cache", "current", "envs", "etc", "lib", "log", "models", "receipts", "releases",
+    "run", "status",
 }  # fmt: skip
 """What a deployment puts into its root, and a reset removes."""
 
 SYSTEM = (
-    "/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/media", "/mnt", "/opt",
-    "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/tmp", "/usr", "/var",  # noqa: S108 - refused, not written
+    "/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/media", "/mnt",
+    "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/usr", "/var",
+    "/tmp",  # noqa: S108 - refused, not written
 )  # fmt: skip
 
 SYSTEM_TREES = (
@@ -115,7 +117,8 @@ def refusal(root: Path, state: str) -> str:
     if held <= OURS and held & {"envs", "models", "releases"}:
         return ""
     foreign = ", ".join(sorted(held - OURS)[:5] or sorted(held)[:5])
-    return f"lowmem_root {root} holds what is not this project's ({foreign}): choose an empty folder or a new one"
+    what = f"lowmem_root {root} holds what is not this project's ({foreign})"
+    return f"{what}: choose an empty folder or a new one"
 
 
 def main() -> None:

@@ -1,4 +1,7 @@
-"""Tests of the values that operators set: `lowmem_root is config_path`. Each kind of value has its rule once."""
+"""Tests of the values that operators set, as in `lowmem_root is config_path`.
+
+Each kind of value has its rule once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make clean` removes what make made in this checkout and finds its neighbours whole, whatever the path is called."""
+"""`make clean` removes what make made in this checkout and leaves its neighbours whole, whatever the path."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ NEIGHBOURS = ("a", "checkout", "a/other", "checkout/.lowmem", "elsewhere")
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of what make needs, at a path of the given name, beside folders that a path split in two would hit."""
+    """A copy of what make needs, at a path of that name, beside folders that a path split in two would hit."""
 
     def make_copy(name):
         for neighbour in NEIGHBOURS:

@@ -31,8 +31,8 @@ def call(root, state, check=False):
 
 
 SYSTEM_FOLDERS = (
-    "/", "/usr", "/usr/", "//usr", "/usr/local", "/usr/local/lib", "/usr/share", "/var", "/var/lib", "/etc", "/etc/x",
-    "/home", "/opt", "/opt/.", "/root", "/srv", "/tmp", "/run", "/boot/x", "/proc/1", "/dev/shm",
+    "/", "/usr", "/usr/", "//usr", "/usr/local", "/usr/local/lib", "/usr/share", "/var", "/var/lib", "/etc",
+    "/etc/x", "/home", "/opt", "/opt/.", "/root", "/srv", "/tmp", "/run", "/boot/x", "/proc/1", "/dev/shm",
 )  # fmt: skip
 
 
@@ -121,7 +121,8 @@ def test_the_role_removes_nothing_without_the_marker(tmp_path):
         "vllm_service_remove_models": True,
     }
     done = subprocess.run(
-        [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", play, "-e", json.dumps(values)],
+        [Path(sys.executable).parent / "ansible-playbook", "-i", "localhost,", play, "-e",
+         json.dumps(values)],
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=300,
     )  # fmt: skip
     assert done.returncode == 2
