@@ -14,6 +14,7 @@ from lowmem.artefacts import read_plan
 from lowmem.errors import BadInput
 from lowmem.service.gateway_health import Health, serve
 from lowmem.service.server import VllmServer
+from lowmem.text import visible
 
 
 def gateway_health(
@@ -40,6 +41,6 @@ def gateway_health(
         health.look(time.monotonic())
         if health.reason != said:
             said = health.reason
-            sys.stdout.write(f"gateway-health: {said or 'can complete'}\n")
+            sys.stdout.write(f"gateway-health: {visible(said or 'can complete')}\n")
             sys.stdout.flush()
         time.sleep(every_s)
