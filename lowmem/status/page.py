@@ -18,7 +18,7 @@ from lowmem.schema import Plan, Receipt
 from lowmem.status.metrics import Sample, window
 from lowmem.status.plots import Plot, plot
 from lowmem.status.status import Look, Quantiles, Status, status
-from lowmem.text import span
+from lowmem.text import span, visible
 from lowmem.units import MIB, number
 
 SUMS = ("total", "rest", "peak", "start", "load_growth")
@@ -421,4 +421,4 @@ def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | No
             "entries": entries[::-1],
             "newest": newest,
         }
-    return template.render(context)
+    return visible(template.render(context))

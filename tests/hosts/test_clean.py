@@ -13,7 +13,7 @@ NEIGHBOURS = ("a", "checkout", "a/other", "checkout/.lowmem", "elsewhere")
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of what make needs, at a path of that name, beside folders that a path split in two would hit."""
+    """Copy what make needs to a path of that name, beside folders that a path split in two would hit."""
 
     def make_copy(name):
         for neighbour in NEIGHBOURS:
