@@ -193,7 +193,8 @@ def pages() -> dict[Path, str]:
 # those of the status page; what a measurement cannot tell apart is grey, and no alarm
 TERM_COLOURS = {
     "weights": "#3568b0", "kv_cache": "#e0a94a", "cuda_graphs": "#2f8a8a", "activations": "#86c070",
-    "cuda_context": "#8159a8", "runtime": "#8159a8", "nccl": "#b94a69", "under load": "#c5ccd3", "offload_buffers": "#6fb1d6",
+    "cuda_context": "#8159a8", "runtime": "#8159a8", "nccl": "#b94a69", "under load": "#c5ccd3",
+    "offload_buffers": "#6fb1d6",
     "pipeline_buffers": "#a0785a", "rest": "#77808a", "all": "#77808a",
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
     try:
         root = ET.fromstring(path.read_text())  # noqa: S314 - written by the pytest run beside us
     except (OSError, ET.ParseError) as error:
-        raise BadInput(f"--checks {path}: {error}: pytest's --junitxml file is wanted") from None
+        raise BadInput(f"--checks {path}: {error}: give pytest's --junitxml file") from None
     checks: dict[str, dict[str, Any]] = {}
     for case in root.iter("testcase"):
         name = next(

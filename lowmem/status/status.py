@@ -54,7 +54,10 @@ class Quantiles(Strict):
 
 
 class Status(Strict):
-    """Running server beside its plan. Figures that only an answering server gives are None or zero otherwise."""
+    """Running server beside its plan.
+
+    Figures that only an answering server gives are None or zero otherwise.
+    """
 
     at_utc: str
     state: State

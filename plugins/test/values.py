@@ -1,4 +1,4 @@
-"""Tests of the values that operators set: `lowmem_root is config_path`. Each kind of value has its rule once."""
+"""Tests values that operators set: `lowmem_root is config_path`. Each kind of value has its rule once."""
 
 from __future__ import annotations
 

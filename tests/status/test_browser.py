@@ -49,7 +49,8 @@ addEventListener("load", () => {{
     columns: tiles ? style(tiles).gridTemplateColumns.split(" ").length : 0,
     resources: view.performance.getEntriesByType("resource").map((e) => e.name),
     reach: page.querySelectorAll(".scroll:not([tabindex])").length,
-    aside: [...page.querySelectorAll(".stack")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.getAttribute("aria-label")),
+    aside: [...page.querySelectorAll(".stack")].filter((e) => e.scrollWidth > e.clientWidth)
+      .map((e) => e.getAttribute("aria-label")),
   }});
 }});
 </script>"""

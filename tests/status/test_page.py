@@ -79,7 +79,10 @@ def down(**changes: object) -> Live:
 
 def text(html: str) -> str:
     """What the reader of a fresh page reads, with single blanks."""
-    hidden = r"<style>.*?</style>|<script.*?</script>|<noscript>.*?</noscript>|<p class=\"old.*?</p>|<span class=\"pill old.*?</span>"
+    hidden = (
+        r"<style>.*?</style>|<script.*?</script>|<noscript>.*?</noscript>"
+        r"|<p class=\"old.*?</p>|<span class=\"pill old.*?</span>"
+    )
     return " ".join(re.sub(r"<[^>]+>", " ", re.sub(hidden, "", html, flags=re.DOTALL)).split())
 
 
@@ -329,7 +332,7 @@ def test_the_command_writes_the_page_and_keeps_the_look(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "lowmem: a receipt, a folder of them, or --live is needed\n"),
+        ([], "lowmem: give a receipt, a folder of them, or --live\n"),
         (["--every-s", "60", "."], "lowmem: --samples and --every-s go with --live\n"),
         (
             ["--live", "--plan", "/nowhere/plan.json"],
