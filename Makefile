@@ -4,12 +4,18 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# Targets are paths, and make splits them at spaces; the shell and the tools split at more.
+ifneq ($(shell [[ $$PWD =~ [^[:alnum:]/._+@,-] ]] && echo odd),)
+$(error the path of this checkout holds a space or another character that make cannot bear; move it to a path of letters, digits and /._+@,-)
+endif
+
 # A Python that any user can run: the on-host environments are built from it. `make demo PYTHON=python3.12` takes another.
 PYTHON ?= $(shell scripts/find-python)
 # Passed on to ansible-playbook, e.g. `make demo ARGS='-e lowmem_port=8010'`.
 ARGS ?=
 
-STATE := $(CURDIR)/.lowmem
+# not to be named from outside: `make clean` removes it
+override STATE := $(CURDIR)/.lowmem
 VENV := $(STATE)/venv
 BIN := $(VENV)/bin
 
@@ -32,24 +38,24 @@ help: ## this list
 .PHONY: demo
 demo: setup ## from nothing to a verified vLLM service on this machine, without a GPU
 	@scripts/preconditions engine
-	@$(BIN)/ansible-playbook site.yml $(ARGS)
+	@"$(BIN)/ansible-playbook" site.yml $(ARGS)
 
 .PHONY: setup
 setup: $(RUNTIME) ## the controller's environment, .lowmem/venv
 
 $(RUNTIME): requirements.txt pyproject.toml
 	@scripts/preconditions controller "$(PYTHON)"
-	@mkdir -p $(STATE)
-	@test -x $(BIN)/pip || { echo "creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv $(VENV); }
+	@mkdir -p "$(STATE)" && touch "$(STATE)/lowmem_root"
+	@test -x "$(BIN)/pip" || { echo "creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv "$(VENV)"; }
 	@echo "installing the locked controller packages (requirements.txt)"
-	@$(BIN)/pip install -qq --no-compile --require-hashes -r requirements.txt
-	@$(BIN)/pip install -qq --no-deps --no-build-isolation --editable .
-	@rm -f $(STATE)/requirements.*.stamp && touch $@
+	@"$(BIN)/pip" install -qq --no-compile --require-hashes -r requirements.txt
+	@"$(BIN)/pip" install -qq --no-deps --no-build-isolation --editable .
+	@rm -f -- "$(STATE)"/requirements.*.stamp && touch "$@"
 
 $(DEVTOOLS): requirements-dev.txt | setup
 	@echo "installing the locked development tools (requirements-dev.txt)"
-	@$(BIN)/pip install -qq --no-compile --require-hashes -r requirements-dev.txt
-	@rm -f $(STATE)/requirements-dev.*.stamp && touch $@
+	@"$(BIN)/pip" install -qq --no-compile --require-hashes -r requirements-dev.txt
+	@rm -f -- "$(STATE)"/requirements-dev.*.stamp && touch "$@"
 
 .PHONY: lint
 lint: setup $(DEVTOOLS) ## ruff, mypy, import-linter, shellcheck, yamllint, ansible-lint
@@ -61,19 +67,19 @@ test: lint ## lint, then every test; builds the demo's environments where they a
 
 .PHONY: test-quick
 test-quick: lint ## lint, then the tests that need no engine
-	@$(BIN)/pytest -m "not engine" $(ARGS)
+	@"$(BIN)/pytest" -m "not engine" $(ARGS)
 
 .PHONY: molecule
 molecule: setup $(DEVTOOLS) ## the roles on real systemd hosts (root); one scenario with SCENARIO=name
-	@$(BIN)/python molecule/run $(SCENARIO)
+	@"$(BIN)/python" molecule/run $(SCENARIO)
 
 .PHONY: docs
 docs: setup ## write docs/variables.md again from the roles' argument specs
-	@$(BIN)/python scripts/variables_doc.py
+	@"$(BIN)/python" scripts/variables_doc.py
 
 .PHONY: dashboards
 dashboards: setup $(DEVTOOLS) ## write the Grafana dashboards again from scripts/dashboards.py
-	@$(BIN)/python scripts/dashboards.py
+	@"$(BIN)/python" scripts/dashboards.py
 
 .PHONY: lock
 lock: ## lock requirements*.txt again from pyproject.toml (needs uv)
@@ -84,7 +90,5 @@ stop: ## stop the demo's service
 	@scripts/stop-demo
 
 .PHONY: clean
-clean: stop ## stop the demo's service and remove everything that make made
-	@test ! -d $(STATE)/testhosts || molecule/hosts/testhosts sweep ""
-	@rm -rf $(STATE)
-	@echo "removed $(STATE)"
+clean: ## stop the demo's service and remove everything that make made
+	@scripts/clean

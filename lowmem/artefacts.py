@@ -6,12 +6,13 @@ import shlex
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from lowmem.errors import BadInput
+from lowmem.files import JSON_LIMIT_BYTES, parse_json, read_text
 from lowmem.schema import DeployedPlan, Plan, Receipt
 
-Artefact = TypeVar("Artefact", Plan, Receipt)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def read_environment(path: Path) -> dict[str, str]:
@@ -20,20 +21,24 @@ def read_environment(path: Path) -> dict[str, str]:
     Raises BadInput for a line of another form.
     """
     variables = {}
-    for number, raw in enumerate(path.read_text().splitlines(), 1):
+    for number, raw in enumerate(read_text(path).splitlines(), 1):
         line = raw.strip()
         if not line or line.startswith(("#", ";")):
             continue
         name, equals, value = line.partition("=")
         if not equals or not name.isidentifier():
             raise BadInput(f"{path}:{number}: expected NAME=VALUE, found {name!r}")
-        variables[name] = shlex.split(value)[0] if value[:1] in "\"'" and len(value) > 1 else value
+        try:
+            words = shlex.split(value) if value[:1] in "\"'" and len(value) > 1 else [value]
+        except ValueError as error:
+            raise BadInput(f"{path}:{number}: the value of {name} cannot be read: {error}") from None
+        variables[name] = words[0]
     return variables
 
 
 def read_plan(path: Path) -> Plan:
     """Read a plan. Raises BadInput, one line, if the file holds none."""
-    return _read(Plan, path, "--plan", " (write it with `lowmem plan --json`)")
+    return _read(Plan, path, f"--plan {path}", " (write it with `lowmem plan --json`)")
 
 
 def read_deployed_plan(path: Path) -> DeployedPlan:
@@ -46,15 +51,16 @@ def read_deployed_plan(path: Path) -> DeployedPlan:
 
 def read(path: Path) -> Receipt:
     """Read a receipt. Raises BadInput, one line, if the file holds none."""
-    return _read(Receipt, path, "receipt")
+    return _read(Receipt, path, f"receipt {path}")
 
 
-def _read(kind: type[Artefact], path: Path, what: str, advice: str = "") -> Artefact:
+def _read(model: type[_Model], path: Path, called: str, advice: str = "") -> _Model:
+    text = read_text(path, JSON_LIMIT_BYTES, called)
     try:
-        return kind.model_validate_json(path.read_text())
-    except OSError as error:
-        raise BadInput(f"{what} {path}: {error.strerror}") from None
+        value = model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
-        raise BadInput(f"{what} {path}: {place}: {first['msg']}{advice}") from None
+        raise BadInput(f"{called}: {place}: {first['msg']}{advice}") from None
+    parse_json(text, called)  # pydantic's own parser accepts NaN and has other bounds
+    return value

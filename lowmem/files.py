@@ -1,11 +1,38 @@
-"""Writes files beside their place and then moves them into it, so that a reader never sees half of one."""
+"""Reads and writes files.
+
+A file is written beside its place and then moved into it, so that a reader never sees half of one. A file
+that is read may come from anybody: every reader here is bounded, and refuses with one line.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowmem.errors import BadInput
+
+JSON_LIMIT_BYTES = 8 * 2**20
+YAML_LIMIT_BYTES = 2**18
+
+DEPTH_LIMIT = 100
+
+DIGITS_LIMIT = 20
+"""The largest integer of 64 bits has as many."""
+
+NODES_LIMIT = 100_000
+"""Nodes of a YAML file, each alias counted as what it stands for."""
+
+_QUOTED = ("'", '"', "|", ">")
+
+_YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def tree_digest(root: Path, paths: Iterable[Path]) -> str:
@@ -26,3 +53,130 @@ def write_text(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text.rstrip("\n") + "\n")
     beside.replace(path)
+
+
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading and returns its descriptor. A FIFO or a device would never end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:  # a NUL in the name
+        raise FileNotFoundError(0, "no such file", str(path)) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadInput(f"{path} is not a regular file; name a file")
+    return descriptor
+
+
+def read_text(path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "") -> str:
+    """Return the text of a regular UTF-8 file. BadInput with one line otherwise, which calls it `called`."""
+    name = called or str(path)
+    try:
+        with os.fdopen(open_regular(path), "rb") as stream:
+            data = stream.read(limit_bytes + 1)
+    except OSError as error:
+        raise BadInput(f"{name}: {error.strerror}") from None
+    if len(data) > limit_bytes:
+        raise BadInput(f"{name} is larger than {limit_bytes} bytes, the limit of such a file")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{name} is not UTF-8 at byte {error.start}") from None
+
+
+def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "") -> Any:
+    """Return the value of a JSON file. BadInput with one line where a bound of this module is passed."""
+    return parse_json(read_text(path, limit_bytes, called), called or str(path))
+
+
+def read_json_object(path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "") -> dict[str, Any]:
+    """Return the object of a JSON file, as `read_json`."""
+    value = read_json(path, limit_bytes, called)
+    if not isinstance(value, dict):
+        raise BadInput(f"{called or path} holds no JSON object")
+    return value
+
+
+def parse_json(text: str | bytes, name: str) -> Any:
+    """Return the value of a JSON text that `name` holds, as `read_json`."""
+
+    def integer(digits: str) -> int:
+        if len(digits) > DIGITS_LIMIT:
+            raise BadInput(f"{name} holds an integer of {len(digits)} digits; the limit is {DIGITS_LIMIT}")
+        return int(digits)
+
+    def constant(word: str) -> float:
+        raise BadInput(f"{name} holds {word}, which is not a finite number")
+
+    try:
+        value = json.loads(text, parse_int=integer, parse_constant=constant)
+    except RecursionError:
+        raise BadInput(f"{name} is nested deeper than {DEPTH_LIMIT} levels") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{name} is not JSON ({error})") from None
+    _refuse_odd_values(value, name)
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the value of a YAML file. BadInput with one line where a bound of this module is passed."""
+    text = read_text(path, YAML_LIMIT_BYTES)
+    try:
+        _refuse_bombs(text, str(path))
+        value = yaml.load(text, Loader=_YAML_LOADER)  # noqa: S506 - both are safe loaders
+    except BadInput:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, KeyError) as error:
+        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    _refuse_odd_values(value, str(path))
+    return value
+
+
+def _refuse_bombs(text: str, name: str) -> None:
+    """Go through the events of a YAML text, which need no recursion and build nothing."""
+    sizes: dict[str, int] = {}  # of each anchor, in nodes
+    open_nodes: list[tuple[str | None, int]] = []  # anchor, and nodes before it
+    nodes = 0
+    for event in yaml.parse(text, Loader=_YAML_LOADER):
+        if isinstance(event, yaml.AliasEvent):
+            nodes += sizes.get(event.anchor or "", 1)
+        elif isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, nodes))
+            nodes += 1
+            if len(open_nodes) > DEPTH_LIMIT:
+                raise BadInput(f"{name} is nested deeper than {DEPTH_LIMIT} levels")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = nodes - before
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes += 1
+            digits = event.value.replace("_", "").replace(":", "").lstrip("+-")
+            if event.style not in _QUOTED and len(digits) > DIGITS_LIMIT and digits.isdigit():
+                raise BadInput(
+                    f"{name} holds an integer of {len(digits)} digits; the limit is {DIGITS_LIMIT}"
+                )
+        if nodes > NODES_LIMIT:
+            raise BadInput(f"{name} holds more than {NODES_LIMIT} nodes, with its aliases written out")
+
+
+def _refuse_odd_values(value: Any, name: str) -> None:
+    """Refuse depth, numbers that are not finite or too long, and text that no terminal can be sent."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEPTH_LIMIT:
+            raise BadInput(f"{name} is nested deeper than {DEPTH_LIMIT} levels")
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, dict):
+                below += one.keys()
+                below += one.values()
+            elif isinstance(one, list | tuple | set):
+                below += one
+            elif isinstance(one, float) and not math.isfinite(one):
+                raise BadInput(f"{name} holds {one}, which is not a finite number")
+            elif isinstance(one, int) and abs(one) >= 10**DIGITS_LIMIT:
+                raise BadInput(f"{name} holds an integer of more than {DIGITS_LIMIT} digits")
+            elif isinstance(one, str) and not one.isascii() and any("\ud800" <= c <= "\udfff" for c in one):
+                raise BadInput(f"{name} holds half of a UTF-16 pair, which is not text")
+        level = below

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
 
+from lowmem.units import local_url
+
 Bytes = Annotated[int, Field(description="bytes")]
 
 Scalar = bool | int | float | str
@@ -18,16 +20,6 @@ Scalar = bool | int | float | str
 Verdict = Literal["fits", "slow", "impossible"]
 
 VLLM_VERSION = "0.32.0"
-
-# a server that listens on every address is asked at the loopback address of that family: a socket
-# of `::` may be closed to IPv4 (net.ipv6.bindv6only)
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
-
-
-def local_url(host: str, port: int) -> str:
-    """Return the URL at which a host reaches its own server that listens on this address and port."""
-    address = _LOOPBACK.get(host, host)
-    return f"http://{f'[{address}]' if ':' in address else address}:{port}"
 
 
 class Strict(BaseModel):

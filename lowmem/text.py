@@ -1,8 +1,9 @@
-"""Draws bars, sparklines and time spans as text."""
+"""Draws bars, sparklines and time spans as text, and makes foreign text fit to print."""
 
 from __future__ import annotations
 
 import datetime as dt
+import re
 from collections.abc import Sequence
 
 _BAR = 30
@@ -31,6 +32,34 @@ def span(seconds: float) -> str:
         elif parts:
             break
     return " ".join(parts[:2]) or "0 s"
+
+
+_UNPRINTABLE = re.compile(
+    # control characters but tab and newline, soft hyphen, marks of direction and of no width, separators of
+    # lines and paragraphs, halves of a UTF-16 pair, interlinear marks, tags
+    "[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ud800-\\udfff\\ufeff"
+    "\\ufff9-\\ufffb\\U000e0000-\\U000e007f]"
+)
+
+
+def visible(text: str) -> str:
+    """Escape what would steer a terminal or hide text, as `\\x1b` or `\\u202e`; all else stays as it is."""
+    return _UNPRINTABLE.sub(_escaped, text)
+
+
+def visible_json(text: str) -> str:
+    """Do the same to a JSON text, which stays the same JSON."""
+    return _UNPRINTABLE.sub(_json_escaped, text)
+
+
+def _json_escaped(found: re.Match[str]) -> str:
+    units = found[0].encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[at : at + 4]}" for at in range(0, len(units), 4))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 SPARKS = "▁▂▃▄▅▆▇█"

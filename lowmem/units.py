@@ -1,4 +1,7 @@
-"""Reads and writes sizes. MiB and GiB are powers of two, GB and MB powers of ten; the names never mix."""
+"""Reads and writes sizes and addresses.
+
+MiB and GiB are powers of two, GB and MB powers of ten; the names never mix.
+"""
 
 from __future__ import annotations
 
@@ -44,3 +47,14 @@ def gib(value: int | float) -> str:
 def number(value: float | None) -> str:
     """Format a number with one decimal below 100 and none above; None is a dash."""
     return "-" if value is None else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+# a server that listens on every address is asked at the loopback address of that family: a socket
+# of `::` may be closed to IPv4 (net.ipv6.bindv6only)
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
+
+
+def local_url(host: str, port: int) -> str:
+    """Return the URL at which a host reaches its own server that listens on this address and port."""
+    address = _LOOPBACK.get(host, host)
+    return f"http://{f'[{address}]' if ':' in address else address}:{port}"

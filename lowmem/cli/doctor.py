@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lowmem.errors import BadInput
+from lowmem.files import read_json_object
 from lowmem.status.doctor import lines, overall, triage
 
 
@@ -21,9 +22,9 @@ def doctor(
 ) -> None:
     """Say what is wrong with a host, one verdict a line. Exit 0: nothing is bad. 2: something is."""
     try:
-        data = json.loads(report.read_text(encoding="utf-8"))
+        data = read_json_object(report)
         findings = triage(data["gpu"], data["memory"], data["plan"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BadInput(
             f"{report} is not a report of playbooks/doctor.yml ({error!r}): run the playbook again"
         ) from error

@@ -6,13 +6,19 @@ under a second.
 
 from __future__ import annotations
 
+import errno
 import importlib
+import math
+import os
+import traceback
 from typing import Any
 
 import typer
+from pydantic import ValidationError
 from typer.core import TyperGroup
 
 from lowmem.errors import BadInput
+from lowmem.text import visible
 
 COMMANDS = {
     "plan": "lowmem.cli.plan:plan",
@@ -36,6 +42,13 @@ USAGE_ERRORS: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == 
 """The root of typer's own usage errors, which it does not export."""
 
 
+DEBUG = "LOWMEM_DEBUG"
+"""Environment variable; where it is set, an error keeps its traceback."""
+
+MOST = 10**9
+"""Beyond the largest number that any option can mean; a sleep of so many seconds is still a sleep."""
+
+
 class LazyGroup(TyperGroup):
     """Group of commands that imports the module of a command when the command is called."""
 
@@ -48,21 +61,60 @@ class LazyGroup(TyperGroup):
         module, function = COMMANDS[cmd_name].split(":")
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command(cmd_name)(getattr(importlib.import_module(module), function))
-        return typer.main.get_command(single)
+        command = typer.main.get_command(single)
+        run = command.invoke
+
+        def invoke(inner: Any) -> Any:
+            refuse_odd_numbers(inner.params)
+            return run(inner)
+
+        command.invoke = invoke  # type: ignore[method-assign, assignment]
+        return command
 
     def invoke(self, ctx: Any) -> Any:
-        """Print bad input of any kind as one line on stderr and exit with 1.
+        """Print any error as one line on stderr and exit with 1.
 
         typer's own usage errors would exit with 2, which here means impossible.
         """
         try:
             return super().invoke(ctx)
-        except BadInput as e:
-            message = str(e)
-        except USAGE_ERRORS as e:
-            message = e.format_message()
-        typer.echo("lowmem: " + " ".join(message.split()), err=True)
+        except (typer.Exit, typer.Abort):
+            raise
+        except USAGE_ERRORS as error:
+            message = error.format_message()
+        except Exception as error:
+            if os.environ.get(DEBUG) or (isinstance(error, OSError) and error.errno == errno.EPIPE):
+                raise
+            message = message_of(error)
+        typer.echo("lowmem: " + visible(" ".join(message.split())), err=True)
         raise typer.Exit(1)
+
+
+def message_of(error: Exception) -> str:
+    """Return what is wrong with the input, or where a fault of this program is and how to report it."""
+    if isinstance(error, BadInput):
+        return str(error)
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return (
+        f"a fault in lowmem itself, {type(error).__name__}{place}: {str(error)[:200]};"
+        f" please report it with the traceback that {DEBUG}=1 shows"
+    )
+
+
+def refuse_odd_numbers(options: dict[str, Any]) -> None:
+    """Refuse a number that no option can mean: NaN passes each comparison with a least value."""
+    for name, value in options.items():
+        for one in value if isinstance(value, list | tuple) else [value]:
+            number = isinstance(one, int | float) and not isinstance(one, bool)
+            if number and not (math.isfinite(one) and abs(one) <= MOST):
+                option = name.rstrip("_").replace("_", "-")
+                raise BadInput(f"--{option} {one:g} is not a number from {-MOST:g} to {MOST:g}")
 
 
 app = typer.Typer(

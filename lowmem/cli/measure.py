@@ -10,9 +10,12 @@ import typer
 
 from lowmem.artefacts import read_environment, read_plan
 from lowmem.errors import BadInput
+from lowmem.files import read_text
 from lowmem.measure.load import say
 from lowmem.measure.session import Options, run
 from lowmem.schema import Load
+
+MOST_CLIENTS = 100_000
 
 
 def parse_clients(text: str) -> list[int]:
@@ -20,9 +23,10 @@ def parse_clients(text: str) -> list[int]:
         counts = [int(word) for word in text.split(",")]
     except ValueError:
         counts = []
-    if not counts or min(counts) < 1:
+    if not counts or min(counts) < 1 or max(counts) > MOST_CLIENTS:
         raise BadInput(
-            f"--clients {text}: give a comma-separated list of whole numbers of at least 1, such as 8,1,4"
+            f"--clients {text}: give a comma-separated list of whole numbers from 1 to {MOST_CLIENTS}, such"
+            " as 8,1,4"
         )
     return counts
 
@@ -99,7 +103,7 @@ def measure(
         out=out,
         launcher=start,
         url=url,
-        pid=pid if pid or not pid_file else int(pid_file.read_text()),
+        pid=pid if pid or not pid_file else _pid_of(pid_file),
         log=log,
         variables=variables,
         extra=tuple(arg or ()),
@@ -132,6 +136,14 @@ def _refuse_url(url: str) -> None:
         whole = None
     if not whole or "@" in url or place.path not in ("", "/") or place.query or place.fragment:
         raise BadInput(f"--url {url}: give http://HOST:PORT, such as http://127.0.0.1:8000")
+
+
+def _pid_of(file: Path) -> int:
+    """Read the number of a process."""
+    text = read_text(file, 64).strip()
+    if not text.isdecimal():
+        raise BadInput(f"--pid-file {file}: a process number is wanted")
+    return int(text)
 
 
 def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Path | None) -> Path | None:

@@ -96,7 +96,7 @@ def plan(
         )
     try:
         limit = parse_bytes(memory_limit) if memory_limit is not None else None
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         raise BadInput(f"--memory-limit: {e}") from None
     result = make_plan(
         PlanRequest(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 import lowmem
-from lowmem.data import parse_yaml
 from lowmem.errors import BadInput
+from lowmem.files import read_yaml
 from lowmem.schema import Profile
 
 
@@ -37,14 +36,12 @@ def load_profile(name: str) -> Profile:
     Raises BadInput with the field and the reason.
     """
     path = Path(name) if name.endswith((".yml", ".yaml")) else folder() / f"{name}.yml"
-    if not path.is_file():
+    if not path.exists():
         raise BadInput(
             f"profile {name!r} does not exist; use one of {', '.join(names())}, or the path of a YAML file"
         )
     try:
-        return Profile.model_validate(parse_yaml(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise BadInput(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+        return Profile.model_validate(read_yaml(path))
     except ValidationError as e:
         first = e.errors()[0]
         raise BadInput(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None

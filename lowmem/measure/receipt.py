@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import BadInput
+from lowmem.files import read_text
 from lowmem.schema import LoadResult, Receipt
 from lowmem.units import MIB
 
@@ -18,8 +19,15 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
     another file, or if no check was run.
     """
     try:
-        root = ET.fromstring(path.read_text())  # noqa: S314 - written by the pytest run beside us
-    except (OSError, ET.ParseError) as error:
+        text = read_text(path, called=f"--checks {path}")
+        if "<!DOCTYPE" in text:
+            raise BadInput(f"--checks {path}: a document type; give pytest's --junitxml file")
+        root = ET.fromstring(text)  # noqa: S314 - bounded, and without entities of its own
+        for case in root.iter("testcase"):
+            float(case.get("time", 0))
+    except (ET.ParseError, ValueError) as error:
+        if isinstance(error, BadInput):
+            raise
         raise BadInput(f"--checks {path}: {error}: give pytest's --junitxml file") from None
     checks: dict[str, dict[str, Any]] = {}
     for case in root.iter("testcase"):

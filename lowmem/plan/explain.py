@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
+from lowmem.files import read_yaml
 from lowmem.plan.compute import compute
 from lowmem.plan.request import Inputs
 from lowmem.schema import Knob, Plan
@@ -117,10 +118,11 @@ def measured_effects(folder: Path, profile: str) -> dict[str, str]:
 
     They are in `ablations.yml` of the folder. The result is empty if there is no such file.
     """
-    from lowmem.data import parse_yaml
-
     file = folder / "ablations.yml"
     if not file.is_file():
         return {}
-    table = parse_yaml(file.read_text(encoding="utf-8")) or {}
-    return {str(k): str(v) for k, v in (table.get(profile) or {}).items()}
+    table = read_yaml(file) or {}
+    effects_of = table.get(profile) or {} if isinstance(table, dict) else None
+    if not isinstance(effects_of, dict):
+        raise BadInput(f"{file}: profile -> knob -> sentence is wanted")
+    return {str(k): str(v) for k, v in effects_of.items()}

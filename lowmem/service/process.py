@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 import psutil
 
 from lowmem.errors import BadInput
-from lowmem.schema import Deploy, local_url
-from lowmem.units import MIB
+from lowmem.schema import Deploy
+from lowmem.units import MIB, local_url
 
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 
@@ -59,7 +59,7 @@ class Engine:
                 self.seen |= {main, *main.children(recursive=True)}
 
     def log_lines(self) -> list[str]:
-        if self.log is None or not self.log.exists():
+        if self.log is None or not self.log.is_file():
             return []
         with self.log.open("rb") as stream:
             stream.seek(max(0, self.log.stat().st_size - 50 * MIB))

@@ -24,6 +24,9 @@ from lowmem.probes import Card, cards
 from lowmem.schema import Plan
 from lowmem.units import MIB, gib, mib
 
+LAST_CORE = 8191
+"""No Linux kernel is built for more than 8192 cores."""
+
 SMALLER_CARD = 0.98
 """Drivers before 510 print 40,536 MiB where later ones print 40,960: a card is smaller than planned below
 this share of its size.
@@ -72,10 +75,10 @@ def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
     bound = {v.name: v.value for v in plan.environment}.get("VLLM_CPU_OMP_THREADS_BIND", "")
     missing = sorted(cores_of(bound) - seen.cores)
     if missing:
+        named = ", ".join(map(str, missing[:16])) + (" and more" if missing[16:] else "")
         yield (
-            f"VLLM_CPU_OMP_THREADS_BIND is {bound}, and this service may not run on core"
-            f" {', '.join(map(str, missing))}: set it in vllm_service_extra_environment to cores of this"
-            " host"
+            f"VLLM_CPU_OMP_THREADS_BIND is {bound}, and this service may not run on core {named}: set it in"
+            " vllm_service_extra_environment to cores of this host"
         )
     for line in seen.checkpoint:
         yield f"{line}; it is not served: run site.yml again, which makes the checkpoint anew"
@@ -136,13 +139,17 @@ def _card_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
             )
 
 
+def _core(digits: str) -> int:
+    return min(int(digits), LAST_CORE) if len(digits) <= len(str(LAST_CORE)) else LAST_CORE
+
+
 def cores_of(bound: str) -> frozenset[int]:
     """Return the cores that VLLM_CPU_OMP_THREADS_BIND names, as in 0-1|4,6; none for words such as auto."""
     cores: set[int] = set()
     for part in bound.replace("|", ",").split(","):
         first, _, last = part.strip().partition("-")
-        if first.isdigit() and (not last or last.isdigit()):
-            cores |= set(range(int(first), int(last or first) + 1))
+        if first.isdecimal() and (not last or last.isdecimal()):
+            cores |= set(range(_core(first), _core(last or first) + 1))
     return frozenset(cores)
 
 

@@ -34,17 +34,17 @@ function tell() {
   document.body.classList.toggle("is-old", old);
   if (!old) return;
   const minutes = Math.round(age / 60);
+  const hours = Math.round(minutes / 60), days = Math.round(minutes / 1440);
   document.getElementById("age").textContent =
-    minutes < 120 ? minutes + " min"
-    : minutes < 2880 ? Math.round(minutes / 60) + " h"
-    : Math.round(minutes / 1440) + " days";
+    minutes < 120 ? minutes + " min" : hours < 48 ? hours + " h" : days + " days";
   document.title = document.title.replace(/^[^:]*:/, "old page:");
 }
 tell();
 setInterval(tell, 10000);
 """
-"""Marks a status page that is older than three of its intervals, also one that stays open. A page of a host
-that is gone would otherwise go on saying "serving".
+"""Marks a status page that is older than three of its intervals, also one that stays open.
+
+A page of a host that is gone would otherwise go on saying "serving".
 """
 
 KEPT_S = 3600

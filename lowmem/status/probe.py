@@ -15,7 +15,8 @@ import psutil
 from pydantic import ValidationError
 
 from lowmem.artefacts import read_deployed_plan
-from lowmem.files import write_text
+from lowmem.errors import BadInput
+from lowmem.files import read_text, write_text
 from lowmem.probes import Gpus, ProcessTree
 from lowmem.schema import DeployedPlan
 from lowmem.service.server import VllmServer
@@ -128,8 +129,8 @@ def read_samples(path: Path) -> list[Sample]:
     """
     samples = []
     try:
-        lines = path.read_text().splitlines()
-    except OSError:
+        lines = read_text(path).splitlines()
+    except BadInput:
         return []
     for line in lines:
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lowmem.schema import local_url
+from lowmem.units import local_url
 
 DOCUMENTATION = r"""
 name: local_url

@@ -1,4 +1,7 @@
-"""Tests values that operators set: `lowmem_root is config_path`. Each kind of value has its rule once."""
+"""Tests of the values that operators set, as in `lowmem_root is config_path`.
+
+Each kind of value has its rule once.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,14 @@ PATTERNS = {
 
 
 def matches(pattern: str) -> Callable[[Any], bool]:
+    """Return a test of the whole value; a number that YAML read counts as its text."""
     compiled = re.compile(pattern)
-    return lambda value: isinstance(value, str) and compiled.fullmatch(value) is not None
+    kinds = (str, int, float)
+    return lambda value: (
+        isinstance(value, kinds)
+        and not isinstance(value, bool)
+        and compiled.fullmatch(str(value)) is not None
+    )
 
 
 def ip_address(value: Any) -> bool:

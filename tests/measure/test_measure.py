@@ -100,7 +100,10 @@ def test_a_service_that_ignores_sigterm_is_killed_and_reported(
         ([], "give one of --start LAUNCHER, --serve and --url URL; none was given"),
         (
             ["--serve", "--clients", "8,none"],
-            ("--clients 8,none: give a comma-separated list of whole numbers of at least 1, such as 8,1,4"),
+            (
+                "--clients 8,none: give a comma-separated list of whole numbers from 1 to 100000, such as"
+                " 8,1,4"
+            ),
         ),
         (["--serve", "--env-file", "none.env"], "--env-file none.env: no such file"),
     ],

@@ -79,10 +79,7 @@ def down(**changes: object) -> Live:
 
 def text(html: str) -> str:
     """What the reader of a fresh page reads, with single blanks."""
-    hidden = (
-        r"<style>.*?</style>|<script.*?</script>|<noscript>.*?</noscript>"
-        r"|<p class=\"old.*?</p>|<span class=\"pill old.*?</span>"
-    )
+    hidden = r"<(style|script|noscript)\b.*?</\1>|<p class=\"old.*?</p>|<span class=\"pill old.*?</span>"
     return " ".join(re.sub(r"<[^>]+>", " ", re.sub(hidden, "", html, flags=re.DOTALL)).split())
 
 
