@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
-"""What `lowmem fleet` says of two replicas behind the router, against two real ones.
+"""Compares what `lowmem fleet` says of two replicas behind the router with two real ones.
 
     benchmarks/fleet_two_replicas.py measure FOLDER
     benchmarks/fleet_two_replicas.py compare FOLDER
 
 Run it with .lowmem/venv/bin/python, after `make demo` and `pytest tests/router`.
 
-`measure` starts two replicas behind the real vllm-router (least load of two). One alone is measured first
-(`lowmem measure`), through the router as well: FOLDER/one.json. Then both are driven, by clients that wait
-for their answers and by requests that arrive by themselves (Poisson): FOLDER/loads.json. `compare` simulates
-the same loads from one.json, as many requests from an empty start, the mean of twenty seeds, and prints the
-ratios; nothing is asserted.
+`measure` starts two replicas behind the real vllm-router (least load of two). It first measures one replica
+alone (`lowmem measure`), through the router as well: FOLDER/one.json. Then it drives both, by clients that
+wait for their answers and by requests at random times (Poisson): FOLDER/loads.json.
+
+`compare` simulates the same loads from one.json. It starts empty, sends as many requests, and takes the mean
+of twenty seeds. It prints the ratios and asserts nothing.
 
 The replicas are two of the demo's engines, each on a core of its own. The load generator then has no core of
-its own: it shares the core of the one replica, and both cores of the two, so that each replica loses the same
-to it. On a machine with GPUs they are a run that benchmarks/gpu/matrix.py prepared, each on its own cards:
+its own. It shares the core of the one replica, and both cores of the two, so each replica loses the same to
+it.
+
+On a machine with GPUs the replicas are a run that benchmarks/gpu/matrix.py prepared, each on its own cards:
 --prepared .carry/runs/low_latency --gpus 2 --gpus 3 --router BINARY.
 """
 
@@ -92,7 +95,7 @@ def server(command: list[str], environment: dict[str, str], log: Path) -> Iterat
 
 @dataclass(frozen=True)
 class Replica:
-    """How one is started, and what runs beside it."""
+    """Start command of a replica, and the programs that run beside it."""
 
     command: list[str]
     environment: dict[str, str]

@@ -62,7 +62,7 @@ INTERPRETER = '#!/bin/sh\n"{python}" "$@"\nstatus=$?\ntimes >>"{times}"\nexit $s
 
 
 def store(place: Path, demo: Path) -> None:
-    """A store with the demo's models; copies, since a hard link would change the demo's own files."""
+    """Make a store with copies of the demo's models, since a hard link would change the demo's own files."""
     (place / "models").mkdir(parents=True)
     for name in MODELS:
         shutil.copytree(demo / "models" / name, place / "models" / name)
@@ -97,7 +97,7 @@ def inventory(scratch: Path, count: int, port: int) -> Path:
 
 
 def free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
+    """Return the first of so many free ports in a row."""
     for first in range(20000, 30000, 100):
         with contextlib.suppress(OSError), contextlib.ExitStack() as taken:
             for port in range(first, first + count):
@@ -107,7 +107,7 @@ def free_ports(count: int) -> int:
 
 
 def cpu_s(times: Path) -> float:
-    """The sum of what the interpreters wrote: lines such as `0m0.010000s 0m0.020000s`."""
+    """Sum the processor time that the interpreters wrote, in lines such as `0m0.010000s 0m0.020000s`."""
     if not times.exists():
         return 0.0
     parts = (field.rstrip("s").split("m") for field in times.read_text().split())
@@ -244,7 +244,7 @@ def told(run: dict[str, Any]) -> str:
 
 
 def line(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """(seconds a host, seconds of no host), by least squares."""
+    """Fit a line by least squares. Return (seconds a host, seconds of no host)."""
     fit = statistics.linear_regression([count for count, _ in points], [seconds for _, seconds in points])
     return fit.slope, fit.intercept
 

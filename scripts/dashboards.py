@@ -24,8 +24,10 @@ RED, AMBER, GREEN, GREY = "red", "orange", "green", "text"
 
 @dataclass(frozen=True)
 class Graph:
-    """A panel over time. `series`: legend -> expression; a legend that starts with "limit" or "plan" is drawn
-    as a dashed line.
+    """Panel over time.
+
+    `series` maps each legend to its expression. A legend that starts with "limit" or "plan" is drawn as a
+    dashed line.
     """
 
     title: str
@@ -39,8 +41,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Figure:
-    """One number: green below the first of `steps`, amber below the second, red above. `words`: value -> word
-    and colour.
+    """Panel of one number: green below the first of `steps`, amber below the second, red above.
+
+    `words` maps a value to its word and colour.
     """
 
     title: str

@@ -43,8 +43,9 @@ FLEET_BEGIN, FLEET_END = "<!-- fleet, written by scripts/measurements_doc.py -->
 
 @dataclass(frozen=True)
 class Row:
-    """A line of README.md: what it is, and what is planned for an A100-40G beside it (nothing where no
-    profile has these settings).
+    """Line of README.md: its subject, and the plan for an A100-40G beside it.
+
+    The plan is absent if no profile has these settings.
     """
 
     what: str
@@ -74,7 +75,7 @@ ROWS = {
 
 
 def headline(runs: dict[str, Received]) -> str:
-    """The table of README.md."""
+    """Render the table of README.md."""
     lines = [
         (
             "| run | limit, MiB a card | peak under load | planned | TPOT p50, p99 | tokens/s | on an"
@@ -107,7 +108,7 @@ def headline(runs: dict[str, Received]) -> str:
 
 
 def details(runs: dict[str, Received]) -> str:
-    """The tables of docs/measurements/README.md: today's plan against each receipt, and every load."""
+    """Render the tables of docs/measurements/README.md: today's plan against each receipt, and every load."""
     lines = [
         (
             "| run | idle, MiB a card | planned | error | peak under load | planned | error | highest before"
@@ -149,7 +150,7 @@ def details(runs: dict[str, Received]) -> str:
 
 
 def replicas(folder: Path) -> str:
-    """A table of what two replicas did and what `lowmem fleet` says that they do."""
+    """Render a table of what two replicas did and what `lowmem fleet` says that they do."""
     lines = ["| load | | measured | simulated | ratio |", "|---|---|--:|--:|--:|"]
     for load, figure, real, simulated in compared(folder):
         digits = 0 if figure.startswith("ttft") else 1
@@ -163,7 +164,7 @@ def replicas(folder: Path) -> str:
 
 
 def written(page: str, block: str, begin: str = BEGIN, end: str = END) -> str:
-    """The page with the block between its markers."""
+    """Return the page with the block between its markers."""
     before, _, rest = page.partition(begin)
     _, _, after = rest.partition(end)
     return f"{before}{begin}\n{block}\n{end}{after}"

@@ -98,7 +98,7 @@ def session_table() -> list[str]:
 
 
 def profile_table() -> list[str]:
-    """The plan of each profile as it stands."""
+    """Render the plan of each profile as it stands."""
     lines = [
         (
             "| profile | on | verdict | MiB a card under load | limit | KV tokens | requests | ms a token"
@@ -125,7 +125,7 @@ def profile_table() -> list[str]:
 
 
 def link_table() -> list[str]:
-    """The links between hosts, with where each figure comes from."""
+    """Render the links between hosts, with the source of each figure."""
     lines = [
         "| network | | GB/s, one direction | from | round trip, us | from |",
         "|---|---|---:|---|---:|---|",
@@ -145,7 +145,7 @@ def link_table() -> list[str]:
 
 
 def two_hosts_rows() -> list[str]:
-    """The profile of two hosts over each link of the table."""
+    """Render the profile of two hosts over each link of the table."""
     lines = []
     for name in links.names():
         p = make_plan(PlanRequest("two_hosts", network=name, search=False))
@@ -165,7 +165,7 @@ def two_hosts_rows() -> list[str]:
 
 
 def calibration_table() -> list[str]:
-    """Every constant that no formula gives, with its source."""
+    """Render every constant that no formula gives, with its source."""
     lines = ["| constant | value | source |", "|---|---|---|"]
     for section, entries in load_yaml("calibration.yml").items():
         if section == "calibrated_on":
@@ -178,7 +178,7 @@ def calibration_table() -> list[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """Render the whole page."""
     awq = model_cards.quantized(
         model_cards.load_card("llama-2-70b"),
         Quantization(method="awq", bits=4, group_size=128, zero_point=True),

@@ -26,7 +26,7 @@ _NOT_KNOBS = ("model", "served_model_name", "load_format")
 
 
 def knobs_of(args: str) -> dict[str, Scalar]:
-    """The arguments of a run as knob -> value."""
+    """Return the arguments of a run by knob."""
     words, found, i = shlex.split(args), {}, 0
     while i < len(words):
         flag = _SHORT.get(words[i], words[i])
@@ -46,7 +46,10 @@ def knobs_of(args: str) -> dict[str, Scalar]:
 
 @dataclass(frozen=True)
 class Compared:
-    """One run: the plan made for it, and what was measured (None: the run did not get that far)."""
+    """Run with the plan made for it and its measurement.
+
+    The measurement is None if the run did not get that far.
+    """
 
     name: str
     vllm: str
@@ -70,8 +73,9 @@ def _logged(lines: list[str], pattern: str) -> str | None:
 
 
 def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
-    """A run of the reference file beside its plan; nothing of the run but its arguments, versions and load
-    goes into the plan.
+    """Make the plan of a run of the reference file, beside its measurement.
+
+    Only the run's arguments, versions and load go into the plan.
     """
     bare = profiles.load_profile("low_mem")
     awq = bare.quantization.model_copy(update={"method": "awq"})
@@ -112,14 +116,15 @@ def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
 
 
 def load_runs(path: Path) -> list[Compared]:
-    """All runs of a reference file."""
+    """Load all runs of a reference file."""
     return [compare(run) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
 
 
 @dataclass(frozen=True)
 class Session:
-    """One run of our own sessions: its plan, and what was read (None: the run did not get that far), MiB a
-    card.
+    """Run of our own sessions with its plan and its readings, in MiB a card.
+
+    A reading is None if the run did not get that far.
     """
 
     name: str
@@ -133,7 +138,7 @@ class Session:
 
     @property
     def planned_before_start_mib(self) -> float:
-        """What the plan has on the card when the engine first reads free memory."""
+        """Return the plan's memory on the card when the engine first reads free memory."""
         return self.plan.before_start_bytes / MIB
 
 
@@ -177,9 +182,7 @@ takes.
 
 @dataclass(frozen=True)
 class Received:
-    """A receipt of a run on a real card beside the plan that today's code makes for that card with the same
-    arguments.
-    """
+    """Receipt of a run on a real card, beside today's plan for that card with the same arguments."""
 
     name: str
     receipt: Receipt
@@ -236,8 +239,9 @@ def received(name: str, receipt: Receipt) -> Received:
 
 
 def load_receipts(folder: Path) -> list[Received]:
-    """The receipts of a folder whose service answered a load, by name, each planned for its own card; other
-    JSON files are passed over.
+    """Load the receipts of a folder whose service answered a load, by name, each planned for its own card.
+
+    Other JSON files are skipped.
     """
     found = []
     for file in sorted(folder.glob("*.json")):

@@ -1,12 +1,11 @@
-"""Writes docs/reliability.md from tests/faults/catalogue.yml and the records that the fault tests left in
-.lowmem/faults.
+"""Writes docs/reliability.md from tests/faults/catalogue.yml and the records of the fault tests.
 
     LOWMEM_SLOW=1 .lowmem/venv/bin/pytest -m fault && make molecule SCENARIO="service cluster two_hosts"
     .lowmem/venv/bin/python scripts/reliability_doc.py
 
-A fault that was not injected again keeps its row, with the day and the load of that run. One that has neither
-a record nor a row, or whose injection or expectation is another one since, has no row and is named above the
-table: the page holds only what was seen.
+The records lie in .lowmem/faults. A fault that was not injected again keeps its row, with the day and the
+load of that run. A fault has no row if it has neither a record nor an old row, or if its injection or
+expectation has changed since. The text above the table names it, since the page holds only what was seen.
 """
 
 from __future__ import annotations

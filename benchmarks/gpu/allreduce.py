@@ -1,5 +1,6 @@
-"""How long an all-reduce of a decode or prefill step takes on these cards: vLLM's custom kernel against NCCL,
-eager and in a CUDA graph.
+"""Times an all-reduce of a decode or prefill step on these cards.
+
+It compares vLLM's custom kernel with NCCL, eager and in a CUDA graph.
 
     python benchmarks/gpu/allreduce.py --out allreduce.json
 

@@ -1,14 +1,16 @@
-r"""The role's own quantization on a GPU, served, and judged by what the server says.
+r"""Runs the role's own quantization on a GPU, serves the result, and judges it by the server's answers.
 
     python benchmarks/gpu/awq_on_gpu.py MODELS OUT.json --backend llmcompressor=SITE/site-packages \
         [--backend autoawq=…]
 
 MODELS holds SmolLM2-135M-Instruct/ and its manifest, as `make demo` leaves them. SITE is the folder with that
-backend's packages (locks/<backend>-cuda.txt, less torch), below one named site-packages: `dill`, by which
-`datasets` names a function, takes what lies elsewhere by value, and fails on pyarrow ("Can't pickle <class
-'MonthDayNano'>"). Every backend quantizes with the role's defaults; then the source and the results are
-served by `vllm serve` side by side, and each server scores the held-back text: the perplexity is that of the
-served model, kernels included. Nothing here is a timing of the engine.
+backend's packages (locks/<backend>-cuda.txt, less torch). It lies below a folder named site-packages.
+`datasets` names a function by `dill`, which takes by value what lies elsewhere. That fails on pyarrow ("Can't
+pickle <class 'MonthDayNano'>").
+
+Every backend quantizes with the role's defaults. Then `vllm serve` serves the source and the results side by
+side. Each server scores the held-back text, so the perplexity is that of the served model, kernels included.
+Nothing here is a timing of the engine.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ KERNEL = re.compile(r"Using \S*(?:Kernel|Linear|arlin)\S*.*|Selected \S+.* for \
 
 
 def spec(models: Path, lib: Path, backend: str) -> dict[str, Any]:
-    """As roles/awq_quantize/vars/main.yml with the role's defaults."""
+    """Build the specification as roles/awq_quantize/vars/main.yml does with the role's defaults."""
     texts = {
         name: (ROLE / "files" / "texts" / f"{name}.txt").read_bytes()
         for name in ("calibration", "perplexity")
@@ -68,7 +70,7 @@ def make_lib(folder: Path) -> Path:
 
 
 def quantize(models: Path, lib: Path, sites: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """All backends at once; what each said, its time and its manifest."""
+    """Run all backends at once. Return the output, the time and the manifest of each."""
     running = {}
     for backend, site in sites.items():
         environment = {
@@ -131,7 +133,9 @@ def ask(url: str, body: dict[str, Any] | None = None, timeout_s: float = 120) ->
 
 
 def served_perplexity(url: str, rows: list[list[int]]) -> float:
-    """exp of the mean negative log likelihood that the server gives each token after the first of its row."""
+    """Return exp of the mean negative log likelihood that the server gives each token after the first of its
+    row.
+    """
     loss, count = 0.0, 0
     for row in rows:
         answer = ask(
@@ -147,7 +151,10 @@ def served_perplexity(url: str, rows: list[list[int]]) -> float:
 def serve_and_score(
     models: Path, names: list[str], logs: Path, extra: list[str]
 ) -> dict[str, dict[str, Any]]:
-    """Each model on a server of its own, all at once; perplexity, and the log's lines on kernels."""
+    """Serve each model on a server of its own, all at once.
+
+    Return its perplexity and the log's lines on kernels.
+    """
     from transformers import AutoTokenizer
 
     text = (ROLE / "files" / "texts" / "perplexity.txt").read_text()

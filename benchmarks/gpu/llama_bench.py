@@ -1,13 +1,15 @@
-"""llama.cpp on the same shapes and load: `llama-batched-bench` on a GGUF of Llama-2-70B's shapes made on the
-spot, memory by NVML.
+"""Measures llama.cpp on the same shapes and load, with memory by NVML.
+
+It runs `llama-batched-bench` on a GGUF of Llama-2-70B's shapes, which it makes on the spot.
 
     python benchmarks/gpu/llama_bench.py OUT.json --bench DIR/batched-bench --type iq4_xs --clients 8,1
 
-DIR holds the program and llama.cpp's libraries (npm has a CUDA build of them as
-`@node-llama-cpp/linux-x64-cuda`; its sources, to build the program, are in `node-llama-cpp`). The weights are
-noise, memory and speed are real. There is no server: prompts come all at once, then every sequence decodes in
-step, which is the best case of a service. `--layers 2` compiles the kernels into the driver's cache
-beforehand.
+DIR holds the program and llama.cpp's libraries. npm has a CUDA build of them as
+`@node-llama-cpp/linux-x64-cuda`. Its sources, to build the program, are in `node-llama-cpp`. The weights are
+noise; memory and speed are real.
+
+There is no server. Prompts come all at once, then every sequence decodes in step, which is the best case of a
+service. `--layers 2` compiles the kernels into the driver's cache beforehand.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def text(value: str) -> bytes:
 
 
 def field(key: str, value: str | int | float) -> bytes:
-    """One key of a GGUF header; types 4, 6 and 8 are u32, f32 and string."""
+    """Encode one key of a GGUF header; types 4, 6 and 8 are u32, f32 and string."""
     if isinstance(value, str):
         return text(key) + struct.pack("<I", 8) + text(value)
     return text(key) + (
@@ -66,7 +68,7 @@ def tensor(rng: np.random.Generator, kind: str, rows: int, columns: int) -> np.n
 
 
 def write_gguf(path: Path, kind: str, layers: int) -> int:
-    """A model of `layers` decoder layers, all with the same noise; bytes written."""
+    """Write a model of `layers` decoder layers, all with the same noise. Return the bytes written."""
     rng = np.random.default_rng(1)
     layer = {
         "attn_norm": ("f32", 1, HIDDEN), "attn_q": (kind, HIDDEN, HIDDEN),

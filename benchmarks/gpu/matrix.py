@@ -45,7 +45,7 @@ KEY = "benchmark"  # guards nothing: the machine is ours alone
 
 
 def words(options: dict[str, Any]) -> list[str]:
-    """As a command line; what is None is left out."""
+    """Return the options as a command line; None values are left out."""
     return [str(word) for pair in options.items() if pair[1] is not None for word in pair]
 
 
@@ -140,7 +140,7 @@ def ballast(card_mib: int | None, gpus: Iterable[str]) -> Iterator[None]:
 
 
 def dump_stacks(pid: int, file: Path) -> None:
-    """What every Python process under `pid` is doing, by py-spy where it is installed."""
+    """Print the stack of every Python process under `pid`, if py-spy is installed."""
     import psutil
 
     try:
@@ -220,7 +220,7 @@ def run_command(run: dict[str, Any], out: Path, gpus: str, until: float) -> None
 
 
 def answered(port: int) -> bool:
-    """Whether the service there gives a completion of a prompt of several steps."""
+    """Tell whether the service completes a prompt of several steps."""
     body = {"model": "m", "prompt": list(range(300, 1000)), "max_tokens": 4, "ignore_eos": True}
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     request = urllib.request.Request(
@@ -266,26 +266,26 @@ def warm(runs: list[dict[str, Any]], folder: Path, out: Path, until: float) -> N
 
 
 def ready(receipt: Path) -> bool:
-    """Whether that run's service came up."""
+    """Tell whether that run's service came up."""
     return receipt.exists() and json.loads(receipt.read_text())["ready_s"] is not None
 
 
 def within(receipt: Path) -> bool:
-    """Whether that run's service came up and kept to its memory limit."""
+    """Tell whether that run's service came up and kept to its memory limit."""
     return ready(receipt) and not any(
         f.startswith("memory:") for f in json.loads(receipt.read_text()).get("findings", [])
     )
 
 
 def lacks_module(receipt: Path) -> bool:
-    """Whether that run's engine died for a package that is not there."""
+    """Tell whether that run's engine died because a package is missing."""
     return receipt.exists() and any(
         "ModuleNotFoundError" in finding for finding in json.loads(receipt.read_text()).get("findings", [])
     )
 
 
 def skipped(run: dict[str, Any], out: Path) -> bool:
-    """Whether what another run showed makes this one needless."""
+    """Tell whether the result of another run makes this one needless."""
     if (other := run.get("unless_ready")) and ready(out / f"{other}.json"):
         return True
     if (other := run.get("if_within")) and not within(out / f"{other}.json"):

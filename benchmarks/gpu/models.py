@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes model folders without weights, for `vllm serve --load-format dummy`: memory and speed are real, the
-text is noise.
+"""Writes model folders without weights, for `vllm serve --load-format dummy`.
 
-python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …]
+Memory and speed are real; the text is noise.
 
-A folder has config.json and a tokenizer of as many whole words as the vocabulary, made on the spot, so that
-every prompt of n tokens decodes and encodes to n tokens again. Nothing is downloaded.
+    python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …]
+
+A folder has config.json and a tokenizer, both made on the spot. The tokenizer has as many whole words as the
+vocabulary. So every prompt of n tokens decodes and encodes to n tokens again. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def auto_round(bits: int, group_size: int) -> dict[str, Any]:
 
 
 def compressed_tensors(group_size: int) -> dict[str, Any]:
-    """As llm-compressor's AWQModifier with scheme W4A16_ASYM saves it."""
+    """Return the quantization as llm-compressor's AWQModifier with scheme W4A16_ASYM saves it."""
     weights = {
         "num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": group_size,
         "dynamic": False,
@@ -90,7 +91,7 @@ VOCABULARY = 32000
 
 
 def config(shape: str, quantization: str) -> dict[str, Any]:
-    """As transformers writes it; without quantization_config for fp16."""
+    """Return config.json as transformers writes it; fp16 has no quantization_config."""
     base: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
         **SHAPES[shape], "hidden_act": "silu",

@@ -1,12 +1,13 @@
-r"""The same load on any server with an OpenAI completions route: memory by NVML, TTFT, TPOT and tokens per
-second by one client.
+r"""Puts the same load on any server with an OpenAI completions route.
+
+One client measures memory by NVML, TTFT, TPOT and tokens per second.
 
     python benchmarks/gpu/peers.py OUT.json --name llama.cpp --clients 8,1 -- \
         llama-server -m model.gguf --port 8090 …
 
-Starts the command, waits for a completion, warms up, drives closed-loop clients with prompts of random token
-ids, stops the command. `lowmem measure` is for our own service; this is for the comparison, so vLLM is
-measured with it as well.
+It starts the command, waits for a completion and warms up. It drives closed-loop clients with prompts of
+random token ids, then stops the command. `lowmem measure` is for our own service. This is for the comparison,
+so vLLM is measured with it as well.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Where a decode step goes: torch's profiler around steps of eight clients, as a table of kernels.
+"""Shows how the time of a decode step divides among kernels, by torch's profiler around steps of eight
+clients.
 
     python benchmarks/gpu/profile_step.py LAUNCHER OUT.json [--arg=…]
 
-Starts the launcher with the profiler configured, keeps eight clients decoding, profiles two seconds of it and
-sums the GPU time by kernel. The profiler slows the host, not the kernels: sums of kernels are real, gaps
-between them are not.
+It starts the launcher with the profiler configured and keeps eight clients decoding. It profiles two seconds
+of that and sums the GPU time by kernel. The profiler slows the host and not the kernels. Sums of kernels are
+real, and gaps between them are not.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-r"""Packs wheels for a lent GPU machine that reaches no registry, less the machine code of cards that it does
-not have.
+r"""Packs wheels for a GPU machine that reaches no registry, without the machine code of other cards.
 
     python benchmarks/gpu/rig.py pack WHEELS .carry [--name rig] [--compute-capability 9.0] \
         [--empty '*_vllm_fa3_C*'] [--without GLOB]
@@ -7,12 +6,12 @@ not have.
         --try vllm.model_executor.warmup.kernel_warmup
 
 `pack` writes .carry/NAME-00/part-00 …, none over 60 MB; `unpack` joins them there. Three quarters of torch
-and vLLM is machine code for other cards: its bytes become zeros, so that every library keeps its layout and
-loads, and zstd makes them nothing. Where a kernel has no machine code for the card, its PTX stays and the
-driver compiles it. WHEELS may also be a folder that is installed already.
+and vLLM is machine code for other cards. Its bytes become zeros, so every library keeps its layout and loads,
+and zstd shrinks them to nothing. If a kernel has no machine code for the card, its PTX stays and the driver
+compiles it. WHEELS may also be a folder that is installed already.
 
-The fat binary's layout (section .nv_fatbin) is not documented by NVIDIA; what is relied on here was read off
-these packages' own files: a container of magic 0xBA55ED50 with entries of (kind, header size, payload size,
+NVIDIA does not document the fat binary's layout (section .nv_fatbin). The layout used here was read off these
+packages' own files. It is a container of magic 0xBA55ED50 with entries of (kind, header size, payload size,
 …, architecture at byte 28).
 """
 
@@ -34,8 +33,9 @@ PART_BYTES = 60_000_000  # what one call may carry, with the repository beside i
 
 
 def entries(data: bytearray, at: int) -> list[tuple[int, int, int, int]]:
-    """(kind, architecture as 90, offset, size) of each payload of the container at `at`; none where the bytes
-    are no container.
+    """Return (kind, architecture as 90, offset, size) of each payload of the container at `at`.
+
+    The list is empty if the bytes are no container.
     """
     _, version, header, size = struct.unpack_from("<IHHQ", data, at)
     if version != 1 or header != 16 or at + header + size > len(data):
@@ -122,7 +122,10 @@ def pack(options: argparse.Namespace) -> None:
 
 
 def unpack(options: argparse.Namespace) -> None:
-    """Where there is no zstd command, the package zstandard must be beside this script's Python."""
+    """Join and unpack the parts.
+
+    Without the command zstd, this script's Python needs the package zstandard.
+    """
     options.target.mkdir(parents=True, exist_ok=True)
     parts = sorted(options.source.glob("part-*"))
     tar = subprocess.Popen(["tar", "-x", "-C", str(options.target)], stdin=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""What the scripts that start servers share: the end of those."""
+"""Ends the servers that the scripts of this folder start."""
 
 from __future__ import annotations
 

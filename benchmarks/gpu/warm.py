@@ -2,9 +2,10 @@
 
     python benchmarks/gpu/warm.py &
 
-vLLM's FlashAttention 2 holds machine code for Ampere only: on a Hopper card that plays an A100 the driver
-compiles it at first use, 20 to 75 s for each of its modules, in the middle of the engine's start. Seen with
-py-spy (docs/measurements). Two processes do it beside the loading instead. An A100 needs none of this.
+vLLM's FlashAttention 2 holds machine code for Ampere only. On a Hopper card that emulates an A100, the driver
+compiles it at first use. That takes 20 to 75 s for each of its modules, in the middle of the engine's start.
+It was seen with py-spy (docs/measurements). Two processes do it beside the loading instead. An A100 needs
+none of this.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import time
 
 
 def attend(query_tokens: int) -> None:
-    """One paged call with Llama-2-70B's head shapes at TP=2; a single query token per request takes the
-    decode module.
+    """Run one paged call with Llama-2-70B's head shapes at TP=2.
+
+    A single query token per request takes the decode module.
     """
     import torch
     from vllm.vllm_flash_attn import flash_attn_varlen_func

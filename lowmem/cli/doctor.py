@@ -21,13 +21,13 @@ def doctor(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object: verdict and findings.")] = False,
 ) -> None:
-    """Say what is wrong with a host, one verdict a line. Exit status 0: nothing is bad; 2: something is."""
+    """Say what is wrong with a host, one verdict a line. Exit 0: nothing is bad. 2: something is."""
     try:
         data = read_json_object(report)
         findings = triage(data["gpu"], data["memory"], data["plan"])
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise BadInput(
-            f"{report} is no report of playbooks/doctor.yml ({error!r}): run the playbook again"
+            f"{report} is not a report of playbooks/doctor.yml ({error!r}): run the playbook again"
         ) from error
     verdict = overall(findings)
     if as_json:

@@ -22,8 +22,9 @@ def explain(
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     measurements: Annotated[Path, typer.Option(help="folder with ablations.yml")] = Path("docs/measurements"),
 ) -> None:
-    """Print each flag of a profile: why it is there, what it costs or saves in bytes and milliseconds for
-    this model and device.
+    """Print each flag of a profile, with its reason and its cost or saving.
+
+    Costs are bytes and milliseconds for this model and device.
     """
     from rich.markup import escape
 

@@ -22,7 +22,7 @@ PROFILES = ("low_mem", "low_latency", "extreme")
 
 
 def fleet(
-    qps: Annotated[float, typer.Option(help="requests a second, arriving by themselves")],
+    qps: Annotated[float, typer.Option(help="requests a second, at random times")],
     p99_tpot: Annotated[float, typer.Option(help="limit of the 99th percentile, ms a token")] = 200.0,
     p99_ttft: Annotated[
         float, typer.Option(help="limit of the 99th percentile, ms to the first token")
@@ -32,18 +32,22 @@ def fleet(
     ] = None,
     receipt: Annotated[
         list[Path] | None,
-        typer.Option(help="a host as measured (--clients 8,1), repeatable; beside the profiles given"),
+        typer.Option(
+            help="receipt of a measured host (--clients 8,1), repeatable; beside the profiles given"
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cards of the planned hosts (default: the profile's)")
     ] = None,
     input_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = 1024,
     output_tokens: Annotated[int, typer.Option(help="tokens of an answer")] = 256,
-    at_most: Annotated[int, typer.Option(help="hosts that are tried")] = 64,
+    at_most: Annotated[int, typer.Option(help="most hosts to try")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
 ) -> None:
-    """Hosts of each profile that a load takes, by simulating the engine's scheduler on what a receipt
-    measured or a plan expects.
+    """Compute how many hosts of each profile a load needs.
+
+    It simulates the engine's scheduler with the speed that a receipt measured or a plan expects. Exit 2: no
+    number of hosts meets the limits.
     """
     for name, value, low, high in (
         ("--qps", qps, 0.001, 10_000), ("--p99-tpot", p99_tpot, 0.1, 1e6), ("--p99-ttft", p99_ttft, 0.1, 1e7),

@@ -50,8 +50,9 @@ def frontier_command(
     latency_limit_ms: Annotated[float, typer.Option(help="limit line, ms a token")] = 200.0,
     vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,
 ) -> None:
-    """Draw memory per card against time a token for every weight width, card split, KV type and offload share
-    of a model and device.
+    """Draw memory per card against time a token.
+
+    A point stands for each weight width, card split, KV type and offload share of a model and device.
     """
     if out.suffix not in (".png", ".svg"):
         raise BadInput(f"--out {str(out)!r} does not end in .png or .svg")

@@ -21,14 +21,14 @@ def gateway_health(
     env_file: Annotated[Path, typer.Option(help="vllm.env of the deployment, which holds the API key")],
     socket: Annotated[Path, typer.Option(help="socket to answer on")],
     stale_s: Annotated[
-        float, typer.Option(min=4, help="seconds without a sign of the engine after which the answer is no")
+        float, typer.Option(min=4, help="seconds of silence of the engine after which the answer is no")
     ] = 60,
     figures: Annotated[
-        Path | None, typer.Option(help="file in Prometheus's text format that /metrics ends with")
+        Path | None, typer.Option(help="file in Prometheus's text format to append to /metrics")
     ] = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2,
 ) -> None:
-    """Answer on a socket whether a deployed server can complete a request; for the gateway."""
+    """Tell the gateway on a socket whether a deployed server can complete a request."""
     planned = read_deployed_plan(plan)
     health = Health(VllmServer(planned, env_file), stale_s)
     server = serve(health, socket, figures)

@@ -25,8 +25,8 @@ def parse_clients(text: str) -> list[int]:
         counts = []
     if not counts or min(counts) < 1 or max(counts) > MOST_CLIENTS:
         raise BadInput(
-            f"--clients {text}: a comma-separated list of whole numbers from 1 to {MOST_CLIENTS} is wanted,"
-            " such as 8,1,4"
+            f"--clients {text}: give a comma-separated list of whole numbers from 1 to {MOST_CLIENTS}, such"
+            " as 8,1,4"
         )
     return counts
 
@@ -44,17 +44,19 @@ def measure(
         ),
     ] = False,
     url: Annotated[
-        str | None, typer.Option(help="a running service instead, such as http://127.0.0.1:8000")
+        str | None, typer.Option(help="running service to measure instead, such as http://127.0.0.1:8000")
     ] = None,
     pid: Annotated[
         int | None,
-        typer.Option(help="with --url: the service's main process; else the one that listens there"),
+        typer.Option(help="with --url: the service's main process (default: the one that listens there)"),
     ] = None,
-    pid_file: Annotated[Path | None, typer.Option(help="with --url: file with that number")] = None,
+    pid_file: Annotated[
+        Path | None, typer.Option(help="with --url: file with the number of that process")
+    ] = None,
     log: Annotated[
         Path | None,
         typer.Option(
-            help="the engine's log: written with --start, read with --url (default beside the receipt)"
+            help="the engine's log: written with --start, read with --url (default: beside the receipt)"
         ),
     ] = None,
     env_file: Annotated[
@@ -66,7 +68,7 @@ def measure(
     ] = None,
     clients: Annotated[
         str | None,
-        typer.Option(help="closed-loop clients, a list runs one load after the other (default: the plan's)"),
+        typer.Option(help="closed-loop clients; a list runs one load after the other (default: the plan's)"),
     ] = None,
     input_tokens: Annotated[int | None, typer.Option(min=1, help="per request (default: the plan's)")] = None,
     output_tokens: Annotated[
@@ -74,22 +76,22 @@ def measure(
     ] = None,
     requests: Annotated[int | None, typer.Option(min=1, help="per load (default: four per client)")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="for the prompts (default: the served model's folder)")
+        str | None, typer.Option(help="tokenizer of the prompts (default: the served model's folder)")
     ] = None,
     interval_ms: Annotated[
-        int | None, typer.Option(min=10, help="between memory samples (default: 100 on a GPU, 250 on a CPU)")
+        int | None,
+        typer.Option(min=10, help="time between memory samples (default: 100 on a GPU, 250 on a CPU)"),
     ] = None,
     start_timeout_s: Annotated[
-        int | None, typer.Option(min=1, help="for the first completion (default: the plan's)")
+        int | None, typer.Option(min=1, help="time for the first completion (default: the plan's)")
     ] = None,
     debug: Annotated[
         bool, typer.Option(help="VLLM_LOGGING_LEVEL=DEBUG: the engine prints its memory profile (slower)")
     ] = False,
 ) -> None:
-    """Start a service as planned (or find it running), load it, and write a receipt: memory, latency,
-    verdict.
+    """Start a service as planned, or find it running, load it, and write a receipt: memory, latency, verdict.
 
-    Exit 0: within the plan's limits. 2: not, or did not start. 1: bad input.
+    Exit 0: within the plan's limits. 2: outside them, or it did not start. 1: bad input.
     """
     plan_ = read_plan(plan)
     env_file = _check_words(start, serve, url, env_file)
@@ -133,7 +135,7 @@ def _refuse_url(url: str) -> None:
     except ValueError:  # a port of 99999, a bracket too many
         whole = None
     if not whole or "@" in url or place.path not in ("", "/") or place.query or place.fragment:
-        raise BadInput(f"--url {url}: http://HOST:PORT is wanted, such as http://127.0.0.1:8000")
+        raise BadInput(f"--url {url}: give http://HOST:PORT, such as http://127.0.0.1:8000")
 
 
 def _pid_of(file: Path) -> int:
@@ -149,7 +151,7 @@ def _check_words(start: Path | None, serve: bool, url: str | None, env_file: Pat
     modes = [name for name, given in (("--start", start), ("--serve", serve), ("--url", url)) if given]
     if len(modes) != 1:
         raise BadInput(
-            f"one of --start LAUNCHER, --serve or --url URL is needed, {' and '.join(modes) or 'none'} given"
+            f"give one of --start LAUNCHER, --serve and --url URL; {' and '.join(modes) or 'none'} was given"
         )
     if url is not None:
         _refuse_url(url)

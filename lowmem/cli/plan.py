@@ -36,12 +36,14 @@ def plan(
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(help="link between the hosts, a name of the link table; default: the profile's"),
+        typer.Option(help="link between the hosts, a name in the link table; default: the profile's"),
     ] = None,
     network_gb_per_s: Annotated[
-        float | None, typer.Option(help="its bandwidth as measured, one direction")
+        float | None, typer.Option(help="measured bandwidth of that link, one direction")
     ] = None,
-    network_round_trip_us: Annotated[float | None, typer.Option(help="its round trip as measured")] = None,
+    network_round_trip_us: Annotated[
+        float | None, typer.Option(help="measured round trip of that link")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     env: Annotated[
         list[str] | None, typer.Option("--env", help="NAME=value of the service's environment")
@@ -60,7 +62,8 @@ def plan(
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
     node: Annotated[
-        list[str] | None, typer.Option(help="address of a host of one server that spans several, in order")
+        list[str] | None,
+        typer.Option(help="address of a host of a multi-host server; once per host, in order"),
     ] = None,
     interface: Annotated[
         str, typer.Option(help="network interface that joins the hosts, the same on each")
@@ -70,8 +73,9 @@ def plan(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Say what will fit and how fast it can be, before a host is touched. Exit 0 fits, 3 slow, 2 impossible,
-    1 bad input.
+    """Say whether a model will fit and how fast it can be, before a host is touched.
+
+    Exit 0: fits. 3: slow. 2: impossible. 1: bad input.
     """
     deploy = None
     if model_path is not None or served_model_name is not None:
@@ -85,12 +89,11 @@ def plan(
             interface=interface,
         )
     elif node or interface:
-        raise BadInput("--node and --interface are of a deployment: give --model-path too")
+        raise BadInput("--node and --interface describe a deployment: give --model-path too")
     named = network or load_profile(profile).network
     if named is None and (network_gb_per_s is not None or network_round_trip_us is not None):
         raise BadInput(
-            "--network-gb-per-s and --network-round-trip-us need --network, which says what kind of link"
-            " it is"
+            "--network-gb-per-s and --network-round-trip-us need --network, which names the kind of link"
         )
     try:
         limit = parse_bytes(memory_limit) if memory_limit is not None else None

@@ -18,10 +18,13 @@ from lowmem.text import visible
 def ready(
     plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
     env_file: Annotated[Path, typer.Option(help="vllm.env of the deployment, which holds the API key")],
-    timeout_s: Annotated[float, typer.Option(min=0, help="0: the plan's limit for a start")] = 0,
+    timeout_s: Annotated[
+        float, typer.Option(min=0, help="seconds to wait; 0: the plan's limit for a start")
+    ] = 0,
 ) -> None:
-    """Wait until a deployed server answers a completion, or has joined the host that does; exit status 1
-    where it will not.
+    """Wait until a deployed server answers a completion, or has joined the host that answers.
+
+    Exit 0: it did. 1: it will not.
     """
     planned = read_deployed_plan(plan)
     limit_s = timeout_s or planned.service.timeout_start_s

@@ -17,10 +17,11 @@ def receipt(
     checks: Annotated[
         Path | None, typer.Option(help="JUnit XML of `pytest checks/ --junitxml`, to join")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="where to write the joined receipt")] = None,
+    out: Annotated[Path | None, typer.Option(help="file for the joined receipt")] = None,
 ) -> None:
-    """Print plan against measurement, with latencies, checks and the verdict. Exit 0: passed. 2: failed. 1:
-    bad input.
+    """Print plan against measurement, with latencies, checks and the verdict.
+
+    Exit 0: passed. 2: failed. 1: bad input.
     """
     result = read(measurement)
     if checks is not None:

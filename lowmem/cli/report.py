@@ -34,22 +34,27 @@ def report(
     live: Annotated[
         bool,
         typer.Option(
-            "--live", help="the status page of a deployment on this host: what runs now, then its receipts"
+            "--live",
+            help="write the status page of a deployment on this host: the running server, then its receipts",
         ),
     ] = False,
     plan: Annotated[Path, typer.Option(help="with --live: plan.json of the deployment")] = DEFAULT_PLAN,
     samples: Annotated[
         Path | None,
         typer.Option(
-            help="with --live: file that keeps the last hour's looks, for rates, percentiles and curves"
+            help="with --live: file that keeps the last hour's samples, for rates, percentiles and curves"
         ),
     ] = None,
     every_s: Annotated[
-        int, typer.Option(min=0, help="with --live: how often this is run, which the page says; 0: once")
+        int,
+        typer.Option(
+            min=0, help="with --live: seconds between two runs, which the page states; 0: a single run"
+        ),
     ] = 0,
 ) -> None:
-    """Write one self-contained HTML page: plan against measurement, latencies, limits and checks; with --live
-    also what runs now.
+    """Write one self-contained HTML page: plan against measurement, latencies, limits and checks.
+
+    With --live the page also shows the running server.
     """
     given = receipts or []
     if live:
@@ -57,13 +62,12 @@ def report(
     elif samples or every_s:
         raise BadInput("--samples and --every-s go with --live")
     elif not given:
-        raise BadInput("a receipt, a folder of them, or --live is needed")
+        raise BadInput("give a receipt, a folder of them, or --live")
     else:
         paths = list(_found(given))
         if not paths:
             raise BadInput(
-                f"no receipt in {', '.join(map(str, given))}: a folder with *.json files, or files, are"
-                " wanted"
+                f"no receipt in {', '.join(map(str, given))}: give *.json files or a folder of them"
             )
         # receipt.json of a release is one of the receipts beside it once more
         told: dict[str, tuple[str, Receipt]] = {}

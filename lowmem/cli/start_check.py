@@ -18,12 +18,10 @@ def start_check(
     plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0, help="seconds to wait for what passes: memory or a port that is being given back"
-        ),
+        typer.Option(min=0, help="seconds to wait for memory or a port that is being freed"),
     ] = 20,
 ) -> None:
-    """Say what is in the way of a start, one line each; exit status 1 where something is."""
+    """Print each obstacle to a start on a line of its own. Exit 0: none. 1: at least one."""
     planned = read_deployed_plan(plan)
     refused = list(lasting_refusals(planned, look_at_lasting(planned)))
     deadline = time.monotonic() + (0 if refused else wait_s)

@@ -24,18 +24,16 @@ from lowmem.text import terminal, visible, visible_json
 def top(
     plan: Annotated[Path, typer.Option(help="plan.json of a deployment on this host")] = DEFAULT_PLAN,
     every_s: Annotated[float, typer.Option(min=0.2, help="seconds between two looks")] = 2,
-    window_s: Annotated[
-        float, typer.Option(min=0.2, help="seconds that rates and percentiles are over")
-    ] = 30,
-    once: Annotated[bool, typer.Option("--once", help="two looks --every-s apart, told once")] = False,
+    window_s: Annotated[float, typer.Option(min=0.2, help="seconds that rates and percentiles cover")] = 30,
+    once: Annotated[bool, typer.Option("--once", help="print once, after two looks --every-s apart")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="a JSON object a line in place of the view")
+        bool, typer.Option("--json", help="print each look as one JSON object a line")
     ] = False,
 ) -> None:
-    """Watch a running server: requests, KV cache, tokens per second, latency percentiles, memory against the
-    plan. Ctrl-C ends it.
+    """Watch a running server: requests, KV cache, tokens per second, latency, memory against plan.
 
-    In a pipe it prints a line for each look. Exit 1 where the server cannot be reached at the start.
+    Ctrl-C ends it. In a pipe it prints a line for each look. Exit 1: the server cannot be reached at the
+    start.
     """
     watcher = Watcher(deployed(plan), window_s)
     first, _ = watcher.look()

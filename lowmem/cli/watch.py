@@ -19,14 +19,14 @@ def watch(
     plan: Annotated[Path, typer.Option(help="plan.json of the deployment")],
     env_file: Annotated[Path, typer.Option(help="vllm.env of the deployment, which holds the API key")],
     silence_s: Annotated[
-        float, typer.Option(help="seconds that a ready engine may say nothing; 0: from the plan")
+        float, typer.Option(help="seconds that a ready engine may be silent; 0: from the plan")
     ] = 0,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 5,
     report_s: Annotated[
-        float, typer.Option(min=0, help="seconds that a server has to answer open requests with an error")
+        float, typer.Option(min=0, help="seconds that a server gets to answer open requests with an error")
     ] = 15,
 ) -> None:
-    """Watch a deployed server, and end it where its engine hangs; its service manager starts it again."""
+    """Watch a deployed server, and end it when its engine hangs. Its service manager starts it again."""
     planned = read_deployed_plan(plan)
     if silence_s < 0:
         raise BadInput(f"--silence-s {silence_s:g} must be 0 (from the plan) or more")
@@ -46,9 +46,7 @@ def watch(
             if why := look.trouble(time.monotonic()):
                 ended = server.end(report_s)
                 say(
-                    f"{why}: ended {', '.join(ended)}"
-                    if ended
-                    else f"{why}, and no server of this plan to end"
+                    f"{why}: ended {', '.join(ended)}" if ended else f"{why}, and no server of this plan runs"
                 )
                 for other in looks:
                     other.ended(time.monotonic())

@@ -79,7 +79,7 @@ def measured(receipt: Receipt) -> Speed:
     alone = next((r for r in receipt.loads if r.load.clients == 1), None)
     if alone is None:
         raise BadInput(
-            "the receipt has no load of one client, which tells what a prompt costs: measure with"
+            "the receipt has no load of one client, which gives the cost of a prompt: measure with"
             " --clients 8,1"
         )
     seats, batched = plan.max_num_seqs, plan.max_num_batched_tokens

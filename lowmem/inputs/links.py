@@ -24,13 +24,13 @@ def load_link(name: str, gb_per_s: float | None = None, round_trip_us: float | N
             break
     else:
         raise BadInput(
-            f"network {name!r} is not in the table; use one of {', '.join(names())}, and give what you"
-            " measured beside it"
+            f"network {name!r} is not in the table; use one of {', '.join(names())}, and give measured"
+            " figures beside it"
         )
     own = {"gb_per_s": gb_per_s, "round_trip_us": round_trip_us}
     for what, value in own.items():
         if value is not None and not 0 < value < 1e9:
-            raise BadInput(f"network_{what}={value:g} is not a positive number; give what you measured")
+            raise BadInput(f"network_{what}={value:g} is not a positive number; give a measured figure")
     given = {k: v for k, v in own.items() if v is not None}
     return link.model_copy(
         update={**given, "source": {**link.source, **dict.fromkeys(given, "given by the operator")}}

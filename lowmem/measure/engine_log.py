@@ -93,8 +93,8 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (
             r"unrecognized arguments: (.*)",
             (
-                "this vLLM has no such flag: take it out of the profile (`vllm serve --help=all` lists what"
-                " there is)"
+                "this vLLM has no such flag: take it out of the profile (`vllm serve --help=all` lists the"
+                " flags)"
             ),
         ),
         (
@@ -119,8 +119,8 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (
             r"No available memory for the cache blocks",
             (
-                "the budget leaves nothing for the KV cache: weights and activations alone pass it; raise it,"
-                " shard or offload"
+                "the budget leaves nothing for the KV cache: weights and activations alone exceed it; raise"
+                " the budget, shard or offload"
             ),
         ),
         (
@@ -133,8 +133,8 @@ _ADVICE: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (
             r"Free memory on device .* is less than",
             (
-                "something else holds this GPU's memory: look with nvidia-smi (workers of a killed server?),"
-                " or lower gpu_memory_utilization"
+                "another process holds this GPU's memory: find it with nvidia-smi (workers of a killed"
+                " server?), or lower gpu_memory_utilization"
             ),
         ),
         (

@@ -139,7 +139,7 @@ def offload_findings(plan: Plan, log: EngineLog) -> list[str]:
     if planned and loaded and loaded > planned * OFFLOAD_UNDONE:
         return [
             f"offload: {loaded / MIB:,.0f} MiB of weights lie on the card, {planned / MIB:,.0f} MiB planned:"
-            " the rest was brought back"
+            " a kernel brought the rest back"
         ]
     return []
 

@@ -21,14 +21,14 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
     try:
         text = read_text(path, called=f"--checks {path}")
         if "<!DOCTYPE" in text:
-            raise BadInput(f"--checks {path}: a document type; pytest's --junitxml file is wanted")
+            raise BadInput(f"--checks {path}: a document type; give pytest's --junitxml file")
         root = ET.fromstring(text)  # noqa: S314 - bounded, and without entities of its own
         for case in root.iter("testcase"):
             float(case.get("time", 0))
     except (ET.ParseError, ValueError) as error:
         if isinstance(error, BadInput):
             raise
-        raise BadInput(f"--checks {path}: {error}: pytest's --junitxml file is wanted") from None
+        raise BadInput(f"--checks {path}: {error}: give pytest's --junitxml file") from None
     checks: dict[str, dict[str, Any]] = {}
     for case in root.iter("testcase"):
         name = next(

@@ -314,7 +314,9 @@ def _terminable() -> Iterator[None]:
 def _refuse_port_in_use(url: str) -> None:
     place = urlsplit(url)
     with contextlib.suppress(OSError), socket.create_connection((place.hostname, place.port), timeout=2):
-        raise BadInput(f"{url}: something listens there already: stop it, or measure it with --url {url}")
+        raise BadInput(
+            f"{url}: another process listens there already: stop it, or measure it with --url {url}"
+        )
 
 
 def _left_behind(gpus: Gpus, before: Sequence[int]) -> list[str]:

@@ -172,7 +172,7 @@ def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
     link = links.load_link(joined) if isinstance(joined, str) else joined
     if link is None:
         raise BadInput(
-            f"hosts={hosts} needs the network between them: name one of {', '.join(links.names())}"
+            f"hosts={hosts} needs a network between the hosts: name one of {', '.join(links.names())}"
         )
     return hosts, link
 
@@ -188,34 +188,32 @@ def refuse_place(place: Deploy, hosts: int) -> None:
     """Raise BadPlace if the hosts of one server could not meet."""
     if place.nodes and len(place.nodes) != hosts:
         raise BadPlace(
-            f"nodes has {len(place.nodes)} addresses and the server spans {hosts} host(s); give one for each,"
-            " the one that serves first"
+            f"nodes has {len(place.nodes)} addresses and the server spans {hosts} host(s); give one per host,"
+            " the API server's host first"
         )
     if place.rank >= hosts:
         raise BadPlace(
-            f"rank={place.rank} is no place among the {hosts} host(s) of the server; count from 0, the one"
-            " that serves"
+            f"rank={place.rank} is not a rank of the {hosts} host(s) of the server; count from 0, the API"
+            " server's host"
         )
     for node in place.nodes:
         try:
             address = ipaddress.ip_address(node)
         except ValueError:
             raise BadPlace(
-                f"nodes has {node!r}, which is no IP address; the engine and its firewall rules take"
+                f"nodes has {node!r}, which is not an IP address; the engine and its firewall rules need"
                 " addresses"
             ) from None
         if address.is_loopback or address.is_unspecified or address.is_multicast:
             raise BadPlace(
-                f"nodes has {node}, by which no other host reaches it; give its address in the network that"
-                " joins the hosts"
+                f"nodes has {node}, which no other host can reach; give its address in the network that joins"
+                " the hosts"
             )
     twice = sorted({node for node in place.nodes if place.nodes.count(node) > 1})
     if twice:
         raise BadPlace(f"nodes has {twice[0]} more than once; give each host its own address")
     if place.nodes and place.port == place.master_port:
-        raise BadPlace(
-            f"port={place.port} is the server's and master_port too; choose another for one of them"
-        )
+        raise BadPlace(f"port={place.port} and master_port are the same; choose another for one of them")
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:

@@ -98,7 +98,7 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
     if tp > count and hosts > 1:
         raise BadInput(
             f"tensor_parallel_size={tp} is more than the {count} card(s) of a host: each layer would wait"
-            f" twice a token for the network between hosts; use tensor_parallel_size={count} inside a host"
+            f" for the network between hosts twice a token; use tensor_parallel_size={count} inside a host"
             f" and pipeline_parallel_size={hosts} across"
         )
     if tp > count:
@@ -107,13 +107,13 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
         )
     if pp % hosts:
         raise BadInput(
-            f"pipeline_parallel_size={pp} does not deal its stages evenly to {hosts} hosts; use a multiple of"
-            f" {hosts}"
+            f"pipeline_parallel_size={pp} does not divide its stages evenly among {hosts} hosts; use a"
+            f" multiple of {hosts}"
         )
     if tp * pp // hosts > count:
         raise BadInput(
-            f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} need {tp * pp // hosts} cards a host"
-            f" and there are {count}; lower one of them or raise --count"
+            f"tensor_parallel_size={tp} and pipeline_parallel_size={pp} need {tp * pp // hosts} cards a host,"
+            f" which has {count}; lower one of them or raise --count"
         )
 
 
@@ -139,8 +139,8 @@ def refuse_split(card: ModelCard, tp: int) -> None:
         group = card.quantization.group_size
         if g.quantized and g.split == "row" and group > 0 and (side // tp) % group:
             raise BadInput(
-                f"tensor_parallel_size={tp} leaves {side // tp} inputs of {g.name} a card, no multiple of the"
-                f" quantization group {group}; use a divisor or a smaller group"
+                f"tensor_parallel_size={tp} leaves {side // tp} inputs of {g.name} a card, which is not a"
+                f" multiple of the quantization group {group}; use a divisor or a smaller group"
             )
 
 
@@ -157,8 +157,8 @@ def refuse_quantization(card: ModelCard, v: Mapping[str, Any]) -> None:
     """Raise BadInput if the `quantization` knob contradicts the checkpoint."""
     if "quantization" in v and v["quantization"] not in (*FORMATS, "fp8"):
         raise BadInput(
-            f"quantization={v['quantization']!r} is no method of this version; leave it out, it is read from"
-            " the checkpoint"
+            f"quantization={v['quantization']!r} is not a method of this version; leave it out: it is read"
+            " from the checkpoint"
         )
     named = FORMATS.get(str(v.get("quantization")))
     if named and card.quantization.method not in ("none", named):
@@ -168,8 +168,8 @@ def refuse_quantization(card: ModelCard, v: Mapping[str, Any]) -> None:
         )
     if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
         raise BadInput(
-            f"quantization={v['quantization']} asks for a quantized checkpoint and {card.name} is none;"
-            " quantize it first or leave the knob out"
+            f"quantization={v['quantization']} asks for a quantized checkpoint, and {card.name} is not"
+            " quantized; quantize it first or leave the knob out"
         )
 
 
@@ -178,7 +178,7 @@ def refuse_batch(v: Mapping[str, Any], seqs: int, batched: int, max_len: int) ->
     if batched < seqs:
         raise BadInput(
             f"max_num_batched_tokens={batched} is less than max_num_seqs={seqs}; each sequence needs one"
-            " token of a step: raise it"
+            " token of a step; raise it"
         )
     if v.get("enable_chunked_prefill") is False and batched < max_len:
         raise BadInput(

@@ -130,13 +130,10 @@ class Bond:
 
     def _broken(self, seen: frozenset[Connection], now: float) -> str:
         if gone := sorted(self.known - seen):
-            return (
-                f"the connection with {gone[0][2]} has ended, and what comes next there cannot join this"
-                " engine"
-            )
+            return f"the connection with {gone[0][2]} has ended, and a new engine there cannot join this one"
         for host, answer in self.hosts.answers().items():
             if answer == "refused" and host == self.hosts.first:
-                return f"{host} has no engine at the meeting port any more"
+                return f"{host} no longer has an engine at the rendezvous port"
             if answer != "nothing":
                 self.heard[host] = now
             elif now - self.heard.get(host, now) >= self.silence_s:

@@ -52,8 +52,8 @@ def wait_joined(hosts: Hosts, alive: Callable[[], bool], timeout_s: float) -> st
         before = seen
         time.sleep(PAUSE_S)
     return (
-        f"not joined with {hosts.first} within {timeout_s:g} s: is its unit running, and does lowmem_peers"
-        " there let this host in?"
+        f"not joined with {hosts.first} within {timeout_s:g} s: check that its unit runs and that"
+        " lowmem_peers there lets this host in"
     )
 
 

@@ -64,13 +64,13 @@ def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
         yield f"the plan of profile {plan.profile} is impossible: {'; '.join(plan.reasons)}"
     if seen.vllm_version.split("+")[0] != plan.vllm_version:
         yield (
-            f"the environment has vLLM {seen.vllm_version or 'not at all'}, the plan is for"
-            f" {plan.vllm_version}: run site.yml again"
+            f"the environment has {f'vLLM {seen.vllm_version}' if seen.vllm_version else 'no vLLM'}, the plan"
+            f" is for {plan.vllm_version}: run site.yml again"
         )
     if plan.service.memlock == "infinity" and not seen.memlock_unlimited:
         yield (
-            "the plan pins memory and this service may not lock as much as it needs: set"
-            " LimitMEMLOCK=infinity (the unit has it)"
+            "the plan pins memory, and this service may lock too little: set LimitMEMLOCK=infinity (the unit"
+            " has it)"
         )
     bound = {v.name: v.value for v in plan.environment}.get("VLLM_CPU_OMP_THREADS_BIND", "")
     missing = sorted(cores_of(bound) - seen.cores)
@@ -78,7 +78,7 @@ def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
         named = ", ".join(map(str, missing[:16])) + (" and more" if missing[16:] else "")
         yield (
             f"VLLM_CPU_OMP_THREADS_BIND is {bound}, and this service may not run on core {named}: set it in"
-            " vllm_service_extra_environment to cores that are there"
+            " vllm_service_extra_environment to cores of this host"
         )
     for line in seen.checkpoint:
         yield f"{line}; it is not served: run site.yml again, which makes the checkpoint anew"
@@ -100,14 +100,13 @@ def passing_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
         )
     if seen.meeting_port_taken and plan.deploy:
         yield (
-            f"port {plan.deploy.master_port}, where the hosts of this server meet, is taken: `ss -ltnp sport"
-            f" = :{plan.deploy.master_port}` says by whom; stop it, or choose another lowmem_master_port"
+            f"rendezvous port {plan.deploy.master_port} is taken: `ss -ltnp sport ="
+            f" :{plan.deploy.master_port}` says by whom; stop it, or choose another lowmem_master_port"
         )
     if seen.address_missing and plan.deploy:
         yield (
-            f"{plan.deploy.nodes[plan.deploy.rank]} is no address of this host, by which the others of this"
-            " server would reach it: `ip address` says which it has; correct lowmem_nodes, or bring the"
-            " interface up"
+            f"{plan.deploy.nodes[plan.deploy.rank]} is not an address of this host, so the other hosts cannot"
+            " reach it: `ip address` lists its addresses; correct lowmem_nodes, or bring the interface up"
         )
 
 
@@ -179,7 +178,7 @@ def checkpoint_troubles(plan: Plan) -> list[str]:
     folder = Path(plan.deploy.model_path)
     listed = folder.with_name(f"{folder.name}.manifest.json")
     if not folder.is_dir():
-        return [f"{folder}: there is no such checkpoint, or it may not be read"]
+        return [f"{folder}: this checkpoint does not exist, or may not be read"]
     if not listed.exists():  # a checkpoint of the site's own
         return []
     try:

@@ -165,7 +165,7 @@ class MemberLook:
         elif not was and self.bond.known:
             self.joined = self._running()
             place = f"host {self.deploy.rank + 1} of {len(self.deploy.nodes)}"
-            say(f"joined: {place}, meeting at {self.deploy.nodes[0]} port {self.deploy.master_port}")
+            say(f"joined: {place}, rendezvous at {self.deploy.nodes[0]} port {self.deploy.master_port}")
         return ""
 
     def ended(self, now: float) -> None:

@@ -38,15 +38,15 @@ BAD = {
     ),
     "a name for an address": (
         {"lowmem_nodes": ["10.0.0.1", "gpu-2"]},
-        "lowmem_nodes has 'gpu-2', which is no IP address",
+        "lowmem_nodes has 'gpu-2', which is not an IP address",
     ),
     "an address of nobody else": (
         {"lowmem_nodes": ["10.0.0.1", "127.0.0.1"]},
-        "lowmem_nodes has 127.0.0.1, by which no other host reaches it",
+        "lowmem_nodes has 127.0.0.1, which no other host can reach",
     ),
     "one port for two things": (
         {"lowmem_port": 29501},
-        "lowmem_port=29501 is the server's and master_port too; choose another",
+        "lowmem_port=29501 and master_port are the same; choose another",
     ),
     "no systemd": (
         {},

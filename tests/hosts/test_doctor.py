@@ -301,4 +301,4 @@ def test_a_file_that_is_no_report_is_one_line(tmp_path):
     done = run(str(report))
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert "is no report of playbooks/doctor.yml" in done.stderr
+    assert "is not a report of playbooks/doctor.yml" in done.stderr

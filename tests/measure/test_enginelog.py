@@ -63,8 +63,8 @@ def test_why_an_engine_did_not_start() -> None:
     assert log.error.startswith("ValueError: No available memory for the cache blocks.")
     assert (
         log.advice
-        == "the budget leaves nothing for the KV cache: weights and activations alone pass it; raise it,"
-        " shard or offload"
+        == "the budget leaves nothing for the KV cache: weights and activations alone exceed it; raise"
+        " the budget, shard or offload"
     )
 
 

@@ -176,7 +176,10 @@ def test_terms_beside_their_measurement() -> None:
         ),
         (
             ["Total CPU offloaded parameters: 19.04", "Model loading took 34.15 GiB memory and 23.8 seconds"],
-            ["offload: 34,970 MiB of weights lie on the card, 15,790 MiB planned: the rest was brought back"],
+            [
+                "offload: 34,970 MiB of weights lie on the card, 15,790 MiB planned:"
+                " a kernel brought the rest back"
+            ],
         ),
     ],
 )

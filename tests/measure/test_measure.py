@@ -97,12 +97,12 @@ def test_a_service_that_ignores_sigterm_is_killed_and_reported(
     ("words", "line"),
     [
         (["--start", "nowhere.sh"], "--start nowhere.sh: no such file"),
-        ([], "one of --start LAUNCHER, --serve or --url URL is needed, none given"),
+        ([], "give one of --start LAUNCHER, --serve and --url URL; none was given"),
         (
             ["--serve", "--clients", "8,none"],
             (
-                "--clients 8,none: a comma-separated list of whole numbers from 1 to 100000 is wanted,"
-                " such as 8,1,4"
+                "--clients 8,none: give a comma-separated list of whole numbers from 1 to 100000, such as"
+                " 8,1,4"
             ),
         ),
         (["--serve", "--env-file", "none.env"], "--env-file none.env: no such file"),
@@ -161,7 +161,7 @@ def test_a_deployment_says_where_its_own_host_reaches_it(host: str, url: str) ->
 )
 def test_what_is_no_address_of_a_server_is_refused(deployed: Path, url: str) -> None:
     code, output, receipt = run(deployed, "--url", url)
-    line = f"lowmem: --url {url}: http://HOST:PORT is wanted, such as http://127.0.0.1:8000"
+    line = f"lowmem: --url {url}: give http://HOST:PORT, such as http://127.0.0.1:8000"
     assert (code, output.strip(), receipt) == (1, line, None)
 
 
@@ -171,7 +171,7 @@ def test_a_taken_port_of_ipv6_is_refused(deployed: Path) -> None:
         code, output, receipt = run(deployed, "--serve", "--arg=--host=::1", f"--arg=--port={port}")
     url = f"http://[::1]:{port}"
     assert (code, receipt) == (1, None)
-    assert f"{url}: something listens there already: stop it, or measure it with --url {url}" in output
+    assert f"{url}: another process listens there already: stop it, or measure it with --url {url}" in output
 
 
 PHASES = {

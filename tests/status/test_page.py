@@ -329,7 +329,7 @@ def test_the_command_writes_the_page_and_keeps_the_look(
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        ([], "lowmem: a receipt, a folder of them, or --live is needed\n"),
+        ([], "lowmem: give a receipt, a folder of them, or --live\n"),
         (["--every-s", "60", "."], "lowmem: --samples and --every-s go with --live\n"),
         (
             ["--live", "--plan", "/nowhere/plan.json"],

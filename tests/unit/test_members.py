@@ -53,7 +53,7 @@ def test_a_connection_that_is_gone_is_said_once():
     assert said == [
         "",
         "",
-        "the connection with 10.0.0.1 has ended, and what comes next there cannot join this engine",
+        "the connection with 10.0.0.1 has ended, and a new engine there cannot join this one",
         "",
         "",
     ]
@@ -74,7 +74,7 @@ def test_what_only_asks_whether_the_port_is_there_joins_nobody():
 
 def test_a_first_host_that_listens_no_more_has_another_engine_soon():
     said = looked_at([{FIRST}, {FIRST}, {FIRST}, {FIRST}], ["there", "refused"])
-    assert said == ["", "", "", "10.0.0.1 has no engine at the meeting port any more"]
+    assert said == ["", "", "", "10.0.0.1 no longer has an engine at the rendezvous port"]
 
 
 def test_a_first_host_that_is_silent_for_too_long():

@@ -193,9 +193,9 @@ def test_a_limit_that_no_link_meets_is_not_the_links_fault():
         ),
         (
             {"overrides": {"pipeline_parallel_size": 1}},
-            "pipeline_parallel_size=1 does not deal its stages evenly to 2 hosts",
+            "pipeline_parallel_size=1 does not divide its stages evenly among 2 hosts",
         ),
-        ({"overrides": {"pipeline_parallel_size": 4}}, "need 2 cards a host and there are 1"),
+        ({"overrides": {"pipeline_parallel_size": 4}}, "need 2 cards a host, which has 1"),
         (
             {"overrides": {"pipeline_parallel_size": 64}, "count": 64, "model": "smollm2-135m"},
             "is more than the 30 layers",
@@ -218,13 +218,16 @@ def test_a_limit_that_no_link_meets_is_not_the_links_fault():
             {"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "10.0.0.1"]}},
             "nodes has 10.0.0.1 more than once; give each host its own address",
         ),
-        ({"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "gpu-2"]}}, "nodes has 'gpu-2', which is no IP address"),
+        (
+            {"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "gpu-2"]}},
+            "nodes has 'gpu-2', which is not an IP address",
+        ),
         (
             {"deploy": {**DEPLOY, "nodes": ["10.0.0.1", "127.0.1.1"]}},
-            "nodes has 127.0.1.1, by which no other host reaches it",
+            "nodes has 127.0.1.1, which no other host can reach",
         ),
-        ({"deploy": {**DEPLOY, "rank": 2}}, "rank=2 is no place among the 2 host(s) of the server"),
-        ({"deploy": {**DEPLOY, "port": 29501}}, "port=29501 is the server's and master_port too"),
+        ({"deploy": {**DEPLOY, "rank": 2}}, "rank=2 is not a rank of the 2 host(s) of the server"),
+        ({"deploy": {**DEPLOY, "port": 29501}}, "port=29501 and master_port are the same"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message):
@@ -235,7 +238,7 @@ def test_bad_input_is_one_line(arguments, message):
 
 
 def test_several_hosts_need_a_network():
-    with pytest.raises(BadInput, match="hosts=2 needs the network between them: name one of 10gbe"):
+    with pytest.raises(BadInput, match="hosts=2 needs a network between the hosts: name one of 10gbe"):
         make_plan(PlanRequest("low_mem", hosts=2, overrides={"pipeline_parallel_size": 2}))
     for figures in ({"gb_per_s": 0.0}, {"round_trip_us": float("nan")}):
         with pytest.raises(BadInput, match="is not a positive number"):

@@ -123,12 +123,12 @@ def test_what_does_not_pass_by_itself(two_cards: Plan, on_cpu: Plan) -> None:
         "the environment has vLLM 0.31.0, the plan is for 0.32.0: run site.yml again"
     ]
     assert lasting(two_cards, memlock_unlimited=False) == [
-        "the plan pins memory and this service may not lock as much as it needs: set LimitMEMLOCK=infinity"
-        " (the unit has it)"
+        "the plan pins memory, and this service may lock too little: set LimitMEMLOCK=infinity (the unit"
+        " has it)"
     ]
     assert lasting(on_cpu, cores=frozenset({0})) == [
         "VLLM_CPU_OMP_THREADS_BIND is 0-1, and this service may not run on core 1: "
-        "set it in vllm_service_extra_environment to cores that are there"
+        "set it in vllm_service_extra_environment to cores of this host"
     ]
     assert lasting(on_cpu, checkpoint=("/m: model.safetensors: missing, /m does not have it",)) == [
         "/m: model.safetensors: missing, /m does not have it; it is not served: run site.yml again, which"
@@ -317,9 +317,7 @@ def test_one_of_several_hosts_is_asked_for_its_own() -> None:
         assert list(passing_refusals(there, look_at_passing(there))) == []
     assert [line.split(":")[0] for line in seen] == [
         f"port {ports['port']} of 127.0.0.1 is taken",
-        f"port {ports['master_port']}, where the hosts of this server meet, is taken",
+        f"rendezvous port {ports['master_port']} is taken",
     ]
     [line] = passing_refusals(other, look_at_passing(other))
-    assert line.startswith(
-        "10.0.0.2 is no address of this host, by which the others of this server would reach it"
-    )
+    assert line.startswith("10.0.0.2 is not an address of this host, so the other hosts cannot reach it")

@@ -1,9 +1,9 @@
-"""vLLM plugin: 4-bit linear layers (AWQ, GPTQ, compressed-tensors) on CPUs without AVX-512.
+"""Adds 4-bit linear layers (AWQ, GPTQ, compressed-tensors) to vLLM on CPUs without AVX-512.
 
 vLLM 0.32.0 compiles its own CPU kernel, `torch.ops._C.cpu_gemm_wna16`, into its AVX-512 library only. On an
 AVX2 machine the server starts, `/health` answers, and the first request ends the engine. This plugin puts a
-kernel before it that keeps the weights in 4 bits and calls `aten::_weight_int4pack_mm_for_cpu`, which PyTorch
-builds for AVX2 as well.
+kernel before it that keeps the weights in 4 bits. The kernel calls `aten::_weight_int4pack_mm_for_cpu`, which
+PyTorch builds for AVX2 as well.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""The kernel itself, and the repacking from vLLM's checkpoint layout to PyTorch's."""
+"""Implements the kernel, and repacks vLLM's checkpoint layout to PyTorch's."""
 
 import torch
 from vllm.model_executor.kernels.linear.mixed_precision.MPLinearKernel import (
@@ -18,9 +18,10 @@ ROWS_PER_BLOCK = 32
 
 
 def unpack(words: torch.Tensor, dim: int) -> torch.Tensor:
-    """int32 words along `dim`, eight values each with the first in the lowest bits, to int32 values 0..15.
+    """Unpack int32 words along `dim` to int32 values 0..15.
 
-    The size along `dim` becomes eight times as large.
+    Each word holds eight values, the first in the lowest bits. The size along `dim` becomes eight times as
+    large.
     """
     words = words.movedim(dim, -1)
     shifts = torch.arange(0, 32, BITS, dtype=torch.int32)
@@ -30,10 +31,12 @@ def unpack(words: torch.Tensor, dim: int) -> torch.Tensor:
 def pack(
     values: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """To the layout of `aten::_weight_int4pack_mm_for_cpu`, so that w = (values - zeros) * scales.
+    """Pack weights to the layout of `aten::_weight_int4pack_mm_for_cpu`, so that w = (values - zeros) *
+    scales.
 
-    values: int32 [out, in], 0..15; scales and zeros: [out, groups]; zeros None: MIDPOINT everywhere.
-    Returns the packed weight, uint8 [out, in / 2], and scale and offset, bfloat16 [groups, out, 2].
+    values are int32 [out, in], 0..15. scales and zeros are [out, groups]; zeros None means MIDPOINT
+    everywhere. Returns the packed weight, uint8 [out, in / 2], and scale and offset, bfloat16 [groups, out,
+    2].
     """
     scales = scales.float()
     offset = torch.zeros_like(scales) if zeros is None else (MIDPOINT - zeros) * scales

@@ -1,8 +1,8 @@
-"""vLLM plugin: a draft model (draft, EAGLE or MTP) stays on the card while the target's layers are offloaded.
+"""Keeps a draft model (draft, EAGLE or MTP) on the card while vLLM offloads the target's layers.
 
 vLLM 0.32.0 has one offloader per process. The target's layers pass through it first and the draft's layers
-second. The prefetch offloader stops at the second call with an assertion; the UVA offloader would stream
-the draft's layers too. With this plugin only the first model of a worker is offloaded.
+second. The prefetch offloader stops at the second call with an assertion. The UVA offloader would stream the
+draft's layers too. With this plugin only the first model of a worker is offloaded.
 """
 
 from __future__ import annotations
