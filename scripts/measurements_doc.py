@@ -243,11 +243,21 @@ def draw(runs: list[Received], file: Path) -> None:
     axes.set_xlabel("GiB of a card (figures: MiB); the black line is the profile's limit")
     axes.set_title(
         "Memory of a card under load: planned by today's constants, and measured on"
-        f" {runs[0].plan.device.upper()}"
+        f" {runs[0].plan.device.upper()}",
+        loc="left",
+        fontsize=11,
     )
+    axes.grid(visible=True, axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
     figure.legend(
-        squares, [term_name(term) for term in colours], loc="outside lower center", fontsize=8, ncols=9
+        squares,
+        [term_name(term) for term in colours],
+        loc="outside lower center",
+        fontsize=8,
+        ncols=5,
+        frameon=False,
     )
     figure.savefig(file, dpi=110, metadata={"Software": None})
 

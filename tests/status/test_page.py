@@ -102,7 +102,7 @@ def html(request: pytest.FixtureRequest) -> str:
 def test_the_live_figures_stand_beside_their_limits() -> None:
     said = text(pages()["serving"])
     assert "SmolLM2-135M-Instruct serving Up for 2 min 59 s, since 2026-11-24 15:33:40 UTC ." in said
-    assert "This page was written at 2026-11-24 15:36:40 UTC ; the host writes it again every 1 min." in said
+    assert "This page was written at 2026-11-24 15:36:40 UTC . The host writes it again every 1 min." in said
     assert "Requests 3 running 2 waiting; up to 8 run at once" in said
     assert "KV cache 42 % in use 4,892 of 11,648 tokens" in said
     assert "Memory 2,000 MiB limit 3,072; planned peak 2,162" in said
