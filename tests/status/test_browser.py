@@ -49,7 +49,7 @@ addEventListener("load", () => {{
     resources: view.performance.getEntriesByType("resource").map((e) => e.name),
     reach: page.querySelectorAll(".scroll:not([tabindex])").length,
     shown: page.body.innerText.replace(/\\s+/g, " "),
-    rings: [...page.querySelectorAll("a[href],summary,.scroll")].map((e) => 
+    rings: [...page.querySelectorAll("a[href],summary,.scroll")].map((e) =>
       {{ e.focus(); return style(e).outlineStyle + " " + style(e).outlineWidth; }}),
     aside: [...page.querySelectorAll(".stack")].filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.getAttribute("aria-label")),
   }});
