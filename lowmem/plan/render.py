@@ -31,8 +31,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     cards = f"{plan.device_count} x {plan.device}"
     place = f"{plan.hosts} hosts with {cards} each" if plan.hosts > 1 else cards
     out.print(
-        f"[bold]{escape(plan.profile)}[/]: {escape(plan.model)} ({weights}, {gib(plan.weight_bytes)}) on {place},"
-        f" vLLM {plan.vllm_version}"
+        f"[bold]{escape(plan.profile)}[/]: {escape(plan.model)} ({weights}, {gib(plan.weight_bytes)})"
+        f" on {place}, vLLM {plan.vllm_version}"
     )
     out.print(f"[bold {_COLOUR[plan.verdict]}]{plan.verdict}[/]")
     for reason in plan.reasons:
