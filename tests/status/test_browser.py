@@ -120,8 +120,8 @@ def test_an_old_page_claims_nothing_of_now(tmp_path: Path) -> None:
     assert f"SmolLM2-135M-Instruct serving {alone}Up for 2 min 59 s, since 2026-11-24 15:33:40 UTC." in fresh
     old = browse(tmp_path, html.replace("<body>", '<body class="is-old">'), PHONE)
     assert (
-        "SmolLM2-135M-Instruct unknown: this page is old This page was written some time ago. The host writes it"
-        " every 1 min: its timer has stopped, or this browser does not reach the host. The figures below were"
+        "SmolLM2-135M-Instruct unknown: this page is old This page was written some time ago. The host"
+        " writes it every 1 min: its timer has stopped, or this browser does not reach the host. The figures below were"
         " true at that time."
     ) in old["shown"]
     assert f"{alone}This page was written at 2026-11-24 15:36:40 UTC. Requests 3 running" in old["shown"]

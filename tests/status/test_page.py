@@ -135,8 +135,8 @@ def test_nothing_known_yet_is_said_and_not_drawn() -> None:
     said = text(pages()["first"])
     assert "This page has not seen the server answer yet." in said
     assert (
-        "There is no receipt yet. ansible-playbook site.yml --tags verify measures this service and writes one."
-        in said
+        "There is no receipt yet. ansible-playbook site.yml --tags verify measures this service"
+        " and writes one." in said
     )
     assert "writes it again" not in said
 
