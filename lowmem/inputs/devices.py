@@ -22,11 +22,11 @@ def this_machine() -> Device:
 
     Without a GPU this is the CPU with this machine's RAM. Raises BadInput for a GPU that is not in the table.
     """
-    from lowmem.probes import cards  # psutil: planning for a named device does without
+    from lowmem.probes import cards  # it needs psutil, which a plan for a named device does not
 
     try:
         visible = cards()
-    except Exception:  # no package, no driver, a broken one: all mean that this machine serves on its CPU
+    except Exception:  # without a working driver this machine serves on its CPU
         visible = []
     if not visible:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB

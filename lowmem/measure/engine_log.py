@@ -26,7 +26,7 @@ _RUN_BEGINS = re.compile(r"vLLM server version|non-default args:")  # entrypoint
 
 _STOPPING = re.compile(
     r"\[shutdown\] API server: shutdown triggered"
-)  # what is printed after it, EngineDeadError too, is no failure
+)  # an EngineDeadError that follows is not a failure
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 

@@ -54,7 +54,7 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
 def merge(receipt: Receipt, checks: dict[str, dict[str, Any]]) -> Receipt:
     """Return the receipt with these checks; a failed check becomes a finding."""
     findings = [f for f in receipt.findings if not f.startswith("check ")]
-    # A limit that the measurement already names is not told twice.
+    # The measurement may already name this limit.
     told = {f.split(":")[0] for f in findings}
     findings += [
         f"check {name}: {check['message']}"

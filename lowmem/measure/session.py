@@ -108,8 +108,7 @@ class Session:
         """Raise BadInput when there is nothing to measure."""
         self.options = options
         plan = options.plan
-        # The key goes into environments only, never into an argument list, which every user of the machine
-        # reads.
+        # Every user of the machine can read argument lists, so the key goes into environments only.
         key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
         self.api = Api(options.url or listening_url(plan.deploy, options.extra), key)
         try:

@@ -15,7 +15,7 @@ from lowmem.plan.request import Inputs
 from lowmem.schema import Knob, Plan
 from lowmem.units import MIB
 
-# What a knob is compared with: vLLM's own default, or the opposite.
+# A knob is compared with vLLM's own default, or with its opposite.
 _WITHOUT: dict[str, Any] = {
     "tensor_parallel_size": 1,
     "enforce_eager": False,

@@ -88,7 +88,7 @@ def arguments_of(
 
 
 _SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout")
-"""Of the API server, which runs on the first host alone."""
+"""Flags of the API server, which runs on the first host alone."""
 
 
 def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
@@ -196,12 +196,12 @@ def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable,
 
 
 DRAINS_SINCE = "0.32.0"
-"""The version whose source was read: API server and engine finish what they have and refuse what is new
+"""First version that is known to drain. Its API server and engine finish open requests and refuse new ones
 (v1/engine/core.py).
 """
 
 RELEASE_S = 30
-"""After the last request, for workers to end and give their memory back; 3 to 4 s were seen."""
+"""Time for workers to end and free their memory after the last request; 3 to 4 s were seen."""
 
 
 def drain_s(load: Load, limits: Limits) -> int:

@@ -25,7 +25,7 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
         try:
             p = profiles.load_profile(name)
             if p.hosts > inputs.hosts:
-                continue  # who has one host is not helped by a recipe for two
+                continue  # a recipe for more hosts does not help
             if devices.load_device(p.device).kind != inputs.device.kind:
                 continue
             for count in sorted({inputs.count, p.device_count}):
@@ -78,8 +78,8 @@ def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
     return None
 
 
-# Bits, group size and method a checkpoint can have, best quality first. Perplexities are for docs/planning.md
-# to state, not to compute with.
+# Bits, group size and method a checkpoint can have, best quality first. docs/planning.md states their
+# perplexities; the search does not compute with them.
 WEIGHTS: tuple[tuple[str, Quantization], ...] = (
     ("16-bit", Quantization()),
     ("8-bit", Quantization(method="gptq", bits=8, group_size=128, zero_point=False)),

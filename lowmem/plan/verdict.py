@@ -36,7 +36,7 @@ def stage_reasons(
         for reason in memory_reasons(engine, part.card, device, memory, limits):
             if n == least or not reason.startswith(
                 "kv_cache: to serve one request"
-            ):  # elsewhere the pool is that stage's
+            ):  # the other stages get the pool of the least one
                 found.setdefault(reason, f"stage {n}: {reason}" if len(stages) > 1 else reason)
     return list(found.values())
 

@@ -32,8 +32,8 @@ Meeting = Literal["there", "refused", "nothing"]
 MEETING_TIMEOUT_S = 3.0
 
 HOST_SILENCE_S = 30.0
-"""Decided: a kernel answers at once, whatever its engine does, and a machine that is moved is back within
-this.
+"""Decided, not measured. A kernel answers at once, whatever its engine does, and a migrated machine is back
+sooner.
 """
 
 
@@ -120,7 +120,7 @@ class Bond:
         """
         seen = self.hosts.connections()
         if not self.known:
-            # twice in a row: what only asks whether the port is there is gone by the next look
+            # twice in a row, since a mere probe of the port is gone by the next look
             self.known, self._before, self.heard = self._before & seen, seen, {}
             return ""
         why = self._broken(seen, now)

@@ -92,7 +92,7 @@ class Engine:
         killed: list[str] = []
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        # Workers outlive the server that ended by a moment; where it did not end, they have had their time.
+        # Workers outlive an ended server by a moment. If it did not end, they have had their time.
         _, alive = psutil.wait_procs(self.seen, timeout=10 if self.process.poll() is not None else 0)
         for process in alive:
             with contextlib.suppress(psutil.Error):

@@ -195,8 +195,8 @@ def parse(text: str, at: float) -> Sample:
         preemptions=sum(values("vllm:num_preemptions", "_total")),
         finished=_by_label(families.get("vllm:request_success"), "finished_reason"),
         ttft=_buckets(families.get("vllm:time_to_first_token_seconds")),
-        # An answer of one token has no time per output token. vLLM 0.32 counts it as 0 (v1/metrics/stats.py),
-        # and health checks are such.
+        # An answer of one token has no time per output token. vLLM 0.32 counts it as 0 (v1/metrics/stats.py).
+        # Health checks are such answers.
         tpot=_buckets(families.get("vllm:request_time_per_output_token_seconds")).less_lowest(single),
         itl=_buckets(families.get("vllm:inter_token_latency_seconds")),
     )
