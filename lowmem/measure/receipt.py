@@ -55,11 +55,11 @@ def merge(receipt: Receipt, checks: dict[str, dict[str, Any]]) -> Receipt:
     """Return the receipt with these checks; a failed check becomes a finding."""
     findings = [f for f in receipt.findings if not f.startswith("check ")]
     # The measurement may already name this limit.
-    told = {f.split(":")[0] for f in findings}
+    named = {f.split(":")[0] for f in findings}
     findings += [
         f"check {name}: {check['message']}"
         for name, check in checks.items()
-        if check["outcome"] == "failed" and name.split(":")[0] not in told
+        if check["outcome"] == "failed" and name.split(":")[0] not in named
     ]
     return receipt.model_copy(
         update={"checks": checks, "findings": tuple(findings), "verdict": "failed" if findings else "passed"}

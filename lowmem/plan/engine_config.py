@@ -119,10 +119,10 @@ def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ..
         return tuple(parts)
     if stages > layers:
         raise BadInput(f"pipeline_parallel_size={stages} is more than the {layers} layers; lower it")
-    found, left = [layers // stages] * stages, layers % stages
+    layers_of, left = [layers // stages] * stages, layers % stages
     for i in range(2, left + 2):
-        found[-i] += 1
-    return tuple(found)
+        layers_of[-i] += 1
+    return tuple(layers_of)
 
 
 def linear_kernel(

@@ -18,7 +18,7 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
 
     A profile that cannot take the load is left out.
     """
-    found = []
+    plans = []
     for name in names or profiles.names():
         if name == inputs.profile.name:
             continue
@@ -43,10 +43,10 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
                     plan = compute(gather(request))
                 except BadInput:
                     continue
-                found.append(plan)
+                plans.append(plan)
         except BadInput:
             continue
-    return sorted(found, key=lambda q: _rank(q, inputs))
+    return sorted(plans, key=lambda q: _rank(q, inputs))
 
 
 def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
@@ -195,8 +195,10 @@ def suggestions(
 
     More bits come before fewer, then a better KV type, fewer cards, and less time a token.
     """
-    found = [o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"]
-    unique = {o.label: o for o in found}
+    fitting = [
+        o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"
+    ]
+    unique = {o.label: o for o in fitting}
     return sorted(
         unique.values(),
         key=lambda o: (

@@ -48,12 +48,12 @@ def _embedding_bytes(card: ModelCard, engine: EngineConfig) -> int:
     return sum(g.parameters * 2 // engine.tp for g in card.groups if g.kind == "embedding" and not card.tied)
 
 
-def _efficiency(which: str, kernel: str, device: Device) -> float:
+def _efficiency(section: str, kernel: str, device: Device) -> float:
     """Return the measured efficiency of a kernel.
 
     The most specific figure counts: for this card, for its compute capability, or for the kernel alone.
     """
-    table = constant("latency", which)
+    table = constant("latency", section)
     return float(
         next(
             table[key]

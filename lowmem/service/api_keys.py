@@ -50,13 +50,13 @@ def read_keys(text: str) -> dict[str, str]:
 
     Other lines are skipped.
     """
-    found = {}
+    keys = {}
     for line in text.splitlines():
         variable, _, value = line.strip().partition("=")
         key = "".join(shlex.split(value)) if variable.startswith(VARIABLE) else ""
         if key and variable[len(VARIABLE) :][:1] in ("", "_"):
-            found[variable[len(VARIABLE) + 1 :]] = key
-    return found
+            keys[variable[len(VARIABLE) + 1 :]] = key
+    return keys
 
 
 class KeyFile:

@@ -62,7 +62,7 @@ class MemberHosts:
         self.port, self.rank = deploy.master_port, deploy.rank
 
     def connections(self) -> frozenset[Connection]:
-        found = set()
+        joined = set()
         for c in psutil.net_connections("tcp"):
             if c.status != psutil.CONN_ESTABLISHED or len(c.laddr) != 2 or len(c.raddr) != 2:
                 continue
@@ -73,8 +73,8 @@ class MemberHosts:
                 if self.rank
                 else port == self.port and there in self.others
             ):
-                found.add((here, port, there, their_port))
-        return frozenset(found)
+                joined.add((here, port, there, their_port))
+        return frozenset(joined)
 
     def answers(self) -> dict[str, Meeting]:
         return {host: self._answer(host) for host in ([self.first] if self.rank else self.others)}

@@ -114,8 +114,8 @@ def vllm_command() -> list[str]:
     beside = Path(sys.executable).parent / "vllm"
     if beside.exists():
         return [str(beside)]
-    if found := shutil.which("vllm"):
-        return [found]
+    if on_path := shutil.which("vllm"):
+        return [on_path]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 

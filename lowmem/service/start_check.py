@@ -190,17 +190,17 @@ def checkpoint_troubles(plan: Plan) -> list[str]:
 def look_at_passing(plan: Plan) -> Passing:
     """Read the state that changes by itself."""
     trouble = ""
-    found: list[Card] = []
+    opened: list[Card] = []
     if plan.device_kind == "cuda":
         try:
-            found = cards()
+            opened = cards()
         except RuntimeError as error:
             trouble = str(error)
     place = plan.deploy
     several = place is not None and len(place.nodes) > 1
     first = place is not None and not place.rank  # only the first host listens at known ports
     return Passing(
-        tuple(found),
+        tuple(opened),
         trouble,
         psutil.virtual_memory().available,
         port_taken=place is not None and first and taken(place.host, place.port),
