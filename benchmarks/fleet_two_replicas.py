@@ -287,7 +287,7 @@ def compared(folder: Path) -> Iterator[tuple[str, str, float, float]]:
     from lowmem.artefacts import read
     from lowmem.fleet import (
         simulation,
-        speed,  # its simpy is not on a lent machine, which only measures
+        speed,  # a machine that only measures has no simpy
     )
 
     receipt = read(folder / "one.json")

@@ -53,7 +53,7 @@ def cards() -> list[Card]:
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
             handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        except nvml.NVMLError:  # another instance's, closed to this one by DeviceAllow
+        except nvml.NVMLError:  # DeviceAllow closes the card of another instance
             continue
         memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
         holders: list[str] = []
@@ -82,7 +82,7 @@ def _text(value: bytes | str) -> str:
 def _named(pid: int) -> str:
     try:
         return f" ({psutil.Process(pid).name()})"
-    except psutil.Error:  # of another user, whom the sandbox hides
+    except psutil.Error:  # the sandbox hides processes of other users
         return ""
 
 
@@ -184,7 +184,7 @@ class ProcessTree:
                 self.source = (
                     "RSS of the process tree (PSS not readable; shared pages count once per process)"
                 )
-            except (OSError, psutil.Error):  # gone in between
+            except (OSError, psutil.Error):  # the process has ended meanwhile
                 continue
         return total
 

@@ -46,7 +46,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_computed(cls, data: Any) -> Any:
-        # What is computed is written for readers in other languages; read back, it is computed again.
+        # Computed fields are written for other readers; this one computes them again.
         return (
             {k: v for k, v in data.items() if k not in cls.model_computed_fields}
             if isinstance(data, dict)

@@ -49,8 +49,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-# a server that listens on every address is asked at the loopback address of that family: a socket
-# of `::` may be closed to IPv4 (net.ipv6.bindv6only)
+# A server that listens on every address is asked at the loopback address of its family: a socket
+# of `::` may be closed to IPv4 (net.ipv6.bindv6only).
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - read, not bound
 
 

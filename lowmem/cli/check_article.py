@@ -20,16 +20,16 @@ def check_article(
     if markdown_:
         sys.stdout.write(markdown())
         return
-    found = [*claims(), goal()]
+    results = [*claims(), goal()]
     if json_:
-        sys.stdout.write(json.dumps([asdict(c) for c in found], indent=2) + "\n")
+        sys.stdout.write(json.dumps([asdict(c) for c in results], indent=2) + "\n")
         return
     from rich.markup import escape
 
     from lowmem.text import terminal
 
     out = terminal()
-    for c in found:
+    for c in results:
         colour = {"by plan": "yellow", "barely": "yellow"}.get(c.holds, "red")
         out.print(f"[bold]{escape(c.claim)}[/]  [{colour}]{c.holds}[/]", soft_wrap=True)
         out.print(f"    {escape(c.truth)}", soft_wrap=True)

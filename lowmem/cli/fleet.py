@@ -62,16 +62,16 @@ def fleet(
         )
     from lowmem.fleet import simulation, speed
 
-    kinds: list[tuple[str, Plan, speed.Speed]] = []
+    speeds: list[tuple[str, Plan, speed.Speed]] = []
     for path in receipt or []:
         from lowmem.artefacts import read
 
-        found = read(path)
-        kinds.append(
+        measured = read(path)
+        speeds.append(
             (
-                f"{path.stem}, measured, {found.hardware.get('gpu', found.plan.device)}",
-                found.plan,
-                speed.measured(found),
+                f"{path.stem}, measured, {measured.hardware.get('gpu', measured.plan.device)}",
+                measured.plan,
+                speed.measured(measured),
             )
         )
     for name in profile or (() if receipt else PROFILES):
@@ -82,9 +82,9 @@ def fleet(
         )
         if plan.verdict == "impossible":
             raise BadInput(f"profile {name} is impossible with this load: {plan.reasons[0]}")
-        kinds.append((f"{name}, planned, {plan.device}", plan, speed.planned(plan)))
+        speeds.append((f"{name}, planned, {plan.device}", plan, speed.planned(plan)))
     rows: list[dict[str, Any]] = []
-    for title, plan, host_speed in kinds:
+    for title, plan, host_speed in speeds:
         answer = simulation.hosts_needed(
             host_speed, qps, input_tokens, output_tokens, p99_tpot, p99_ttft, at_most
         )

@@ -33,11 +33,11 @@ def gateway_health(
     health = Health(VllmServer(planned, env_file), stale_s)
     server = serve(health, socket, figures)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    said = None
+    printed = None
     while True:
         health.look(time.monotonic())
-        if health.reason != said:
-            said = health.reason
-            sys.stdout.write(f"gateway-health: {visible(said or 'can complete')}\n")
+        if health.reason != printed:
+            printed = health.reason
+            sys.stdout.write(f"gateway-health: {visible(printed or 'can complete')}\n")
             sys.stdout.flush()
         time.sleep(every_s)

@@ -133,7 +133,7 @@ def show_options(model: str, plan: Plan, as_json: bool) -> bool:
     from lowmem.plan.render import show_suggestions
     from lowmem.plan.search import suggestions
 
-    found = suggestions(
+    options = suggestions(
         model,
         plan.device,
         plan.device_count,
@@ -143,9 +143,9 @@ def show_options(model: str, plan: Plan, as_json: bool) -> bool:
     )
     if as_json:
         rows = [
-            {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in found
+            {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in options
         ]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
     else:
-        show_suggestions(found, plan)
-    return bool(found)
+        show_suggestions(options, plan)
+    return bool(options)

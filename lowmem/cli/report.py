@@ -88,7 +88,7 @@ def status_page(plan: Path, receipts: Iterable[Path], samples: Path | None, ever
     A receipt that cannot be read is named on the page and is no error.
     """
     host = deployed(plan)
-    told: dict[str, tuple[str, Receipt]] = {}
+    shown: dict[str, tuple[str, Receipt]] = {}
     unread: list[str] = []
     for path in _found([given for given in receipts if given.exists()], newest=SHOWN):
         try:
@@ -96,7 +96,7 @@ def status_page(plan: Path, receipts: Iterable[Path], samples: Path | None, ever
         except BadInput as error:
             unread.append(str(error))
         else:
-            told.setdefault(
+            shown.setdefault(
                 receipt.created_utc, (receipt.created_utc.replace("T", " ").removesuffix("Z"), receipt)
             )
     look = host.look()
@@ -114,7 +114,7 @@ def status_page(plan: Path, receipts: Iterable[Path], samples: Path | None, ever
         every_s=every_s,
         unread=tuple(unread),
     )
-    return page([told[created] for created in sorted(told)][-SHOWN:], "", live)
+    return page([shown[created] for created in sorted(shown)][-SHOWN:], "", live)
 
 
 def _found(receipts: Iterable[Path], newest: int | None = None) -> Iterable[Path]:

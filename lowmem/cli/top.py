@@ -86,5 +86,5 @@ def _ended_quietly() -> Iterator[None]:
     except KeyboardInterrupt:
         pass
     except BrokenPipeError:
-        # nothing more can be written, also by the interpreter's own flush at its end
+        # the interpreter's own flush at its end would fail too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

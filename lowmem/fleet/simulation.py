@@ -98,7 +98,7 @@ class Host:
                 self._admit()
             batch = list(self.running)
             if self.speed.async_scheduling:
-                self._admit()  # to the step after this one
+                self._admit()  # admit to the step after this one
             decoding = [r for r in batch if not r.prompt_left]
             budget = self.speed.max_num_batched_tokens - len(decoding)
             chunks: list[tuple[Request, int]] = []

@@ -8,13 +8,11 @@ from lowmem.errors import BadInput
 from lowmem.schema import Plan, Receipt
 
 WARM_SHARE = 0.2
-"""Part of the first requests that is not counted: the queue of an empty fleet is not the one
-that users meet.
-"""
+"""Share of the first requests that is not counted, since users do not meet the queue of an empty fleet."""
 
 FULL_SHARE = 0.9
-"""Part of a full batch's throughput that a fleet is planned for. Decided: nearer to it a queue grows for
-longer than a simulation runs.
+"""Share of a full batch's throughput that a fleet is planned for. Decided, not measured: above it a queue
+grows for longer than a simulation runs.
 """
 
 

@@ -22,11 +22,11 @@ def this_machine() -> Device:
 
     Without a GPU this is the CPU with this machine's RAM. Raises BadInput for a GPU that is not in the table.
     """
-    from lowmem.probes import cards  # psutil: planning for a named device does without
+    from lowmem.probes import cards  # it needs psutil, which a plan for a named device does not
 
     try:
         visible = cards()
-    except Exception:  # no package, no driver, a broken one: all mean that this machine serves on its CPU
+    except Exception:  # without a working driver this machine serves on its CPU
         visible = []
     if not visible:
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // MIB
@@ -41,16 +41,16 @@ def this_machine() -> Device:
     return by_nvml_name(visible[0].name, visible[0].total_bytes // MIB)
 
 
-def by_nvml_name(said: str, total_mib: int) -> Device:
+def by_nvml_name(nvml_name: str, total_mib: int) -> Device:
     """Return the table's device for an NVML name such as `NVIDIA A100-SXM4-40GB`.
 
     `total_mib` must agree with the table to 3 %. Raises BadInput if no device does.
     """
-    words = set(re.split(r"[^a-z0-9]+", said.lower()))
+    words = set(re.split(r"[^a-z0-9]+", nvml_name.lower()))
     for name in names():
         device = load_device(name)
         if device.kind != "cuda" or (
-            name.split("-")[0] not in words and name.replace("-", " ") not in said.lower()
+            name.split("-")[0] not in words and name.replace("-", " ") not in nvml_name.lower()
         ):
             continue
         if abs(device.nvml_total_mib - total_mib) <= 0.03 * total_mib and ("pcie" in name) == (
@@ -62,7 +62,7 @@ def by_nvml_name(said: str, total_mib: int) -> Device:
                 update={"nvml_total_mib": total_mib, "torch_total_mib": usable, "source": source}
             )
     raise BadInput(
-        f"this machine's {said} with {total_mib} MiB is not in the device table; name the nearest of"
+        f"this machine's {nvml_name} with {total_mib} MiB is not in the device table; name the nearest of"
         f" {', '.join(names())}"
     )
 
@@ -72,11 +72,11 @@ def load_device(name: str) -> Device:
 
     Raises BadInput with the list of names.
     """
-    return this_machine() if name == "auto" else _of_table(name)
+    return this_machine() if name == "auto" else _table_device(name)
 
 
 @cache
-def _of_table(name: str) -> Device:
+def _table_device(name: str) -> Device:
     wanted = name.lower().replace("_", "-")
     for key, entry in load_yaml("devices.yml").items():
         if wanted in (key, *entry.get("aliases", ())):

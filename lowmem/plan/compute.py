@@ -104,7 +104,7 @@ def compute(inputs: Inputs) -> Plan:
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     pool_bytes = max(
         m.terms["kv_cache"] for _, m in stages
-    )  # every stage is told the same, and has as many blocks
+    )  # the engine gives every stage the same setting and as many blocks
     arguments = arguments_of(inputs, engine, memory, pool_bytes)
     host = host_ram(part.card, engine, device, memory)
     service = service_limits(engine, device, host, card, load, limits)

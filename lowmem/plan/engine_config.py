@@ -11,9 +11,9 @@ from lowmem.schema import Device, ModelCard, Scalar
 
 KV_BLOCK_TOKENS = 16
 
-# CUDA compute capability a KV type needs: FlashAttention takes fp8 on 9.0 and 10.0 only, Triton's fp8 wants
-# 8.9, the per-token-head integer types and TurboQuant's integer keys run in Triton on any (0.32.0:
-# v1/attention/backends/{flash_attn,triton_attn,turboquant_attn}.py).
+# Each KV type with the CUDA compute capability and the vLLM version that it needs. FlashAttention takes fp8
+# on 9.0 and 10.0 only, and Triton's fp8 needs 8.9. The per-token-head integer types and TurboQuant's integer
+# keys run in Triton on any card (0.32.0: v1/attention/backends/{flash_attn,triton_attn,turboquant_attn}.py).
 KV_DTYPES: dict[str, tuple[str, str]] = {
     "auto": ("8.0", "0.0"),
     "float16": ("8.0", "0.14.0"),
@@ -30,7 +30,7 @@ KV_DTYPES: dict[str, tuple[str, str]] = {
     "turboquant_3bit_nc": ("8.0", "0.20.0"),
 }
 
-# vLLM's names of one checkpoint format each
+# vLLM has several names for one checkpoint format.
 FORMATS = {
     "awq": "awq",
     "awq_marlin": "awq",
@@ -119,10 +119,10 @@ def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ..
         return tuple(parts)
     if stages > layers:
         raise BadInput(f"pipeline_parallel_size={stages} is more than the {layers} layers; lower it")
-    found, left = [layers // stages] * stages, layers % stages
+    layers_of, left = [layers // stages] * stages, layers % stages
     for i in range(2, left + 2):
-        found[-i] += 1
-    return tuple(found)
+        layers_of[-i] += 1
+    return tuple(layers_of)
 
 
 def linear_kernel(

@@ -15,7 +15,7 @@ from lowmem.plan.request import Inputs
 from lowmem.schema import Knob, Plan
 from lowmem.units import MIB
 
-# What a knob is compared with: vLLM's own default, or the opposite.
+# A knob is compared with vLLM's own default, or with its opposite.
 _WITHOUT: dict[str, Any] = {
     "tensor_parallel_size": 1,
     "enforce_eager": False,
@@ -65,7 +65,7 @@ def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[E
     `receipts` holds the sentence of a measured ablation by knob.
     """
     base = compute(inputs)
-    found = []
+    rows = []
     for name, knob in inputs.knobs.items():
         measured = (receipts or {}).get(name, "")
         shown = (
@@ -78,7 +78,7 @@ def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[E
             "quantization",
             "disable_log_stats",
         ):
-            found.append(
+            rows.append(
                 Effect(
                     name,
                     shown,
@@ -95,9 +95,9 @@ def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[E
         try:
             other = without(inputs, name)
         except BadInput as e:
-            found.append(Effect(name, shown, knob.why, None, None, None, None, measured, f"without it: {e}"))
+            rows.append(Effect(name, shown, knob.why, None, None, None, None, measured, f"without it: {e}"))
             continue
-        found.append(
+        rows.append(
             Effect(
                 name,
                 shown,
@@ -110,7 +110,7 @@ def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[E
                 "" if other.verdict != "impossible" else f"without it: {other.reasons[0]}",
             )
         )
-    return found
+    return rows
 
 
 def measured_effects(folder: Path, profile: str) -> dict[str, str]:

@@ -21,12 +21,12 @@ def version(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"(\d+)\.(\d+)(?:\.(\d+))?(?:[.+-].*)?", text)
     if not match:
         raise BadInput(f"vllm_version {text!r} is not a version; write it like 0.32.0")
-    found = (int(match[1]), int(match[2]), int(match[3] or 0))
-    if found < OLDEST:
+    numbers = (int(match[1]), int(match[2]), int(match[3] or 0))
+    if numbers < OLDEST:
         raise BadInput(
             f"vllm_version {text} is older than 0.17.0, the first this planner knows; use 0.17.0 or later"
         )
-    return found
+    return numbers
 
 
 def _capability(text: str) -> tuple[int, int]:
@@ -39,7 +39,7 @@ def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "-
 
     Raises BadInput for a missing `=` or a repeated knob.
     """
-    found: dict[str, Scalar] = {}
+    values: dict[str, Scalar] = {}
     for text in assignments:
         name, sign, value = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
@@ -48,10 +48,10 @@ def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "-
                 f"{option} {text!r} is not of the form knob=value, e.g."
                 f" {'max_num_seqs=8' if option == '--set' else 'NCCL_DEBUG=WARN'}"
             )
-        if name in found:
-            raise BadInput(f"{option} {name} is given twice ({found[name]!r} and {value!r}); give it once")
-        found[name] = value.strip()
-    return found
+        if name in values:
+            raise BadInput(f"{option} {name} is given twice ({values[name]!r} and {value!r}); give it once")
+        values[name] = value.strip()
+    return values
 
 
 def checked(name: str, value: Scalar) -> Scalar:
@@ -72,13 +72,13 @@ def checked(name: str, value: Scalar) -> Scalar:
     try:
         result = _typed(kind, value)
     except (ValueError, OverflowError):
-        what = {
+        expected = {
             "int": "a whole number",
             "float": "a number",
             "bool": "true or false",
             "bytes": "a size such as 2GiB or 2147483648",
         }.get(kind, "text")
-        raise BadInput(f"{name}={value!r} is not {what}; correct it") from None
+        raise BadInput(f"{name}={value!r} is not {expected}; correct it") from None
     if isinstance(result, int | float) and not isinstance(result, bool):
         low, high = spec.get("min"), spec.get("max")
         if not math.isfinite(result) or (

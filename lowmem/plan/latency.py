@@ -75,10 +75,10 @@ def link_needs(steps: StepModel, link: Link, limits: Limits) -> tuple[float | No
     """
 
     def meets(changed: Link) -> bool:
-        found = latency(replace(steps, link=changed))
+        changed_latency = latency(replace(steps, link=changed))
         return (
-            found.decode_expected <= limits.tpot_p99_ms
-            and found.terms["ttft_all_at_once"] <= limits.ttft_p99_ms
+            changed_latency.decode_expected <= limits.tpot_p99_ms
+            and changed_latency.terms["ttft_all_at_once"] <= limits.ttft_p99_ms
         )
 
     def edge(field: str, good: float, bad: float) -> float | None:

@@ -40,9 +40,9 @@ def arguments_of(
         if place
         else (card.source if "/" in card.source and not made else f"{card.name}{made}")
     )
-    found = [Argument(flag="", value=model, why="the checkpoint")]
+    arguments = [Argument(flag="", value=model, why="the checkpoint")]
     if place:
-        found += [
+        arguments += [
             Argument(
                 flag="--served-model-name", value=place.served_model_name, why="the name clients ask for"
             ),
@@ -55,7 +55,7 @@ def arguments_of(
             ),
         ]
         if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
-            found.append(
+            arguments.append(
                 Argument(
                     flag="--shutdown-timeout",
                     value=str(drain_s(inputs.load, inputs.limits)),
@@ -76,19 +76,19 @@ def arguments_of(
             continue
         flag, text = pair
         words = text.split() if text and name in _LISTS else [text]
-        found.append(Argument(flag=flag, value=words[0], why=knob.why))
+        arguments.append(Argument(flag=flag, value=words[0], why=knob.why))
         if (
             name == "kv_cache_memory_bytes"
             and "gpu_memory_utilization" not in inputs.knobs
             and inputs.device.kind == "cuda"
         ):
-            found.append(startup_check(inputs.device, memory))
-        found += [Argument(flag="", value=w, why="") for w in words[1:]]
-    return tuple(found)
+            arguments.append(startup_check(inputs.device, memory))
+        arguments += [Argument(flag="", value=w, why="") for w in words[1:]]
+    return tuple(arguments)
 
 
 _SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout")
-"""Of the API server, which runs on the first host alone."""
+"""Flags of the API server, which runs on the first host alone."""
 
 
 def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
@@ -103,7 +103,7 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
     place = inputs.deploy
     addresses = place.nodes if place and place.nodes else tuple(f"node-{n}" for n in range(inputs.hosts))
     port = place.master_port if place else Deploy.model_fields["master_port"].default
-    found = []
+    nodes = []
     for rank, address in enumerate(addresses):
         own = [
             Argument(
@@ -150,7 +150,7 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
             names["GLOO_SOCKET_IFNAME"] = Knob(value=place.interface, why="the same for what goes beside it")
         kept = arguments if not rank else tuple(a for a in arguments if a.flag not in _SERVER_ONLY)
         more = tuple(EnvironmentVariable(name=n, value=str(k.value), why=k.why) for n, k in names.items())
-        found.append(
+        nodes.append(
             Node(
                 rank=rank,
                 address=address,
@@ -158,7 +158,7 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
                 environment=(*environment_of(inputs, inputs.device), *more),
             )
         )
-    return tuple(found)
+    return tuple(nodes)
 
 
 def startup_check(device: Device, memory: CardMemory) -> Argument:
@@ -196,12 +196,12 @@ def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable,
 
 
 DRAINS_SINCE = "0.32.0"
-"""The version whose source was read: API server and engine finish what they have and refuse what is new
+"""First version that is known to drain. Its API server and engine finish open requests and refuse new ones
 (v1/engine/core.py).
 """
 
 RELEASE_S = 30
-"""After the last request, for workers to end and give their memory back; 3 to 4 s were seen."""
+"""Time for workers to end and free their memory after the last request; 3 to 4 s were seen."""
 
 
 def drain_s(load: Load, limits: Limits) -> int:

@@ -21,7 +21,7 @@ def make_plan(request: PlanRequest) -> Plan:
     plan = compute(inputs)
     if not request.search or plan.verdict == "fits":
         return plan
-    found = nearest(inputs, plan)
-    if found is None:
+    better = nearest(inputs, plan)
+    if better is None:
         return plan
-    return plan.model_copy(update={"nearest": found[0], "reasons": (*plan.reasons, found[1])})
+    return plan.model_copy(update={"nearest": better[0], "reasons": (*plan.reasons, better[1])})

@@ -141,14 +141,14 @@ def show_pipeline(plan: Plan, pipeline: Pipeline, out: Console) -> None:
     )
 
 
-def show_suggestions(found: list[Option], plan: Plan, console: Console | None = None) -> None:
+def show_suggestions(options: list[Option], plan: Plan, console: Console | None = None) -> None:
     """Print the options that meet the limits of a plan, best first."""
     out = console or terminal()
     wanted = (
         f"{mib(plan.limit_bytes)} a card and {plan.limits.tpot_p99_ms:g} ms a token at {plan.load.clients}"
         " clients"
     )
-    if not found:
+    if not options:
         out.print(
             f"no setting of {plan.model} on {plan.device_count} x {plan.device} meets {wanted}; use more or"
             " larger cards, or a higher limit"
@@ -161,7 +161,7 @@ def show_suggestions(found: list[Option], plan: Plan, console: Console | None = 
     table = Table(box=None, pad_edge=False)
     for name in ("weights", "cards", "KV type", "offload GiB", "MiB a card", "requests", "ms a token"):
         table.add_column(name, justify="left" if name in ("weights", "KV type") else "right")
-    for o in found:
+    for o in options:
         table.add_row(
             o.weights,
             str(o.plan.tensor_parallel_size),

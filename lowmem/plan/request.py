@@ -26,7 +26,7 @@ from lowmem.schema import (
 )
 from lowmem.units import MIB
 
-# The pool's size is set one way only: an override of one way takes the profile's other way out.
+# Only one knob may set the pool's size, so an override removes the profile's other ones.
 _POOL_KNOBS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
 
 

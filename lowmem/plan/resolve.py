@@ -57,7 +57,7 @@ def resolve(
         auto_len=_auto_len(v),
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
-        # 0.32.0 turns it on unless something forbids it, and off on a CPU (platforms/cpu.py)
+        # vLLM 0.32.0 turns it on by default, and off on a CPU (platforms/cpu.py)
         async_scheduling=device.kind == "cuda" and bool(v.get("async_scheduling", True)),
         utilization=float(v.get("gpu_memory_utilization", 0.92)),
         kv_bytes=int(kv) if kv is not None and kv != "auto" else None,

@@ -18,14 +18,14 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
 
     A profile that cannot take the load is left out.
     """
-    found = []
+    plans = []
     for name in names or profiles.names():
         if name == inputs.profile.name:
             continue
         try:
             p = profiles.load_profile(name)
             if p.hosts > inputs.hosts:
-                continue  # who has one host is not helped by a recipe for two
+                continue  # a recipe for more hosts does not help
             if devices.load_device(p.device).kind != inputs.device.kind:
                 continue
             for count in sorted({inputs.count, p.device_count}):
@@ -43,10 +43,10 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
                     plan = compute(gather(request))
                 except BadInput:
                     continue
-                found.append(plan)
+                plans.append(plan)
         except BadInput:
             continue
-    return sorted(found, key=lambda q: _rank(q, inputs))
+    return sorted(plans, key=lambda q: _rank(q, inputs))
 
 
 def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
@@ -78,8 +78,8 @@ def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
     return None
 
 
-# Bits, group size and method a checkpoint can have, best quality first. Perplexities are for docs/planning.md
-# to state, not to compute with.
+# Bits, group size and method a checkpoint can have, best quality first. docs/planning.md states their
+# perplexities; the search does not compute with them.
 WEIGHTS: tuple[tuple[str, Quantization], ...] = (
     ("16-bit", Quantization()),
     ("8-bit", Quantization(method="gptq", bits=8, group_size=128, zero_point=False)),
@@ -195,8 +195,10 @@ def suggestions(
 
     More bits come before fewer, then a better KV type, fewer cards, and less time a token.
     """
-    found = [o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"]
-    unique = {o.label: o for o in found}
+    fitting = [
+        o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"
+    ]
+    unique = {o.label: o for o in fitting}
     return sorted(
         unique.values(),
         key=lambda o: (

@@ -30,7 +30,7 @@ def parts(card: ModelCard, engine: EngineConfig) -> tuple[Part, ...]:
     """
     if engine.pp == 1:
         return (Part(card, 0, 0, first=True, last=True),)
-    found, start = [], 0
+    cut, start = [], 0
     for n, layers in enumerate(engine.partition):
         first, last = n == 0, n == engine.pp - 1
         groups = tuple(
@@ -42,9 +42,9 @@ def parts(card: ModelCard, engine: EngineConfig) -> tuple[Part, ...]:
         mine = card.model_copy(
             update={"layers": layers, "groups": groups, "header_bytes": None, "tied": card.tied and last}
         )
-        found.append(Part(mine, start, n * engine.hosts // engine.pp, first, last))
+        cut.append(Part(mine, start, n * engine.hosts // engine.pp, first, last))
         start += layers
-    return tuple(found)
+    return tuple(cut)
 
 
 def hop_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:

@@ -48,12 +48,12 @@ def _embedding_bytes(card: ModelCard, engine: EngineConfig) -> int:
     return sum(g.parameters * 2 // engine.tp for g in card.groups if g.kind == "embedding" and not card.tied)
 
 
-def _efficiency(which: str, kernel: str, device: Device) -> float:
+def _efficiency(section: str, kernel: str, device: Device) -> float:
     """Return the measured efficiency of a kernel.
 
     The most specific figure counts: for this card, for its compute capability, or for the kernel alone.
     """
-    table = constant("latency", which)
+    table = constant("latency", section)
     return float(
         next(
             table[key]
@@ -169,7 +169,7 @@ class StepModel:
             p.loaded for layer in weights.layers for p in layer if p.name.startswith("experts.")
         )
         idle = int(expert_bytes * (1 - _expert_share(self.card, tokens)))
-        # What a step reads: weights as loaded, less the embedding, of which only the looked-up rows are read.
+        # A step reads the loaded weights without the embedding, of which it reads only the looked-up rows.
         read = weights.sharded + weights.replicated - weights.offloaded - _embedding_bytes(mine, self.engine)
         return {
             "hbm_weights": max(0, read - idle) / hbm,
@@ -245,8 +245,8 @@ class StepModel:
             )
         )
         link = constant("latency", "link_efficiency")
-        if self.engine.offload == "prefetch":  # copies run beside the computing of the layers that are copied
-            # Of the layers in a row that stay on the card, only the first finds a copy to run beside it.
+        if self.engine.offload == "prefetch":  # copies run beside the layers that compute
+            # Only the first of several layers in a row that stay on the card has a copy to run beside it.
             staying = 1 - streamed_layers(self.engine, stage[0].card) / layers
             body = max(gpu, t["link_offload"] / link["prefetch"] + gpu * staying)
         else:  # UVA reads happen inside the kernels, again for every tile of rows

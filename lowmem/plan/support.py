@@ -54,8 +54,8 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
             reasons.append("KV offload and prefetch offload do not exist on a CPU; leave them out")
         return reasons
     needs, since = KV_DTYPES[engine.kv_dtype]
-    have = _capability(device.capability)
-    if have < _capability(needs):
+    capability = _capability(device.capability)
+    if capability < _capability(needs):
         instead = "int8_per_token_head or int4_per_token_head"
         reasons.append(
             f"kv_cache_dtype={engine.kv_dtype} needs compute capability {needs} and {device.title} has"
@@ -72,9 +72,9 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
         reasons.append(
             f"{q.bits}-bit GPTQ has no loader (4 and 8 bits only); use auto-round for {q.bits} bits"
         )
-    if q.method == "fp8" and have < (8, 9) and engine.vllm < (0, 17, 0):
+    if q.method == "fp8" and capability < (8, 9) and engine.vllm < (0, 17, 0):
         reasons.append("fp8 weights need compute capability 8.9 or weight-only Marlin")
-    if engine.kernel == "machete" and have != (9, 0):
+    if engine.kernel == "machete" and capability != (9, 0):
         reasons.append(
             f"linear_backend=machete needs compute capability 9.0 and {device.title} has {device.capability};"
             " use marlin"
@@ -85,7 +85,7 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
             " offloaded, then 34.15 GiB loaded); "
             + ("use 4-bit weights" if q.bits in (2, 3) else "use linear_backend=marlin")
         )
-    if engine.dtype == "bfloat16" and have < (8, 0):
+    if engine.dtype == "bfloat16" and capability < (8, 0):
         reasons.append(
             f"dtype=bfloat16 needs compute capability 8.0 and {device.title} has {device.capability}; use"
             " float16"
@@ -207,7 +207,7 @@ def offload_groups(v: Mapping[str, Any]) -> tuple[int, int, int]:
 def refuse_offload(v: Mapping[str, Any], card: ModelCard) -> None:
     """Raise BadInput if the knobs of weight offload contradict one another or the model."""
     uva, backend = float(v.get("cpu_offload_gb", 0)), str(v.get("offload_backend", "auto"))
-    group, num, step = offload_groups(v)
+    group, in_group, step = offload_groups(v)
     if uva > 0 and group > 0:
         raise BadInput(
             f"cpu_offload_gb={uva:g} and offload_group_size={group} ask for two offload back ends; set one of"
@@ -221,8 +221,10 @@ def refuse_offload(v: Mapping[str, Any], card: ModelCard) -> None:
     if backend == "prefetch" and group == 0:
         raise BadInput("offload_backend=prefetch needs offload_group_size of 1 or more; set it")
     if group:
-        if num > group:
-            raise BadInput(f"offload_num_in_group={num} is more than offload_group_size={group}; lower it")
+        if in_group > group:
+            raise BadInput(
+                f"offload_num_in_group={in_group} is more than offload_group_size={group}; lower it"
+            )
         if step < 1:
             raise BadInput(
                 f"offload_prefetch_step={step} must be 1 or more with offload_group_size={group}; raise it"
@@ -231,5 +233,5 @@ def refuse_offload(v: Mapping[str, Any], card: ModelCard) -> None:
             raise BadInput(
                 f"offload_group_size={group} is more than the {card.layers} layers of {card.name}; lower it"
             )
-    elif num > 1:
-        raise BadInput(f"offload_num_in_group={num} does nothing without offload_group_size; set it")
+    elif in_group > 1:
+        raise BadInput(f"offload_num_in_group={in_group} does nothing without offload_group_size; set it")

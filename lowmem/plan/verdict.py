@@ -29,16 +29,16 @@ def stage_reasons(
 
     A reason that holds on several stages is given once.
     """
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     least = min(range(len(stages)), key=lambda n: stages[n][1].kv_available / stages[n][1].kv_block_bytes)
     for n in sorted(range(len(stages)), key=lambda n: n != least):
         part, memory = stages[n]
         for reason in memory_reasons(engine, part.card, device, memory, limits):
             if n == least or not reason.startswith(
                 "kv_cache: to serve one request"
-            ):  # elsewhere the pool is that stage's
-                found.setdefault(reason, f"stage {n}: {reason}" if len(stages) > 1 else reason)
-    return list(found.values())
+            ):  # the other stages get the pool of the least one
+                reasons.setdefault(reason, f"stage {n}: {reason}" if len(stages) > 1 else reason)
+    return list(reasons.values())
 
 
 def memory_reasons(
@@ -101,9 +101,9 @@ def memory_reasons(
     over = memory.peak - ceiling(device, limits)
     if over > 0 and not any(r.startswith(("kv_cache: No", "kv_cache: CUDA", "weights:")) for r in reasons):
         term = max(memory.terms, key=lambda k: memory.terms[k])
-        what = "the limit" if limits.memory_bytes <= total else f"what {device.title} can give"
+        bound = "the limit" if limits.memory_bytes <= total else f"what {device.title} can give"
         reasons.append(
-            f"total: {mib(memory.peak)} under load is {mib(over)} ({over} bytes) over {what} of"
+            f"total: {mib(memory.peak)} under load is {mib(over)} ({over} bytes) over {bound} of"
             f" {mib(memory.peak - over)}; largest term {term}: {mib(memory.terms[term])}"
         )
     return reasons

@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 OPEN = frozenset({"/health", "/metrics"})
-"""What a load balancer and a scraper read; neither says anything of a request. Any other path needs a key,
-also one that is unknown.
+"""Paths that need no key, for load balancers and scrapers. They tell nothing about a request. Every other
+path needs a key, even an unknown one.
 """
 
 VARIABLE = "VLLM_API_KEY"
 
 FILE = "LOWMEM_API_KEYS"
 
-# a child of vLLM's own logger, so that it is in the server's log
+# A child of vLLM's own logger writes to the server's log.
 log = logging.getLogger("vllm.lowmem.api_keys")
 
 Scope = MutableMapping[str, Any]
@@ -50,13 +50,13 @@ def read_keys(text: str) -> dict[str, str]:
 
     Other lines are skipped.
     """
-    found = {}
+    keys = {}
     for line in text.splitlines():
         variable, _, value = line.strip().partition("=")
         key = "".join(shlex.split(value)) if variable.startswith(VARIABLE) else ""
         if key and variable[len(VARIABLE) :][:1] in ("", "_"):
-            found[variable[len(VARIABLE) + 1 :]] = key
-    return found
+            keys[variable[len(VARIABLE) + 1 :]] = key
+    return keys
 
 
 class KeyFile:
@@ -105,7 +105,7 @@ class ApiKeys:
         self.keys = KeyFile(Path(os.environ.get(FILE, "")))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # OPTIONS is what a browser asks before it may send a key at all
+        # a browser asks OPTIONS before it may send a key
         if (
             scope["type"] not in ("http", "websocket")
             or scope.get("method") == "OPTIONS"
@@ -131,7 +131,7 @@ class ApiKeys:
             return False
         digest = hashlib.sha256(key).digest()
         known = False
-        for one in self.keys.current():  # all of them, so that the time says nothing
+        for one in self.keys.current():  # compare with all of them, so that the time tells nothing
             known |= hmac.compare_digest(digest, one)
         return known
 

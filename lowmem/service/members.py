@@ -32,8 +32,8 @@ Meeting = Literal["there", "refused", "nothing"]
 MEETING_TIMEOUT_S = 3.0
 
 HOST_SILENCE_S = 30.0
-"""Decided: a kernel answers at once, whatever its engine does, and a machine that is moved is back within
-this.
+"""Decided, not measured. A kernel answers at once, whatever its engine does, and a migrated machine is back
+sooner.
 """
 
 
@@ -62,7 +62,7 @@ class MemberHosts:
         self.port, self.rank = deploy.master_port, deploy.rank
 
     def connections(self) -> frozenset[Connection]:
-        found = set()
+        joined = set()
         for c in psutil.net_connections("tcp"):
             if c.status != psutil.CONN_ESTABLISHED or len(c.laddr) != 2 or len(c.raddr) != 2:
                 continue
@@ -73,8 +73,8 @@ class MemberHosts:
                 if self.rank
                 else port == self.port and there in self.others
             ):
-                found.add((here, port, there, their_port))
-        return frozenset(found)
+                joined.add((here, port, there, their_port))
+        return frozenset(joined)
 
     def answers(self) -> dict[str, Meeting]:
         return {host: self._answer(host) for host in ([self.first] if self.rank else self.others)}
@@ -120,7 +120,7 @@ class Bond:
         """
         seen = self.hosts.connections()
         if not self.known:
-            # twice in a row: what only asks whether the port is there is gone by the next look
+            # twice in a row, since a mere probe of the port is gone by the next look
             self.known, self._before, self.heard = self._before & seen, seen, {}
             return ""
         why = self._broken(seen, now)

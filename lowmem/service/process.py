@@ -92,7 +92,7 @@ class Engine:
         killed: list[str] = []
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout_s)
-        # Workers outlive the server that ended by a moment; where it did not end, they have had their time.
+        # Workers outlive an ended server by a moment. If it did not end, they have had their time.
         _, alive = psutil.wait_procs(self.seen, timeout=10 if self.process.poll() is not None else 0)
         for process in alive:
             with contextlib.suppress(psutil.Error):
@@ -114,8 +114,8 @@ def vllm_command() -> list[str]:
     beside = Path(sys.executable).parent / "vllm"
     if beside.exists():
         return [str(beside)]
-    if found := shutil.which("vllm"):
-        return [found]
+    if on_path := shutil.which("vllm"):
+        return [on_path]
     return [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 

@@ -45,7 +45,7 @@ def wait_joined(hosts: Hosts, alive: Callable[[], bool], timeout_s: float) -> st
     before: frozenset[object] = frozenset()
     while time.monotonic() - began < timeout_s:
         seen = hosts.connections()
-        if before & seen:  # twice in a row: a watchdog that asks whether the port is there is gone by then
+        if before & seen:  # twice in a row, since a watchdog's probe of the port is gone by then
             return ""
         if not alive():
             return "the engine has ended"

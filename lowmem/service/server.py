@@ -15,7 +15,7 @@ import psutil
 from lowmem.schema import DeployedPlan
 from lowmem.service.api_keys import read_keys
 
-# set from the engine's scheduler statistics only; what the API server counts by itself proves nothing
+# The engine's scheduler statistics set these. What the API server counts by itself proves nothing.
 _ENGINE_METRICS = re.compile(
     r"^vllm:(?:generation_tokens_total|prompt_tokens_total|iteration_tokens_total_count|kv_cache_usage_perc"
     r"|num_requests_running|num_requests_waiting)\{[^}]*\} (\S+)$",
@@ -140,5 +140,5 @@ def _name(process: psutil.Process) -> str:
 def _kill(process: psutil.Process) -> None:
     try:
         process.send_signal(signal.SIGKILL)
-    except psutil.Error:  # gone by itself
+    except psutil.Error:  # it has ended by itself
         return

@@ -28,8 +28,8 @@ LAST_CORE = 8191
 """No Linux kernel is built for more than 8192 cores."""
 
 SMALLER_CARD = 0.98
-"""Drivers before 510 print 40,536 MiB where later ones print 40,960: a card is smaller than planned below
-this share of its size.
+"""A card counts as smaller than planned below this share of its size. Drivers before 510 print 40,536 MiB for
+a card that later ones call 40,960 MiB.
 """
 
 
@@ -179,7 +179,7 @@ def checkpoint_troubles(plan: Plan) -> list[str]:
     listed = folder.with_name(f"{folder.name}.manifest.json")
     if not folder.is_dir():
         return [f"{folder}: this checkpoint does not exist, or may not be read"]
-    if not listed.exists():  # a checkpoint of the site's own
+    if not listed.exists():  # the site supplied this checkpoint itself
         return []
     try:
         return [f"{folder}: {problem}" for problem in manifest.check(listed, folder)]
@@ -190,17 +190,17 @@ def checkpoint_troubles(plan: Plan) -> list[str]:
 def look_at_passing(plan: Plan) -> Passing:
     """Read the state that changes by itself."""
     trouble = ""
-    found: list[Card] = []
+    opened: list[Card] = []
     if plan.device_kind == "cuda":
         try:
-            found = cards()
+            opened = cards()
         except RuntimeError as error:
             trouble = str(error)
     place = plan.deploy
     several = place is not None and len(place.nodes) > 1
-    first = place is not None and not place.rank  # of several hosts it alone listens at known ports
+    first = place is not None and not place.rank  # only the first host listens at known ports
     return Passing(
-        tuple(found),
+        tuple(opened),
         trouble,
         psutil.virtual_memory().available,
         port_taken=place is not None and first and taken(place.host, place.port),
@@ -220,7 +220,7 @@ def why_not_bound(host: str, port: int) -> int | None:
     """Return the error number of binding this address and port; None if it can be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        # as the server does it: connections that are closing are no obstacle
+        # the server sets this too, so closing connections do not matter
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

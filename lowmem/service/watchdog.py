@@ -59,11 +59,11 @@ class Watch:
             self._start_over(now)
         figures = self.server.figures(min(10.0, self.silence_s))
         if figures is None:
-            if self.ready:  # it died; whoever starts it again has the time that a start has
+            if self.ready:  # it died, and the next one gets the time of a start
                 self._start_over(now)
             return self._still_starting(now)
         if figures and figures != self.known:
-            # the first figures of a server are no sign yet: they are there before the engine did anything
+            # the first figures prove nothing: they are there before the engine has done anything
             moved, self.known = bool(self.known), figures
             if moved and self.ready:
                 self.last_sign = now
@@ -73,7 +73,7 @@ class Watch:
                 self.ready = True
                 return "serving"
             return self._still_starting(now)
-        # a quarter of the limit, so that an idle engine is asked a few times before the limit is reached
+        # at a quarter of the limit, an idle engine is asked a few times before the limit
         if now - self.last_sign >= self.silence_s / 4 and not self.server.busy() and self._asked(now):
             return "serving"
         if now - self.last_sign >= self.silence_s:

@@ -225,8 +225,8 @@ def _driver_services(gpu: dict[str, Any]) -> Iterator[Finding]:
 def _card(card: dict[str, Any], gpu: dict[str, Any], plan: dict[str, Any] | None) -> Iterator[Finding]:
     name = f"GPU {card['index']}"
     free, total = card["memory_free_mib"], card["memory_total_mib"]
-    # nvidia-smi lists who computes on the card; /proc who has it open, also from other namespaces and with
-    # the service's name.
+    # nvidia-smi lists the processes that compute on the card. /proc lists those that have it open, from other
+    # namespaces too and with the service's name.
     units = {h["pid"]: h["unit"] for h in gpu["holders"]}
     holders = card["processes"] or [
         h for h in gpu["holders"] if f"/dev/nvidia{card['index']}" in h["devices"]

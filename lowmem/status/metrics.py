@@ -195,33 +195,33 @@ def parse(text: str, at: float) -> Sample:
         preemptions=sum(values("vllm:num_preemptions", "_total")),
         finished=_by_label(families.get("vllm:request_success"), "finished_reason"),
         ttft=_buckets(families.get("vllm:time_to_first_token_seconds")),
-        # An answer of one token has no time per output token. vLLM 0.32 counts it as 0 (v1/metrics/stats.py),
-        # and health checks are such.
+        # An answer of one token has no time per output token. vLLM 0.32 counts it as 0 (v1/metrics/stats.py).
+        # Health checks are such answers.
         tpot=_buckets(families.get("vllm:request_time_per_output_token_seconds")).less_lowest(single),
         itl=_buckets(families.get("vllm:inter_token_latency_seconds")),
     )
 
 
 def _buckets(family: Metric | None) -> Histogram:
-    found: dict[float, float] = {}
+    counts: dict[float, float] = {}
     for sample in family.samples if family else ():
         if sample.name.endswith("_bucket"):
             bound = float(sample.labels["le"])
-            found[bound] = found.get(bound, 0.0) + sample.value
-    ordered = sorted(found)
+            counts[bound] = counts.get(bound, 0.0) + sample.value
+    ordered = sorted(counts)
     return (
-        Histogram(bounds=tuple(ordered[:-1]), counts=tuple(found[bound] for bound in ordered))
+        Histogram(bounds=tuple(ordered[:-1]), counts=tuple(counts[bound] for bound in ordered))
         if ordered
         else Histogram()
     )
 
 
 def _by_label(family: Metric | None, label: str) -> dict[str, float]:
-    found: dict[str, float] = {}
+    sums: dict[str, float] = {}
     for sample in family.samples if family else ():
         if sample.name.endswith("_total"):
-            found[sample.labels[label]] = found.get(sample.labels[label], 0.0) + sample.value
-    return found
+            sums[sample.labels[label]] = sums.get(sample.labels[label], 0.0) + sample.value
+    return sums
 
 
 def _kv_tokens(family: Metric | None) -> int | None:

@@ -24,12 +24,12 @@ from lowmem.status.metrics import Sample, parse
 from lowmem.status.status import Look, State
 
 TIMEOUT_S = 5.0
-"""/metrics answers from the API server's own counters, at once also on a loaded machine; what takes longer is
-worth being told.
+"""/metrics answers at once from the API server's own counters, even on a loaded machine. A slower answer is
+worth reporting.
 """
 
 DEFAULT_PLAN = Path("/opt/vllm-lowmem/etc/plan.json")
-"""Of a deployment with the default lowmem_root."""
+"""Plan of a deployment with the default lowmem_root."""
 
 
 class Host:
