@@ -62,7 +62,7 @@ class Watcher:
 def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], width: int) -> RenderableType:
     """The whole view for a terminal of so many columns, from 40 on."""
     narrow = width < 64
-    bars = max(8, min(50, width - (26 if narrow else 52)))
+    bars = max(8, min(50, width - (28 if narrow else 52)))
     title = Text()
     title.append(seen.model, "bold")
     title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
@@ -72,6 +72,7 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
     lines: list[RenderableType] = [title]
     lines += [Text(line, COLOUR[seen.state]) for line in ([seen.trouble] if seen.trouble else [])]
     lines += [Text(line, "red") for line in seen.findings]
+    lines += [Text(line, "yellow") for line in seen.over_plan]
     gauges = Table(box=None, pad_edge=False, show_header=False)
     gauges.add_column(style="bold", no_wrap=True, min_width=12)
     gauges.add_column(justify="right", no_wrap=True, min_width=9)
@@ -96,11 +97,17 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
             f"of {seen.kv_tokens:,} tokens",
         )
     for index, used in enumerate(seen.memory_bytes):
-        over = used > seen.memory_limit_bytes
+        colour = (
+            "red"
+            if used > seen.memory_limit_bytes
+            else "yellow"
+            if used >= seen.memory_plan_bytes + MIB
+            else "green"
+        )
         gauge(
             f"GPU {index}" if plan.device_kind == "cuda" else "memory",
-            Text(f"{used / MIB:,.0f} MiB", "red" if over else ""),
-            Text(bar(used, seen.memory_limit_bytes, bars), "red" if over else "green"),
+            Text(f"{used / MIB:,.0f} MiB", "" if colour == "green" else colour),
+            Text(bar(used, seen.memory_limit_bytes, bars), colour),
             f"of {seen.memory_limit_bytes / MIB:,.0f}, plan {seen.memory_plan_bytes / MIB:,.0f}",
         )
     if seen.running is not None:
@@ -127,8 +134,8 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
 
 
 def _latencies(seen: Status, since: Status, narrow: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("ms", no_wrap=True, min_width=4)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1 if narrow else 2, 0, 0))
+    table.add_column("ms", no_wrap=True, min_width=5)
     for name in ("p50", "p90", "p99", *([] if narrow else ["all p50"]), "all p99", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
     rows: list[tuple[str, Quantiles, Quantiles, float | None]] = [
@@ -161,12 +168,14 @@ def line(seen: Status) -> str:
     if seen.running is None:
         return f"{seen.at_utc} {seen.state}: {seen.trouble}"
     memory = "+".join(f"{used / MIB:.0f}" for used in seen.memory_bytes) or "?"
+    over = max(seen.memory_bytes, default=0) - seen.memory_plan_bytes
     return (
         f"{seen.at_utc} {seen.state} running={seen.running} waiting={seen.waiting}"
         f" kv={100 * (seen.kv_usage or 0):.1f}% out={_plain(seen.output_tokens_per_s)}/s"
         f" in={_plain(seen.prompt_tokens_per_s)}/s tpot_p99={_plain(seen.tpot_ms.p99)}ms"
         f" ttft_p99={_plain(seen.ttft_ms.p99)}ms memory={memory}MiB"
         f" limit={seen.memory_limit_bytes / MIB:.0f}MiB"
+        + (f" over_plan={over / MIB:.0f}MiB" if over >= MIB else "")
     )
 
 
