@@ -63,13 +63,7 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
     """The whole view for a terminal of so many columns, from 40 on."""
     narrow = width < 64
     bars = max(8, min(50, width - (28 if narrow else 52)))
-    title = Text()
-    title.append(seen.model, "bold")
-    title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
-    if seen.up_s is not None:
-        title.append(f"  up {span(seen.up_s)}")
-    title.append(f"  vLLM {plan.vllm_version}, profile {plan.profile}  {seen.at_utc[11:19]} UTC", "dim")
-    lines: list[RenderableType] = [title]
+    lines: list[RenderableType] = [*_title(plan, seen, width)]
     lines += [Text(line, COLOUR[seen.state]) for line in ([seen.trouble] if seen.trouble else [])]
     lines += [Text(line, "red") for line in seen.findings]
     lines += [Text(line, "yellow") for line in seen.over_plan]
@@ -97,13 +91,7 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
             f"of {seen.kv_tokens:,} tokens",
         )
     for index, used in enumerate(seen.memory_bytes):
-        colour = (
-            "red"
-            if used > seen.memory_limit_bytes
-            else "yellow"
-            if used >= seen.memory_plan_bytes + MIB
-            else "green"
-        )
+        colour = _memory_colour(seen, used)
         gauge(
             f"GPU {index}" if plan.device_kind == "cuda" else "memory",
             Text(f"{used / MIB:,.0f} MiB", "" if colour == "green" else colour),
@@ -131,6 +119,23 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
         )
     lines.append(Text(f"memory: {seen.memory_source}", "dim"))
     return Group(*lines)
+
+
+def _title(plan: Plan, seen: Status, width: int) -> list[Text]:
+    """Say what runs and since when, in two lines if one is too narrow."""
+    title = Text()
+    title.append(seen.model, "bold")
+    title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
+    if seen.up_s is not None:
+        title.append(f"  up {span(seen.up_s)}")
+    more = Text(f"vLLM {plan.vllm_version}, profile {plan.profile}  {seen.at_utc[11:19]} UTC", "dim")
+    return [title, more] if title.cell_len + 2 + more.cell_len > width else [title + Text("  ") + more]
+
+
+def _memory_colour(seen: Status, used: int) -> str:
+    if used > seen.memory_limit_bytes:
+        return "red"
+    return "yellow" if used >= seen.memory_plan_bytes + MIB else "green"
 
 
 def _latencies(seen: Status, since: Status, narrow: bool) -> Table:
