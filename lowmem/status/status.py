@@ -95,7 +95,7 @@ class Status(Strict):
 
     @property
     def over_plan(self) -> tuple[str, ...]:
-        """Say which memory is above the planned peak and within the limit; what is above both is a finding."""
+        """Say which memory is above the planned peak. Memory above the limit too is a finding instead."""
         several = len(self.memory_bytes) > 1
         return tuple(
             f"memory: {f'GPU {index} is ' if several else ''}{(used - self.memory_plan_bytes) / MIB:,.0f} MiB"
