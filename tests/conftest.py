@@ -4,6 +4,7 @@ run as an operator runs it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -61,6 +62,15 @@ def run_playbook(
         check=False,
     )
     return Run(done.returncode, COLOUR.sub("", done.stdout))
+
+
+@pytest.fixture(autouse=True)
+def _blocking_stdin() -> None:
+    """Ansible refuses a stdin that does not block; a program of an earlier test may have left it so, since a
+    worker and the programs that it runs share one.
+    """
+    with contextlib.suppress(OSError):
+        os.set_blocking(0, True)
 
 
 @pytest.fixture(scope="session")
