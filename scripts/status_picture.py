@@ -47,7 +47,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("give the status page to draw, as `lowmem report --live` wrote it")
     page = Path(sys.argv[1]).read_text(encoding="utf-8")
-    # the picture shows the page as it was when it was fresh: its script does not run, and it is not loaded again
+    # the picture shows a fresh page: the frame runs no script, and nothing loads the page again
     page = re.sub(r'<meta http-equiv="refresh"[^>]*>|<noscript>.*?</noscript>', "", page, flags=re.DOTALL)
     with tempfile.TemporaryDirectory() as name:
         desktop = shoot(chromium, page, DESKTOP_WIDTH, LIGHT, Path(name))

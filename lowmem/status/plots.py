@@ -1,4 +1,4 @@
-"""Holds what all drawings share: small line plots as SVG coordinates, and the colours and names of memory terms."""
+"""Holds what all drawings share: line plots as SVG coordinates, and colours and names of memory terms."""
 
 from __future__ import annotations
 
