@@ -1,6 +1,7 @@
 """The command as other tools call it: exit codes, one JSON object, one line on stderr."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,11 @@ def test_frontier_draws(tmp_path, suffix):
     head = out.read_bytes()[:300]
     assert head.startswith(b"\x89PNG") or b"<?xml" in head
     assert "on the frontier of their weight width" in done.stdout
+    if suffix == "svg":
+        drawn = out.read_text()
+        # a hollow mark is transparent: what lies under it shows
+        assert len(re.findall(r"fill: none; stroke: #[0-9a-f]{6}; stroke-width: 1.2", drawn)) > 0
+        assert re.findall(r"fill: #ffffff; stroke: #[0-9a-f]{6}; stroke-width: 1.2", drawn) == []
 
 
 def test_frontier_refuses_other_suffixes(tmp_path):
