@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, computed_field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field, model_validator
 
 from lowmem.units import local_url
 
@@ -20,6 +20,22 @@ Scalar = bool | int | float | str
 Verdict = Literal["fits", "slow", "impossible"]
 
 VLLM_VERSION = "0.32.0"
+
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
+"""Pattern of a value that stands in a comment, a unit and a script: it ends no line of theirs."""
+
+HOST = r"^[A-Za-z0-9._:%-]+$"
+"""Pattern of a name or an address; a shell sees nothing in it."""
+
+
+def _plain_number(value: Any) -> Any:
+    # Python counts True as 1 and reads 1_0 as 10; an inventory's `true` would be port 1.
+    if isinstance(value, bool) or (isinstance(value, str) and not (value.isascii() and value.isdecimal())):
+        raise ValueError("a number is wanted")
+    return value
+
+
+Port = Annotated[int, BeforeValidator(_plain_number), Field(ge=1, le=65535)]
 
 
 class Strict(BaseModel):
@@ -227,10 +243,10 @@ class ServiceLimits(Strict):
 class Deploy(Strict):
     """Address at which this deployment's server listens, and the path of its model."""
 
-    model_path: str
-    served_model_name: str
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    model_path: str = Field(pattern=ONE_LINE)
+    served_model_name: str = Field(pattern=ONE_LINE)
+    host: str = Field("127.0.0.1", pattern=HOST)
+    port: Port = 8000
     nodes: tuple[str, ...] = Field(
         (),
         description=(
@@ -240,9 +256,7 @@ class Deploy(Strict):
     interface: str = Field(
         "", description="network interface that joins them, the same on each; empty: NCCL and Gloo choose"
     )
-    master_port: int = Field(
-        29501, ge=1, le=65535, description="port of the first host where the others meet it"
-    )
+    master_port: Port = Field(29501, description="port of the first host where the others meet it")
     rank: int = Field(
         0,
         ge=0,

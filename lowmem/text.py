@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
 
 _BAR = 30
 
@@ -70,3 +75,21 @@ def sparkline(values: Sequence[float], width: int) -> str:
     shown = list(values)[-width:]
     top = max(shown, default=0) or 1
     return "".join(SPARKS[min(7, round(value / top * 7))] for value in shown)
+
+
+def terminal(**options: Any) -> Console:
+    """Return a console for a person, whose only escape sequences are its own.
+
+    The text of a file or a server can neither steer the terminal nor style what follows.
+    """
+    # here, since most commands print nothing with rich
+    from rich.console import Console
+
+    class Terminal(Console):
+        def render(
+            self, renderable: RenderableType, options: ConsoleOptions | None = None
+        ) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                yield segment if segment.control else segment._replace(text=visible(segment.text))
+
+    return Terminal(highlight=False, **options)

@@ -18,6 +18,7 @@ from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Scalar
 from lowmem.status.page import bars
+from lowmem.status.plots import TERM_COLOURS, palette, term_name
 from lowmem.units import MIB
 
 TOP = Path(__file__).resolve().parent.parent
@@ -191,17 +192,6 @@ def pages() -> dict[Path, str]:
     return texts
 
 
-# those of the status page; what a measurement cannot tell apart is grey, and no alarm
-TERM_COLOURS = {
-    "weights": "#3568b0", "kv_cache": "#e0a94a", "cuda_graphs": "#2f8a8a", "activations": "#86c070",
-    "cuda_context": "#8159a8", "runtime": "#8159a8", "nccl": "#b94a69", "under load": "#c5ccd3",
-    "offload_buffers": "#6fb1d6",
-    "pipeline_buffers": "#a0785a", "rest": "#77808a", "all": "#77808a",
-}  # fmt: skip
-
-TERM_NAMES = {"rest": "not told apart", "all": "not told apart"}
-
-
 def draw(runs: list[Received], file: Path) -> None:
     """Planned and measured memory of each run as stacked bars, the limit as a line."""
     import matplotlib as mpl
@@ -210,6 +200,7 @@ def draw(runs: list[Received], file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(11, 6.2), layout="constrained")
+    ground = palette()
     colours: dict[str, str] = {}
     for row, run in enumerate(runs):
         fresh = run.receipt.model_copy(
@@ -234,7 +225,7 @@ def draw(runs: list[Received], file: Path) -> None:
         for offset, bar in zip((-0.2, 0.2), bars(fresh), strict=True):
             left = 0.0
             for term, size, _ in bar["parts"]:
-                colour = colours.setdefault(term, TERM_COLOURS[term])
+                colour = colours.setdefault(term, ground[TERM_COLOURS[term]])
                 axes.barh(
                     row + offset, size / 1024, 0.36, left=left, color=colour, edgecolor="white", linewidth=0.4
                 )
@@ -253,11 +244,22 @@ def draw(runs: list[Received], file: Path) -> None:
     axes.set_xlabel("GiB of a card (figures: MiB); the black line is the profile's limit")
     axes.set_title(
         "Memory of a card under load: planned by today's constants, and measured on"
-        f" {runs[0].plan.device.upper()}"
+        f" {runs[0].plan.device.upper()}",
+        loc="left",
+        fontsize=11,
     )
+    axes.grid(visible=True, axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
     squares = [plt.Rectangle((0, 0), 1, 1, color=c) for c in colours.values()]
-    names = [TERM_NAMES.get(term, term.replace("_", " ")) for term in colours]
-    figure.legend(squares, names, loc="outside lower center", fontsize=8, ncols=9)
+    figure.legend(
+        squares,
+        [term_name(term) for term in colours],
+        loc="outside lower center",
+        fontsize=8,
+        ncols=5,
+        frameon=False,
+    )
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 

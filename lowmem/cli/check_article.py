@@ -24,10 +24,11 @@ def check_article(
     if json_:
         sys.stdout.write(json.dumps([asdict(c) for c in results], indent=2) + "\n")
         return
-    from rich.console import Console
     from rich.markup import escape
 
-    out = Console(highlight=False)
+    from lowmem.text import terminal
+
+    out = terminal()
     for c in results:
         colour = {"by plan": "yellow", "barely": "yellow"}.get(c.holds, "red")
         out.print(f"[bold]{escape(c.claim)}[/]  [{colour}]{c.holds}[/]", soft_wrap=True)

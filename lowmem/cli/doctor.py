@@ -11,6 +11,7 @@ import typer
 from lowmem.errors import BadInput
 from lowmem.files import read_json_object
 from lowmem.status.doctor import lines, overall, triage
+from lowmem.text import visible, visible_json
 
 
 def doctor(
@@ -30,7 +31,8 @@ def doctor(
         ) from error
     verdict = overall(findings)
     if as_json:
-        typer.echo(json.dumps({"verdict": verdict, "findings": [f.model_dump() for f in findings]}, indent=2))
+        told = {"verdict": verdict, "findings": [f.model_dump() for f in findings]}
+        typer.echo(visible_json(json.dumps(told, indent=2)))
     else:
-        typer.echo("\n".join([*lines(findings), f"verdict: {verdict}"]))
+        typer.echo(visible("\n".join([*lines(findings), f"verdict: {verdict}"])))
     raise typer.Exit(2 if verdict == "bad" else 0)

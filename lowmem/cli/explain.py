@@ -26,18 +26,21 @@ def explain(
 
     Costs are bytes and milliseconds for this model and device.
     """
-    from rich.console import Console
     from rich.markup import escape
 
+    from lowmem.text import terminal
+
     inputs = gather(PlanRequest(profile, model, device, count, parse_assignments(set_ or [])))
-    out = Console(highlight=False)
-    out.print(f"[bold]{inputs.profile.name}[/]: {escape(inputs.profile.summary)}")
+    out = terminal()
+    out.print(f"[bold]{escape(inputs.profile.name)}[/]: {escape(inputs.profile.summary)}")
     each = (
         f"{inputs.hosts} hosts with {inputs.count} x {inputs.device.title} each"
         if inputs.hosts > 1
         else f"{inputs.count} x {inputs.device.title}"
     )
-    out.print(f"{inputs.card.name} on {each}; differences are against the engine's default, computed\n")
+    out.print(
+        f"{escape(inputs.card.name)} on {each}; differences are against the engine's default, computed\n"
+    )
     measured = measured_effects(measurements, inputs.profile.name)
 
     def quote(sentence: str) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Column, Table
 
 from lowmem.errors import BadInput
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
+from lowmem.text import terminal, visible_json
 
 PROFILES = ("low_mem", "low_latency", "extreme")
 
@@ -95,7 +96,7 @@ def fleet(
         )
         rows.append(row)
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        typer.echo(visible_json(json.dumps(rows, indent=1)))
     else:
         show(rows, qps, p99_tpot, p99_ttft, input_tokens, output_tokens)
     if not any("hosts" in row for row in rows):
@@ -110,7 +111,7 @@ def show(
     input_tokens: int,
     output_tokens: int,
 ) -> None:
-    out = Console(highlight=False)
+    out = terminal()
     out.print(
         f"{qps:g} requests/s of {input_tokens} in, {output_tokens} out; p99 TPOT {p99_tpot:g} ms, p99 TTFT"
         f" {p99_ttft:g} ms"
@@ -125,7 +126,7 @@ def show(
     for row in rows:
         if "hosts" in row:
             table.add_row(
-                row["host"], str(row["hosts"]), str(row["cards"]),
+                escape(row["host"]), str(row["hosts"]), str(row["cards"]),
                 f"{row['tpot_p50_ms']:,.1f}, {row['tpot_p99_ms']:,.1f} ms",
                 f"{row['ttft_p50_ms']:,.0f}, {row['ttft_p99_ms']:,.0f} ms", f"{row['full_share']:.0%}",
             )  # fmt: skip
@@ -133,4 +134,4 @@ def show(
         out.print(table)
     for row in rows:
         if "reason" in row:
-            out.print(f"{row['host']}: {row['reason']}", soft_wrap=True)
+            out.print(f"{row['host']}: {row['reason']}", markup=False, soft_wrap=True)

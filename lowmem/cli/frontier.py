@@ -11,19 +11,21 @@ from lowmem.errors import BadInput
 from lowmem.inputs.devices import load_device
 from lowmem.plan.search import Option, frontier, needed_bytes, pareto
 from lowmem.schema import VLLM_VERSION, Load
+from lowmem.status.plots import palette
 from lowmem.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {
-    "16-bit": "#4c566a",
-    "8-bit": "#2f7ebc",
-    "4-bit": "#1b9e5a",
-    "3-bit": "#d98c00",
-    "2-bit": "#c43d3d",
-    "as stored": "#1b9e5a",
+    "16-bit": "other",
+    "8-bit": "weights",
+    "4-bit": "graphs",
+    "3-bit": "kv_cache",
+    "2-bit": "context",
+    "as stored": "graphs",
 }
+"""Names the colour of each weight width, see `palette`."""
 
 _MARKS = {1: "o", 2: "s", 4: "^", 8: "D"}
 
@@ -95,6 +97,7 @@ def draw(
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 10, "svg.hashsalt": "lowmem"})
+    colours = palette()
     fig, ax = plt.subplots(figsize=(9, 5.6), layout="constrained")
     x = [needed_bytes(o.plan) / GIB for o in points]
     y = [o.plan.latency_ms.decode_expected for o in points]
@@ -103,20 +106,20 @@ def draw(
     ax.set_ylim(low, high)
     right = max([*x, memory_limit_gib]) * 1.05
     ax.set_xlim(0, right)
-    ax.fill_between([0, memory_limit_gib], low, latency_limit_ms, color="#1b9e5a", alpha=0.07, lw=0)
+    ax.fill_between([0, memory_limit_gib], low, latency_limit_ms, color=colours["good"], alpha=0.07, lw=0)
     ax.axvline(memory_limit_gib, color="#888888", lw=0.9, ls="--")
     ax.axhline(latency_limit_ms, color="#888888", lw=0.9, ls="--")
     inside = f"within {memory_limit_gib:g} GiB and {latency_limit_ms:g} ms"
-    ax.text(0.02, 0.02, inside, transform=ax.transAxes, color="#14713f", fontsize=9)
-    for weights, colour in _COLOURS.items():
+    ax.text(0.02, 0.02, inside, transform=ax.transAxes, color=colours["good"], fontsize=9)
+    for weights, name in _COLOURS.items():
         edge = pareto(points, weights)
         at = [needed_bytes(o.plan) / GIB for o in edge], [o.plan.latency_ms.decode_expected for o in edge]
-        ax.step(*at, where="post", color=colour, lw=1.2, alpha=0.55, zorder=1)
+        ax.step(*at, where="post", color=colours[name], lw=1.2, alpha=0.55, zorder=1)
     for o, a, b in zip(points, x, y, strict=True):
         streamed = "cpu_offload_gb" in o.knobs
-        colour = _COLOURS[o.weights]
+        colour = colours[_COLOURS[o.weights]]
         kv_bits = _kv_bits(o)
-        # smaller marks for fewer bits lie on top, each with a white rim: none hides another
+        # a hollow mark is transparent, and a smaller one lies on top: none hides another
         ax.scatter(
             a,
             b,
@@ -125,7 +128,7 @@ def draw(
             zorder=3 + 1 / kv_bits,
             linewidths=1.2,
             edgecolors=colour if streamed else "white",
-            facecolors="white" if streamed else colour,
+            facecolors="none" if streamed else colour,
         )
     ax.set_xlabel(
         f"GiB per card under load, {load.clients} requests of {load.input_tokens + load.output_tokens:,}"
@@ -145,7 +148,7 @@ def _axes(ax: Axes) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     ax.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,g}"))
     ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: ""))
     ax.grid(True, which="major", color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)
@@ -157,9 +160,12 @@ def _legend(ax: Axes, points: list[Option]) -> None:
     """Explain colours and marks beside the picture."""
     from matplotlib.lines import Line2D
 
+    colours = palette()
     used = [w for w in _COLOURS if any(o.weights == w for o in points)]
     splits = sorted({o.plan.tensor_parallel_size for o in points})
-    handles = [Line2D([], [], ls="", marker="o", color=_COLOURS[w], label=f"{w} weights") for w in used]
+    handles = [
+        Line2D([], [], ls="", marker="o", color=colours[_COLOURS[w]], label=f"{w} weights") for w in used
+    ]
     handles += [
         Line2D([], [], ls="", marker=_MARKS[n], color="#555555", label=f"{n} card{'s' if n > 1 else ''}")
         for n in splits

@@ -13,6 +13,7 @@ import typer
 from lowmem.artefacts import read_deployed_plan
 from lowmem.service.gateway_health import Health, serve
 from lowmem.service.server import VllmServer
+from lowmem.text import visible
 
 
 def gateway_health(
@@ -37,6 +38,6 @@ def gateway_health(
         health.look(time.monotonic())
         if health.reason != printed:
             printed = health.reason
-            sys.stdout.write(f"gateway-health: {printed or 'can complete'}\n")
+            sys.stdout.write(f"gateway-health: {visible(printed or 'can complete')}\n")
             sys.stdout.flush()
         time.sleep(every_s)

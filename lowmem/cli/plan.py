@@ -15,6 +15,7 @@ from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import VLLM_VERSION, Deploy, Plan
+from lowmem.text import visible_json
 from lowmem.units import parse_bytes
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
@@ -119,7 +120,7 @@ def plan(
     if suggest:
         raise typer.Exit(0 if show_options(model or result.model, result, json_) else 2)
     if json_:
-        sys.stdout.write(result.model_dump_json(indent=2) + "\n")
+        sys.stdout.write(visible_json(result.model_dump_json(indent=2)) + "\n")
     else:
         from lowmem.plan.render import show_plan
 

@@ -12,6 +12,7 @@ from lowmem.artefacts import read_deployed_plan
 from lowmem.service.members import MemberHosts
 from lowmem.service.ready import main_process_lives, wait, wait_joined
 from lowmem.service.server import VllmServer
+from lowmem.text import visible
 
 
 def ready(
@@ -32,5 +33,5 @@ def ready(
     else:
         trouble = wait(VllmServer(planned, env_file), main_process_lives, limit_s)
     if trouble:
-        sys.stderr.write(f"ready: {trouble}\n")
+        sys.stderr.write(f"ready: {visible(trouble)}\n")
         raise typer.Exit(1)

@@ -11,6 +11,7 @@ import typer
 
 from lowmem.artefacts import read_deployed_plan
 from lowmem.service.start_check import lasting_refusals, look_at_lasting, look_at_passing, passing_refusals
+from lowmem.text import visible
 
 
 def start_check(
@@ -29,6 +30,6 @@ def start_check(
     ) and time.monotonic() < deadline:
         time.sleep(1)
     for line in refused + passing:
-        sys.stderr.write(f"start-check: {line}\n")
+        sys.stderr.write(f"start-check: {visible(line)}\n")
     if refused or passing:
         raise typer.Exit(1)

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.live import Live
 
 from lowmem.errors import BadInput
 from lowmem.status.probe import DEFAULT_PLAN, deployed
 from lowmem.status.status import Status
 from lowmem.status.top import Watcher, line, screen
+from lowmem.text import terminal, visible, visible_json
 
 
 def top(
@@ -43,13 +44,13 @@ def top(
         if once:
             seen, since = watcher.look()
             if as_json:
-                typer.echo(seen.model_dump_json())
+                typer.echo(visible_json(seen.model_dump_json()))
             else:
-                console = Console(highlight=False)
+                console = terminal()
                 console.print(screen(watcher.host.plan, seen, since, watcher.rates, console.width))
         elif as_json or not sys.stdout.isatty():
             for seen, _ in _looks(watcher, every_s):
-                typer.echo(seen.model_dump_json() if as_json else line(seen))
+                typer.echo(visible_json(seen.model_dump_json()) if as_json else visible(line(seen)))
         else:
             _watch(watcher, every_s)
 
@@ -63,7 +64,7 @@ def _looks(watcher: Watcher, every_s: float) -> Iterator[tuple[Status, Status]]:
 
 def _watch(watcher: Watcher, every_s: float) -> None:
     """Draw until it is interrupted; the last view stays in the terminal."""
-    console = Console(highlight=False)
+    console = terminal()
     seen, since = watcher.look()
 
     def view() -> RenderableType:

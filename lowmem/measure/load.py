@@ -17,6 +17,7 @@ import typer
 
 from lowmem.schema import Load, LoadResult, Percentiles
 from lowmem.service.process import vllm_command
+from lowmem.text import visible
 
 
 class Api:
@@ -165,4 +166,4 @@ def drive(
 
 
 def say(text: str) -> None:
-    typer.echo(text, err=True)
+    typer.echo(visible(text), err=True)

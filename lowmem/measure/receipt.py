@@ -79,16 +79,18 @@ def _error(planned: int | None, measured: int | None) -> str:
 
 def show(receipt: Receipt) -> None:
     """Print the receipt for a person."""
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from lowmem.text import terminal
+
+    console = terminal()
     plan, colour = receipt.plan, "green" if receipt.verdict == "passed" else "red"
     device = receipt.hardware.get("gpu") or receipt.hardware.get("cpu", "")
     ready = f", ready in {receipt.ready_s:.0f} s" if receipt.ready_s is not None else ""
     console.print(
-        f"\n[bold]Receipt[/] {plan.profile} · {plan.model} · planned for {plan.device_count} x {plan.device},"
-        f" measured on {device}{ready}"
+        f"\n[bold]Receipt[/] {escape(plan.profile)} · {escape(plan.model)} · planned for"
+        f" {plan.device_count} x {escape(plan.device)}, measured on {escape(device)}{ready}"
     )
 
     unit = "per GPU" if plan.device_kind == "cuda" else "the engine's processes"
@@ -99,7 +101,7 @@ def show(receipt: Receipt) -> None:
     for term in receipt.terms:
         bold = "bold" if term.name in ("total", "peak") else ""
         memory.add_row(
-            term.name,
+            escape(term.name),
             _mib(term.planned_bytes),
             _mib(term.measured_bytes),
             _error(term.planned_bytes, term.measured_bytes),
@@ -147,11 +149,11 @@ def show(receipt: Receipt) -> None:
             f" {outcomes.count('skipped')} skipped"
         )
     for note in receipt.notes:
-        console.print(f"[dim]note: {note}[/]", soft_wrap=True)
+        console.print(f"[dim]note: {escape(note)}[/]", soft_wrap=True)
     if receipt.advice:
-        console.print(f"[yellow]advice: {receipt.advice}[/]", soft_wrap=True)
+        console.print(f"[yellow]advice: {escape(receipt.advice)}[/]", soft_wrap=True)
     for finding in receipt.findings:
-        console.print(f"[red]✗ {finding}[/]", soft_wrap=True)
+        console.print(f"[red]✗ {escape(finding)}[/]", soft_wrap=True)
     console.print(f"[bold {colour}]{receipt.verdict}[/]")
 
 

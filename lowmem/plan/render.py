@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lowmem.plan.search import Option
 from lowmem.schema import Node, Pipeline, Plan
-from lowmem.text import bar
+from lowmem.text import bar, terminal
 from lowmem.units import GIB, MIB, gib, mib
 
 _COLOUR = {"fits": "green", "slow": "yellow", "impossible": "red"}
@@ -18,20 +19,20 @@ _COLOUR = {"fits": "green", "slow": "yellow", "impossible": "red"}
 def plan_text(plan: Plan, width: int = 120) -> str:
     """Return the output of `show_plan` as plain text without colour."""
     page = io.StringIO()
-    show_plan(plan, Console(file=page, width=width, color_system=None, highlight=False))
+    show_plan(plan, terminal(file=page, width=width, color_system=None))
     return page.getvalue()
 
 
 def show_plan(plan: Plan, console: Console | None = None) -> None:
     """Print verdict, memory per card, host RAM, latency and arguments."""
-    out = console or Console(highlight=False)
+    out = console or terminal()
     q = plan.quantization
     weights = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit, group {q.group_size}"
     cards = f"{plan.device_count} x {plan.device}"
     place = f"{plan.hosts} hosts with {cards} each" if plan.hosts > 1 else cards
     out.print(
-        f"[bold]{plan.profile}[/]: {plan.model} ({weights}, {gib(plan.weight_bytes)}) on {place}, vLLM"
-        f" {plan.vllm_version}"
+        f"[bold]{escape(plan.profile)}[/]: {escape(plan.model)} ({weights}, {gib(plan.weight_bytes)})"
+        f" on {place}, vLLM {plan.vllm_version}"
     )
     out.print(f"[bold {_COLOUR[plan.verdict]}]{plan.verdict}[/]")
     for reason in plan.reasons:
@@ -142,7 +143,7 @@ def show_pipeline(plan: Plan, pipeline: Pipeline, out: Console) -> None:
 
 def show_suggestions(options: list[Option], plan: Plan, console: Console | None = None) -> None:
     """Print the options that meet the limits of a plan, best first."""
-    out = console or Console(highlight=False)
+    out = console or terminal()
     wanted = (
         f"{mib(plan.limit_bytes)} a card and {plan.limits.tpot_p99_ms:g} ms a token at {plan.load.clients}"
         " clients"

@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
 
+from pydantic import ValidationError
+
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, links, model_cards, profiles
 from lowmem.plan import engine_config, knobs
@@ -80,7 +82,7 @@ def gather(request: PlanRequest) -> Inputs:
     environment = {name: Knob(value=v, why="set by the operator") for name, v in request.environment.items()}
     load, limits = _load(request, p), _limits(request, p)
     quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
-    place = Deploy.model_validate(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
+    place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
     hosts, link = _hosts(request, p)
     if place:
         refuse_place(place, hosts)
@@ -99,6 +101,15 @@ def gather(request: PlanRequest) -> Inputs:
         hosts=hosts,
         link=link,
     )
+
+
+def _place(deploy: Mapping[str, object]) -> Deploy:
+    try:
+        return Deploy.model_validate(deploy)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise BadInput(f"{name}={first['input']!r} of the deployment: {first['msg']}") from None
 
 
 def _count(request: PlanRequest, profile: Profile, device: Device) -> int:

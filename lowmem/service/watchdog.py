@@ -26,6 +26,7 @@ import psutil
 from lowmem.schema import Deploy, Plan
 from lowmem.service.members import Bond
 from lowmem.service.server import Server, VllmServer
+from lowmem.text import visible
 
 LONGEST_SILENCE_S = 180
 """A sound engine was seen silent for 126 s, while it made kernels at first use (docs/measurements); half as
@@ -176,5 +177,5 @@ class MemberLook:
 
 
 def say(text: str) -> None:
-    sys.stdout.write(f"watchdog: {text}\n")
+    sys.stdout.write(f"watchdog: {visible(text)}\n")
     sys.stdout.flush()

@@ -16,9 +16,9 @@ from typing import Any
 
 from lowmem.schema import Plan, Receipt
 from lowmem.status.metrics import Sample, window
-from lowmem.status.plots import Plot, plot
+from lowmem.status.plots import Plot, plot, term_colour, term_name
 from lowmem.status.status import Look, Quantiles, Status, status
-from lowmem.text import span
+from lowmem.text import span, visible
 from lowmem.units import MIB, number
 
 SUMS = ("total", "rest", "peak", "start", "load_growth")
@@ -188,7 +188,7 @@ def tiles(live: Live, seen: Status) -> list[Tile]:
             number(seen.output_tokens_per_s),
             "tokens/s out",
             f"{number(seen.prompt_tokens_per_s)} tokens/s in; {seen.requests:,.0f} requests finished",
-            curve=curves.between(lambda w: w.output_tokens_per_s),
+            curve=curves.between(lambda w: w.output_tokens_per_s, least=1),
             curve_says=f"tokens/s out, at most {number(curves.most(lambda w: w.output_tokens_per_s))}",
         ),
         _latency_tile(
@@ -268,8 +268,8 @@ class _Curves:
     def of(self, values: Sequence[float | None], limit: float | None = None, least: float = 0) -> Plot | None:
         return self._plot([s.at for s in self.samples], values, limit, least)
 
-    def between(self, read: Any) -> Plot | None:
-        return self._plot([s.at for s in self.samples[1:]], self._each(read), None, 0)
+    def between(self, read: Any, least: float = 0) -> Plot | None:
+        return self._plot([s.at for s in self.samples[1:]], self._each(read), None, least)
 
     def most(self, read: Any) -> float | None:
         return max((value for value in self._each(read) if value is not None), default=None)
@@ -385,7 +385,13 @@ def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | No
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"mib": mib, "ms": number, "span": span}
+    environment.filters |= {
+        "mib": mib,
+        "ms": number,
+        "span": span,
+        "term_colour": term_colour,
+        "term_name": term_name,
+    }
     template = environment.from_string((files("lowmem") / "data" / "report.html.j2").read_text())
     entries = [
         {
@@ -421,4 +427,4 @@ def page(receipts: Sequence[tuple[str, Receipt]], made_utc: str, live: Live | No
             "entries": entries[::-1],
             "newest": newest,
         }
-    return template.render(context)
+    return visible(template.render(context))

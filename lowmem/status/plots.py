@@ -1,12 +1,57 @@
-"""Small line plots as SVG coordinates, which the page's template draws. All functions are pure."""
+"""Holds what all drawings share: line plots as SVG coordinates, colours and names of memory terms."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from itertools import groupby
 
 HEADROOM = 1.08
+
+TERM_COLOURS = {
+    "weights": "weights",
+    "kv_cache": "kv_cache",
+    "activations": "activations",
+    "cuda_context": "context",
+    "runtime": "context",
+    "nccl": "nccl",
+    "cuda_graphs": "graphs",
+    "offload_buffers": "offload",
+    "pipeline_buffers": "pipeline",
+    "under load": "under",
+    "in use": "accent",
+    "rest": "other",
+    "all": "other",
+}
+"""Names the colour of each memory term, see `palette`."""
+
+_TERM_NAMES = {
+    "kv_cache": "KV cache",
+    "cuda_context": "CUDA context",
+    "cuda_graphs": "CUDA graphs",
+    "nccl": "NCCL",
+    "rest": "not measured separately",
+    "all": "not measured separately",
+}
+
+
+def term_name(term: str) -> str:
+    """Name a memory term as a reader knows it."""
+    return _TERM_NAMES.get(term, term.replace("_", " "))
+
+
+def term_colour(term: str) -> str:
+    """Name the colour of a memory term, see `palette`."""
+    return TERM_COLOURS.get(term, "other")
+
+
+def palette(theme: str = "light") -> dict[str, str]:
+    """Read the colours of a theme, `light` or `dark`, from the style of the page's template."""
+    style = (files("lowmem") / "data" / "report.html.j2").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", dark if theme == "dark" else light))
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,7 @@ def test_the_role_removes_nothing_without_the_marker(tmp_path):
     play = tmp_path / "play.yml"
     play.write_text(PLAY)
     values = {
+        "ansible_python_interpreter": sys.executable,
         "vllm_service_root": str(root),
         "vllm_service_store": str(root),
         "vllm_service_remove_models": True,

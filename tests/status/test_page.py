@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from lowmem.cli.main import app
 from lowmem.schema import Plan, Receipt
 from lowmem.status.metrics import Sample, parse
-from lowmem.status.page import Live, page
-from lowmem.status.plots import plot
+from lowmem.status.page import SUMS, Live, page
+from lowmem.status.plots import TERM_COLOURS, palette, plot, term_colour, term_name
 from lowmem.status.status import Look
 
 from .conftest import ROOT, StubServer, demo_plan, recorded
@@ -101,8 +101,8 @@ def html(request: pytest.FixtureRequest) -> str:
 
 def test_the_live_figures_stand_beside_their_limits() -> None:
     said = text(pages()["serving"])
-    assert "SmolLM2-135M-Instruct serving Up since 2026-11-24 15:33:40 UTC , 2 min 59 s." in said
-    assert "Written 2026-11-24 15:36:40 UTC , and anew every 1 min." in said
+    assert "SmolLM2-135M-Instruct serving Up for 2 min 59 s, since 2026-11-24 15:33:40 UTC ." in said
+    assert "This page was written at 2026-11-24 15:36:40 UTC . The host writes it again every 1 min." in said
     assert "Requests 3 running 2 waiting; up to 8 run at once" in said
     assert "KV cache 42 % in use 4,892 of 11,648 tokens" in said
     assert "Memory 2,000 MiB limit 3,072; planned peak 2,162" in said
@@ -134,8 +134,11 @@ def test_a_server_that_is_down_is_told_with_the_last_receipt() -> None:
 def test_nothing_known_yet_is_said_and_not_drawn() -> None:
     said = text(pages()["first"])
     assert "This page has not seen the server answer yet." in said
-    assert "None yet: ansible-playbook site.yml --tags verify measures this service and writes one." in said
-    assert "anew every" not in said
+    assert (
+        "There is no receipt yet. ansible-playbook site.yml --tags verify measures this service"
+        " and writes one." in said
+    )
+    assert "writes it again" not in said
 
 
 def test_every_argument_stands_beside_its_reason() -> None:
@@ -250,12 +253,13 @@ def test_it_is_well_formed_and_says_what_is_what(html: str) -> None:
 
 def themes() -> dict[str, dict[str, str]]:
     """Name -> colour, for light and dark, from the template's own style."""
-    style = (ROOT / "lowmem/data/report.html.j2").read_text().split("<style>")[1].split("</style>")[0]
-    light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
-    return {
-        name: dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", block))
-        for name, block in (("light", light), ("dark", dark))
-    }
+    return {theme: palette(theme) for theme in ("light", "dark")}
+
+
+def grey(colour: str) -> str:
+    """What CSS `grayscale(1)` makes of it."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return "#" + f"{round(0.2126 * red + 0.7152 * green + 0.0722 * blue):02x}" * 3
 
 
 def contrast(one: str, other: str) -> float:
@@ -277,11 +281,50 @@ def test_text_and_drawings_stand_out(theme: str) -> None:
     for word in ("ink", "soft", "good", "bad", "warn", "accent"):
         for ground in ("paper", "card", *(["track"] if word == "ink" else [])):
             assert contrast(colours[word], colours[ground]) >= 4.5, (word, ground)
-    for part in ("weights", "kv_cache", "activations", "context", "nccl", "graphs", "other", "accent"):
+            # the figures of an old page are grey, and as legible
+            assert contrast(grey(colours[word]), grey(colours[ground])) >= 4.5, (word, ground)
+    for part in sorted(set(TERM_COLOURS.values())):
         for ground in ("card", "track"):
             assert contrast(colours[part], colours[ground]) >= 3 or (
                 ground == "track" and contrast(colours[part], colours[ground]) >= 2.8
             ), (part, ground)
+
+
+def test_what_is_not_measured_separately_is_grey_and_has_a_name() -> None:
+    assert [
+        (term_name(term), term_colour(term)) for term in ("rest", "all", "kv_cache", "offload_buffers")
+    ] == [
+        ("not measured separately", "other"),
+        ("not measured separately", "other"),
+        ("KV cache", "kv_cache"),
+        ("offload buffers", "offload"),
+    ]
+    told = {
+        *(name for _, r in receipts() for name in r.plan.per_gpu),
+        *(t.name for _, r in receipts() for t in r.terms if t.name not in SUMS),
+    }
+    assert {name for name in told if name not in TERM_COLOURS} <= {"total", "host: offloaded weights"}
+    for theme in themes().values():
+        assert len({theme[name] for name in TERM_COLOURS.values()}) == len(set(TERM_COLOURS.values()))
+        # a grey has equal parts, nearly; an alarm is another colour
+        parts = [int(theme["other"][i : i + 2], 16) for i in (1, 3, 5)]
+        assert max(parts) - min(parts) <= 32
+    html = pages()["receipts"]
+    assert html.count("</b>not measured separately</span>") == 4
+    assert html.count('<span style="background:var(--other)') == 4
+
+
+def test_a_lone_value_between_gaps_is_a_dot() -> None:
+    live = serving()
+    assert live.look.sample
+    lone = [live.look.sample.model_copy(update={"at": AT - 60 * age, "memory_bytes": ()}) for age in (3, 1)]
+    seen = live.look.sample.model_copy(update={"at": AT - 120})
+    html = page([], "", replace(live, earlier=[lone[0], seen, lone[1]]))
+    memory = html.split("<h3>Memory</h3>")[1].split("</svg>")[0]
+    assert re.findall(r'<polyline points="([^"]+)"', memory) == [
+        "100,15.9 100,15.9",
+        "300,15.9 300,15.9",
+    ]
 
 
 def test_a_plot_begins_at_zero_and_breaks_where_nothing_is_known() -> None:
@@ -318,7 +361,7 @@ def test_the_command_writes_the_page_and_keeps_the_look(
     said = text(out.read_text())
     assert "SmolLM2-135M-Instruct serving" in said
     assert "release vllm-0.32.0-demo_cpu-0123456789ab" in said
-    assert f"not told: receipt {folder}/broken.json: the file: Invalid JSON" in said
+    assert f"not shown: receipt {folder}/broken.json: the file: Invalid JSON" in said
     assert [path.name for path in out.parent.iterdir()] == ["index.html"]
     server.close()
     assert CliRunner().invoke(app, [*command, "--samples", str(samples), "--out", str(out)]).exit_code == 0
