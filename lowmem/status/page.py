@@ -216,18 +216,19 @@ def _memory_tile(seen: Status, samples: Sequence[Sample], curves: _Curves) -> Ti
     most_used = max((max(s.memory_bytes) for s in samples if s.memory_bytes), default=None)
     several = len(seen.memory_bytes) > 1
     over = used is not None and used > seen.memory_limit_bytes
-    above = (
-        f"{mib(used - seen.memory_limit_bytes)} over the limit of" if used is not None and over else "limit"
-    )
+    said = f"limit {mib(seen.memory_limit_bytes)}; planned peak {mib(seen.memory_plan_bytes)}"
+    if used is not None and over:
+        said = f"{mib(used - seen.memory_limit_bytes)} over the limit of{said.removeprefix('limit')}"
+    elif used is not None and used >= seen.memory_plan_bytes + MIB:
+        said = (
+            f"{mib(used - seen.memory_plan_bytes)} over the planned peak of {mib(seen.memory_plan_bytes)};"
+            f" limit {mib(seen.memory_limit_bytes)}"
+        )
     return Tile(
         "Memory" if not several else "Memory, fullest GPU",
         mib(used) or "-",
         "MiB",
-        (
-            f"{above} {mib(seen.memory_limit_bytes)}; planned peak {mib(seen.memory_plan_bytes)}"
-            if used is not None
-            else seen.memory_source
-        ),
+        said if used is not None else seen.memory_source,
         share=100 * used / seen.memory_limit_bytes if used is not None else None,
         over=over,
         curve=curves.of(

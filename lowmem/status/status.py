@@ -93,6 +93,17 @@ class Status(Strict):
     )
     memory_limit_bytes: int
 
+    @property
+    def over_plan(self) -> tuple[str, ...]:
+        """Say which memory is above the planned peak. Memory above the limit too is a finding instead."""
+        several = len(self.memory_bytes) > 1
+        return tuple(
+            f"memory: {f'GPU {index} is ' if several else ''}{(used - self.memory_plan_bytes) / MIB:,.0f} MiB"
+            f" over the planned peak of {self.memory_plan_bytes / MIB:,.0f} MiB, within the limit"
+            for index, used in enumerate(self.memory_bytes)
+            if self.memory_plan_bytes + MIB <= used <= self.memory_limit_bytes
+        )
+
 
 def quantiles(histogram: Histogram) -> Quantiles:
     def ms(q: float) -> float | None:

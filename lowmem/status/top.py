@@ -63,16 +63,11 @@ class Watcher:
 def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], width: int) -> RenderableType:
     """Return the whole view for a terminal of so many columns, from 40 on."""
     narrow = width < 64
-    bars = max(8, min(50, width - (26 if narrow else 52)))
-    title = Text()
-    title.append(seen.model, "bold")
-    title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
-    if seen.up_s is not None:
-        title.append(f"  up {span(seen.up_s)}")
-    title.append(f"  vLLM {plan.vllm_version}, profile {plan.profile}  {seen.at_utc[11:19]} UTC", "dim")
-    lines: list[RenderableType] = [title]
+    bars = max(8, min(50, width - (28 if narrow else 52)))
+    lines: list[RenderableType] = [*_title(plan, seen, width)]
     lines += [Text(line, COLOUR[seen.state]) for line in ([seen.trouble] if seen.trouble else [])]
     lines += [Text(line, "red") for line in seen.findings]
+    lines += [Text(line, "yellow") for line in seen.over_plan]
     gauges = Table(box=None, pad_edge=False, show_header=False)
     gauges.add_column(style="bold", no_wrap=True, min_width=12)
     gauges.add_column(justify="right", no_wrap=True, min_width=9)
@@ -97,11 +92,11 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
             f"of {seen.kv_tokens:,} tokens",
         )
     for index, used in enumerate(seen.memory_bytes):
-        over = used > seen.memory_limit_bytes
+        colour = _memory_colour(seen, used)
         gauge(
             f"GPU {index}" if plan.device_kind == "cuda" else "memory",
-            Text(f"{used / MIB:,.0f} MiB", "red" if over else ""),
-            Text(bar(used, seen.memory_limit_bytes, bars), "red" if over else "green"),
+            Text(f"{used / MIB:,.0f} MiB", "" if colour == "green" else colour),
+            Text(bar(used, seen.memory_limit_bytes, bars), colour),
             f"of {seen.memory_limit_bytes / MIB:,.0f}, plan {seen.memory_plan_bytes / MIB:,.0f}",
         )
     if seen.running is not None:
@@ -127,9 +122,26 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
     return Group(*lines)
 
 
+def _title(plan: Plan, seen: Status, width: int) -> list[Text]:
+    """Say what runs and since when, in two lines if one is too narrow."""
+    title = Text()
+    title.append(seen.model, "bold")
+    title.append(f"  {WORDS[seen.state]}", f"bold {COLOUR[seen.state]}")
+    if seen.up_s is not None:
+        title.append(f"  up {span(seen.up_s)}")
+    more = Text(f"vLLM {plan.vllm_version}, profile {plan.profile}  {seen.at_utc[11:19]} UTC", "dim")
+    return [title, more] if title.cell_len + 2 + more.cell_len > width else [title + Text("  ") + more]
+
+
+def _memory_colour(seen: Status, used: int) -> str:
+    if used > seen.memory_limit_bytes:
+        return "red"
+    return "yellow" if used >= seen.memory_plan_bytes + MIB else "green"
+
+
 def _latencies(seen: Status, since: Status, narrow: bool) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("ms", no_wrap=True, min_width=4)
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 1 if narrow else 2, 0, 0))
+    table.add_column("ms", no_wrap=True, min_width=5)
     for name in ("p50", "p90", "p99", *([] if narrow else ["all p50"]), "all p99", "limit"):
         table.add_column(name, justify="right", no_wrap=True)
     rows: list[tuple[str, Quantiles, Quantiles, float | None]] = [
@@ -162,12 +174,14 @@ def line(seen: Status) -> str:
     if seen.running is None:
         return f"{seen.at_utc} {seen.state}: {seen.trouble}"
     memory = "+".join(f"{used / MIB:.0f}" for used in seen.memory_bytes) or "?"
+    over = max(seen.memory_bytes, default=0) - seen.memory_plan_bytes
     return (
         f"{seen.at_utc} {seen.state} running={seen.running} waiting={seen.waiting}"
         f" kv={100 * (seen.kv_usage or 0):.1f}% out={_plain(seen.output_tokens_per_s)}/s"
         f" in={_plain(seen.prompt_tokens_per_s)}/s tpot_p99={_plain(seen.tpot_ms.p99)}ms"
         f" ttft_p99={_plain(seen.ttft_ms.p99)}ms memory={memory}MiB"
         f" limit={seen.memory_limit_bytes / MIB:.0f}MiB"
+        + (f" over_plan={over / MIB:.0f}MiB" if over >= MIB else "")
     )
 
 

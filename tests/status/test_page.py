@@ -117,6 +117,12 @@ def test_what_is_over_its_limit_is_said_first() -> None:
     assert "Memory, fullest GPU 20,600 MiB 120 over the limit of 20,480; planned peak 20,452" in said
 
 
+def test_memory_over_the_plan_and_within_the_limit_is_said_beside_the_figure() -> None:
+    said = text(page([], "", serving(memory=(2200 * MIB,))))
+    assert "Memory 2,200 MiB 38 over the planned peak of 2,162; limit 3,072" in said
+    assert "Needs attention" not in said
+
+
 def test_a_server_that_is_down_is_told_with_the_last_receipt() -> None:
     said = text(pages()["down"])
     assert "not running" in said

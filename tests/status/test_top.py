@@ -79,7 +79,7 @@ def test_what_came_between_two_looks(server: StubServer, plan_file: Path, clock:
     assert (seen.window_s, seen.output_tokens_per_s, len(watcher.samples)) == (30, 0, 4)
 
 
-@pytest.mark.parametrize("width", [40, 64, 110])
+@pytest.mark.parametrize("width", [40, 64, 80, 110])
 def test_the_view_fits_its_terminal(
     server: StubServer, plan_file: Path, clock: list[float], width: int
 ) -> None:
@@ -102,6 +102,36 @@ def test_the_view_fits_its_terminal(
     # what a narrow terminal leaves out
     assert (words["memory"][-4:] == ["of", "3,072,", "plan", "2,162"]) == (width >= 64)
     assert words["TPOT"][4:] == (["126", "2,185", "1,000"] if width >= 64 else ["2,185", "1,000"])
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_memory_over_the_plan_is_said_before_the_limit_is_missed(
+    server: StubServer, plan_file: Path, width: int
+) -> None:
+    watcher = Watcher(deployed(plan_file), window_s=30)
+    seen, since = watcher.look()
+
+    def shown(*memory_mib: float) -> str:
+        known = seen.model_copy(update={"memory_bytes": tuple(round(mib * 2**20) for mib in memory_mib)})
+        console = Console(width=width, record=True, file=io.StringIO(), color_system=None)
+        console.print(screen(watcher.host.plan, known, since, (), width))
+        text = console.export_text()
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        over = re.findall(r"over_plan=\S+", line(known))
+        return " ".join(text.split()) + " " + " ".join(over)
+
+    assert "over the planned peak" not in shown(2162)
+    assert "over_plan" not in shown(2162)
+    said = shown(2200)
+    assert "memory: 38 MiB over the planned peak of 2,162 MiB, within the limit" in said
+    assert said.endswith("over_plan=38MiB")
+    # a missed limit is a finding, and is said once
+    assert "over the planned peak" not in shown(3100)
+    assert shown(3100).endswith("over_plan=938MiB")
+    # five digits fit too
+    assert "20,455 MiB" in shown(20455)
+    assert "memory: GPU 1 is 38 MiB over the planned peak" in shown(2100, 2200)
 
 
 def test_a_line_of_a_pipe(server: StubServer, plan_file: Path, clock: list[float]) -> None:
