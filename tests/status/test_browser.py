@@ -121,13 +121,8 @@ def test_an_old_page_claims_nothing_of_now(tmp_path: Path) -> None:
     old = browse(tmp_path, html.replace("<body>", '<body class="is-old">'), PHONE)
     assert (
         "SmolLM2-135M-Instruct unknown: this page is old This page was written some time ago. The host"
-<<<<<<< HEAD
-        " writes it every 1 min: its timer has stopped, or this browser does not reach the host. The figures"
-        " below were true at that time."
-=======
         " writes it every 1 min: its timer has stopped, or this browser does not reach the host."
         " The figures below were true at that time."
->>>>>>> main
     ) in old["shown"]
     assert f"{alone}This page was written at 2026-11-24 15:36:40 UTC. Requests 3 running" in old["shown"]
     assert "serving" not in old["shown"].split("Requests 3")[0]
