@@ -1,21 +1,25 @@
-"""Many measurements in one go on a machine with GPUs: `prepare` writes plans and launchers, `run` measures
-them.
+"""Takes many measurements in one go on a machine with GPUs: `prepare` writes plans and launchers, `run`
+measures them.
 
-`prepare` needs this repository's environment and no GPU; `run` needs the engine's environment and the folder
-that `prepare` made:
+`prepare` needs this repository's environment and no GPU. `run` needs the engine's environment and the folder
+that `prepare` made.
 
     python benchmarks/gpu/matrix.py prepare benchmarks/gpu/runs.yml .carry/runs
     python benchmarks/gpu/matrix.py warm .carry/runs --out "$OUT" --only NAME,…
     python benchmarks/gpu/matrix.py run .carry/runs --out "$OUT" --deadline-s 560 [--only NAME,…]
 
-Runs whose cards differ (`gpus`) go side by side, each as soon as its cards are free, in the order of the
-file. A run that could not end before the deadline is not begun, and none after one whose engine lacked a
-module: the next would lack it too. The card of the plan is played on a larger one by a ballast (ballast.py)
-that holds all but `card_mib`; `args` and `env` are what this needs and no more: they stand in the receipt. A
-run with a `command` is another script of this folder, with `env` in its environment and "{out}" for the
-folder of results; what it says is in NAME.out there. `warm` measures nothing: it starts the named services
-side by side on the whole card until each has answered, so that what is compiled at first use is in the
-caches.
+Runs on different cards (`gpus`) go side by side. Each starts as soon as its cards are free, in the order of
+the file. A run that could not end before the deadline is not begun. No run begins after one whose engine
+lacked a module, since the next would lack it too.
+
+A ballast (ballast.py) emulates the card of the plan on a larger one: it holds all but `card_mib`. `args` and
+`env` are what this needs and no more; they stand in the receipt.
+
+A run with a `command` is another script of this folder, with `env` in its environment and "{out}" for the
+folder of results. Its output goes to NAME.out there.
+
+`warm` measures nothing. It starts the named services side by side on the whole card until each has answered.
+So code that is compiled at first use is in the caches.
 """
 
 from __future__ import annotations

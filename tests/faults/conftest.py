@@ -87,8 +87,9 @@ def arguments(root: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Of a second deployment beside the demo's, with a copy of its checkpoint; where root runs the tests its
-    log lies on a small tmpfs.
+    """Yield the root of a second deployment beside the demo's, with a copy of its checkpoint.
+
+    If root runs the tests, its log lies on a small tmpfs.
     """
     root = tmp_path_factory.mktemp("second") / "host"
     (root / "log").mkdir(parents=True)

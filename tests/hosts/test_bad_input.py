@@ -1,8 +1,7 @@
-"""Every variable of the roles that prepare a host, and of the gateway: a bad value ends in one line that
-names it, before the host is touched.
+"""Gives a bad value to every variable of the gateway and of the roles that prepare a host.
 
-A new variable without an entry here fails the test. One ansible-playbook run for all cases: each is a host of
-its inventory.
+Each ends in one line that names the variable, before the host is touched. A new variable without an entry
+here fails the test. One ansible-playbook run serves all cases: each is a host of its inventory.
 """
 
 import json

@@ -1,9 +1,9 @@
-"""Stands in for `vllm` in the tests: `serve` prints an engine's log and answers completions, `bench serve`
-writes a result file.
+"""Stands in for `vllm` in the tests.
 
-FAKE_VLLM (JSON) changes it: {"fail": [log lines]} ends the server with status 1, {"bench": {...}} replaces
-result fields, {"stubborn": true} ignores SIGTERM, {"open": true} asks for no key, {"oversize": status},
-{"logprob": of every prompt token}.
+`serve` prints an engine's log and answers completions, and `bench serve` writes a result file. FAKE_VLLM
+(JSON) changes it. {"fail": [log lines]} ends the server with status 1. {"bench": {...}} replaces result
+fields. {"stubborn": true} ignores SIGTERM. {"open": true} asks for no key. {"oversize": status} and
+{"logprob": of every prompt token} change its answers.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""A stub of the Hugging Face hub on loopback: what huggingface_hub asks for to download one repository, and
-no more.
+"""Stands in for the Hugging Face hub on loopback, as far as huggingface_hub needs it to download one
+repository.
 
-Model information at a revision, file metadata by HEAD, and content by GET with ranges. It can want a token,
-and it can stop half way through a file until told to go on, so that a download can be interrupted at a known
-point.
+It serves model information at a revision, file metadata by HEAD, and content by GET with ranges. It can
+require a token. It can also stop half way through a file until told to go on, so that a test interrupts a
+download at a known point.
 """
 
 from __future__ import annotations
