@@ -50,9 +50,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file; reads the header only.
+    """Read the header of one safetensors file: {dtype, shape, data_offsets} by tensor name.
 
-    BadInput when it is cut short or damaged.
+    Raises BadInput if it is cut short or damaged.
     """
     try:
         size = path.stat().st_size

@@ -1,10 +1,11 @@
-"""Keeps a checkpoint under its content's name, so that a release goes on with its own bytes when the model is
-made anew under the old name.
+"""Keeps a checkpoint under its content's name.
 
-`python -m lowmem.checkpoint.keep MODELS/NAME` makes `MODELS/NAME-<12 digits of its manifest's SHA-256>` of
-hard links, which take no room, with a manifest of its own, checks every byte of it against that manifest, and
-says where it is, as a line of JSON {path, changed}. A folder that is there already is checked too, and made
-again where it is not as its manifest has it.
+So a release goes on with its own bytes when the model is made anew under the old name.
+
+`python -m lowmem.checkpoint.keep MODELS/NAME` makes `MODELS/NAME-<12 digits of its manifest's SHA-256>`. The
+copy is of hard links, which take no room, and has a manifest of its own. The command checks every byte
+against that manifest and prints a line of JSON {path, changed}. A folder that exists already is checked too.
+It is made again if it differs from its manifest.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from lowmem.checkpoint import lock, manifest
 
 
 def place_of(source: Path) -> Path:
-    """Where a checkpoint is kept; ManifestError where it has no usable manifest."""
+    """Return the path at which a checkpoint is kept. Raises ManifestError if it has no usable manifest."""
     file = _manifest(source)
     manifest.read(file)
     return source.with_name(f"{source.name}-{manifest.sha256_of(file)[:12]}")
 
 
 def keep(source: Path) -> tuple[Path, bool]:
-    """The kept copy, and whether it was made now. ManifestError where the source is not as its own manifest
-    has it.
+    """Return the kept copy, and whether it was made now.
+
+    Raises ManifestError if the source differs from its own manifest.
     """
     place = place_of(source)
     # Instances of a host that are deployed at the same time share the store: one makes it, the others find
@@ -70,7 +72,7 @@ def _link(source: str, target: str) -> None:
 
 
 def main() -> int:
-    """Exit status 1 and one line on stderr where it cannot be kept."""
+    """Keep the checkpoint. Exit 1, with one line on stderr, if that fails."""
     parser = argparse.ArgumentParser(description="Keep a checkpoint under its content's name.")
     parser.add_argument("source", type=Path)
     arguments = parser.parse_args()

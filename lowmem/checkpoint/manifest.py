@@ -1,12 +1,12 @@
-"""The manifest of a checkpoint folder: which bytes were put there, so that only those are served.
+"""Writes and checks the manifest of a checkpoint folder, so that only the bytes put there are served.
 
-The manifest lies beside the folder, as `<name>.manifest.json`. Hashing 40 GB takes half a minute, so a full
-look is remembered in `<name>.seen.json`: a file whose size, inode, modification and change times are as they
-were is not read again. The change time cannot be set back by a program, so an altered file is read again even
-when its modification time was restored.
+The manifest lies beside the folder, as `<name>.manifest.json`. Hashing 40 GB takes half a minute, so
+`<name>.seen.json` remembers a full look. A file with unchanged size, inode, modification time and change time
+is not read again. No program can set the change time back. So an altered file is read again even if its
+modification time was restored.
 
-Standard library only: this file is also copied to hosts by itself, and is a command there: `python
-manifest.py MANIFEST FOLDER`.
+The module imports the standard library only, since it is also copied to hosts by itself. It is a command
+there: `python manifest.py MANIFEST FOLDER`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Trouble = Literal["missing", "truncated", "altered", "extra"]
 
 @dataclass(frozen=True)
 class File:
-    """One file of a folder; `path` is relative to it."""
+    """File of a folder; `path` is relative to the folder."""
 
     path: str
     size_bytes: int
@@ -41,7 +41,7 @@ class File:
 
 @dataclass(frozen=True)
 class Problem:
-    """One file that is not as the manifest has it."""
+    """File that differs from the manifest."""
 
     path: str
     problem: Trouble
@@ -52,7 +52,7 @@ class Problem:
 
 
 class ManifestError(ValueError):
-    """The manifest itself cannot be used; the message names it."""
+    """Raised for a manifest that cannot be used; the message names it."""
 
 
 def sha256_of(path: Path) -> str:
@@ -64,7 +64,7 @@ def sha256_of(path: Path) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON value, the same for the same content whatever the order of keys."""
+    """Return the SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -73,7 +73,7 @@ def files_in(folder: Path) -> list[Path]:
 
 
 def scan(folder: Path) -> list[File]:
-    """Every file below `folder`, hashed."""
+    """Hash every file below `folder`."""
     paths = files_in(folder)
     with ThreadPoolExecutor(4) as pool:
         hashes = list(pool.map(sha256_of, paths))
@@ -84,14 +84,14 @@ def scan(folder: Path) -> list[File]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: written beside, then moved."""
+    """Write JSON beside its place and then move it there, whole or not at all."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     beside.replace(path)
 
 
 def read(manifest: Path) -> dict[str, Any]:
-    """ManifestError when the file is not there, is no JSON, or is of another schema."""
+    """Read a manifest. Raises ManifestError if the file is missing, is no JSON, or has another schema."""
     try:
         value = json.loads(manifest.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -108,9 +108,7 @@ def read(manifest: Path) -> dict[str, Any]:
 
 
 def check(manifest: Path, folder: Path, full: bool = False) -> list[Problem]:
-    """What of `folder` is not as the manifest has it; empty when all is well. `full` hashes
-    every file again.
-    """
+    """List the files of `folder` that differ from the manifest. `full` hashes every file again."""
     wanted = {entry["path"]: File(**entry) for entry in read(manifest)["files"]}
     present = (
         {path.relative_to(folder).as_posix(): path for path in files_in(folder)} if folder.is_dir() else {}
@@ -154,8 +152,9 @@ def check(manifest: Path, folder: Path, full: bool = False) -> list[Problem]:
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Tensor name -> {dtype, shape, data_offsets} of one safetensors file; ManifestError when its length
-    belies its header.
+    """Read the header of one safetensors file: {dtype, shape, data_offsets} by tensor name.
+
+    Raises ManifestError if its length contradicts its header.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -201,7 +200,7 @@ def _write_seen(path: Path, seen: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Exit status 1 and one line on stderr for each file that is not as it should be."""
+    """Check the folder. Exit 1, with one line on stderr for each file that differs."""
     parser = argparse.ArgumentParser(description="Check a checkpoint folder against its manifest.")
     parser.add_argument("manifest", type=Path)
     parser.add_argument("folder", type=Path)

@@ -1,5 +1,4 @@
-"""Model cards: config.json (and the safetensors headers, when there are any) to a list of tensors with exact
-sizes.
+"""Turns config.json, and the safetensors headers if there are any, into a list of tensors with exact sizes.
 
 A card is never a guess from a parameter count. The tensors of each known model type are listed as the
 engine's loader names them, in its order.
@@ -38,7 +37,10 @@ def _positive(config: Mapping[str, Any], key: str, default: int | None = None) -
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization:
-    """The `quantization_config` of a config.json. BadInput for a method or a width that cannot be planned."""
+    """Read the `quantization_config` of a config.json.
+
+    Raises BadInput for a method or a width that cannot be planned.
+    """
     q = config.get("quantization_config")
     if not q:
         return Quantization()
@@ -177,9 +179,10 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
 def card_from_config(
     config: Mapping[str, Any], name: str, source: str, header: Mapping[str, Any] | None = None
 ) -> ModelCard:
-    """A card from the fields of config.json.
+    """Make a card from the fields of config.json.
 
-    `header`: tensor name -> {dtype, shape} of the safetensors headers. BadInput on anything unknown.
+    `header` holds {dtype, shape} of the safetensors headers by tensor name. Raises BadInput for anything
+    unknown.
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -233,8 +236,9 @@ def card_from_config(
 def _refined(
     groups: tuple[WeightGroup, ...], header: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[WeightGroup, ...]:
-    """Which linear layers are quantized, and whether lm_head exists, as the headers show it (a recipe may
-    leave more than it says).
+    """Correct the groups by the headers: which linear layers are quantized, and whether lm_head exists.
+
+    A recipe may leave more than it says.
     """
     packed = (".qweight", ".weight_packed")
     out = []
@@ -259,8 +263,9 @@ def _refined(
 
 
 def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
-    """The card of the checkpoint that a quantization makes of an unquantized one; lm_head, embeddings and
-    norms stay at 16 bits.
+    """Return the card of the checkpoint that a quantization makes of an unquantized one.
+
+    lm_head, embeddings and norms stay at 16 bits.
     """
     if card.quantization.method != "none" or quantization.method == "none":
         return card
@@ -279,7 +284,7 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
 
 @cache
 def builtin() -> dict[str, dict[str, Any]]:
-    """Name and alias -> entry of data/models.yml."""
+    """Return the entries of data/models.yml by name, alias and Hugging Face id."""
     table: dict[str, dict[str, Any]] = {}
     for name, entry in load_yaml("models.yml").items():
         for key in (name, *entry.get("aliases", ())):
@@ -289,13 +294,14 @@ def builtin() -> dict[str, dict[str, Any]]:
 
 
 def names() -> list[str]:
-    """The built-in cards, without aliases."""
+    """List the built-in cards, without aliases."""
     return list(load_yaml("models.yml"))
 
 
 def card_from_directory(folder: Path) -> ModelCard:
-    """Card of a checkpoint directory: config.json is enough, the headers of `*.safetensors` refine it. No
-    weight is read.
+    """Make the card of a checkpoint directory.
+
+    config.json is enough; the headers of `*.safetensors` refine it. No weight is read.
     """
     config = _read_json(folder / "config.json")
     header: dict[str, Any] = {}
@@ -313,9 +319,9 @@ def card_from_directory(folder: Path) -> ModelCard:
 
 
 def card_from_hub(repo: str) -> ModelCard:
-    """Card of a Hugging Face id: config.json and the safetensors headers only.
+    """Make the card of a Hugging Face id from its config.json and safetensors headers.
 
-    BadInput when the hub cannot be reached or has no such model.
+    Raises BadInput if the hub cannot be reached or has no such model.
     """
     try:
         import logging
@@ -364,7 +370,10 @@ def card_from_hub(repo: str) -> ModelCard:
 
 
 def load_card(model: str) -> ModelCard:
-    """A built-in name (any case), a directory, or a Hugging Face id. BadInput otherwise."""
+    """Load a card by a built-in name in any case, a directory, or a Hugging Face id.
+
+    Raises BadInput for anything else.
+    """
     entry = builtin().get(model.lower())
     if entry:
         return card_from_config(entry["config"], entry["name"], entry["id"])

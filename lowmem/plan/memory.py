@@ -1,4 +1,4 @@
-"""The memory model: what each card and the host will hold, in bytes. Pure functions; docs/planning.md has the
+"""Models the memory of each card and of the host, in bytes, with pure functions. docs/planning.md has the
 formulas in words.
 """
 
@@ -25,7 +25,7 @@ from lowmem.units import MIB
 
 
 def kv_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:
-    """Keys and values of one token on one card, all layers, in bytes."""
+    """Return the bytes of one token's keys and values on one card, over all layers."""
     heads = max(1, card.kv_heads // engine.tp)
     full = 2 * card.head_dim * DTYPE_BYTES[engine.dtype]
     slot = {
@@ -56,10 +56,10 @@ def kv_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:
 
 
 def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True) -> int:
-    """Bytes of temporary tensors at the largest step: residual and hidden states, the MLP's widest pair, the
-    sampled rows' logits.
+    """Return the bytes of temporary tensors at the largest step.
 
-    `samples`: this stage makes the logits, which the last one does.
+    They are residual and hidden states, the MLP's widest pair, and the logits of the sampled rows. `samples`
+    says that this stage makes the logits, as the last one does.
     """
     e = DTYPE_BYTES[engine.dtype]
     tokens, tp = engine.max_num_batched_tokens, engine.tp
@@ -77,7 +77,10 @@ def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True
 
 
 def graphs(card: ModelCard, engine: EngineConfig) -> int:
-    """CUDA graphs of the captured sizes; NCCL's all-reduces keep more in them than vLLM's own."""
+    """Return the bytes of the CUDA graphs of the captured sizes.
+
+    NCCL's all-reduces keep more in them than vLLM's own.
+    """
     if not engine.graph_sizes:
         return 0
     each = float(constant("memory", "graph_mib_per_layer_and_size"))
@@ -87,7 +90,9 @@ def graphs(card: ModelCard, engine: EngineConfig) -> int:
 
 
 def offload_buffers(engine: EngineConfig, w: Weights) -> int:
-    """Prefetch back end: `prefetch_step` slots of one layer's offloaded parameters on the card."""
+    """Return the bytes of the prefetch back end's buffers: `prefetch_step` slots of one layer's offloaded
+    parameters.
+    """
     if engine.offload != "prefetch" or ignores_offload(engine):
         return 0
     layer = sum(p.loaded for p in w.layers[0] if _wanted(p.name, engine.offload_params))
@@ -95,8 +100,9 @@ def offload_buffers(engine: EngineConfig, w: Weights) -> int:
 
 
 def of_loading(which: str, card: ModelCard, engine: EngineConfig) -> float | None:
-    """A constant of the checkpoint's format; of the format with torch's expandable segments where that was
-    measured.
+    """Return a constant of the checkpoint's format.
+
+    With torch's expandable segments it is their own constant, if that was measured.
     """
     table, method = constant("memory", which), str(card.quantization.method)
     if "expandable_segments:True" in engine.environment.get("PYTORCH_CUDA_ALLOC_CONF", "").split(","):
@@ -106,7 +112,7 @@ def of_loading(which: str, card: ModelCard, engine: EngineConfig) -> float | Non
 
 @dataclass(frozen=True)
 class CardMemory:
-    """One card.
+    """Memory of one card.
 
     `terms` add up to what NVML shows at idle; `load` is what a full load adds.
     """
@@ -129,15 +135,16 @@ class CardMemory:
 
 
 def usable_kv_tokens(kv_tokens: int, engine: EngineConfig) -> int:
-    """What requests can have of a pool: block 0 is the engine's own."""
+    """Return the tokens of a pool that requests can use; block 0 is the engine's own."""
     return max(0, kv_tokens - engine.block_tokens)
 
 
 def stage_memories(
     card: ModelCard, engine: EngineConfig, device: Device, limit_bytes: int, load_tokens: int = 0
 ) -> tuple[tuple[Part, CardMemory], ...]:
-    """One card of each stage. The pool has as many blocks on each as the stage with the least room (0.32.0,
-    kv_cache_utils.py).
+    """Compute the memory of one card of each stage.
+
+    The pool has as many blocks on each as the stage with the least room (0.32.0, kv_cache_utils.py).
     """
     one = cpu_memory if device.kind == "cpu" else card_memory
     found = [
@@ -165,7 +172,7 @@ def card_memory(
     load_tokens: int = 0,
     part: Part | None = None,
 ) -> CardMemory:
-    """Memory of one GPU, of the pipeline stage `part` where there are several.
+    """Compute the memory of one GPU, or of one GPU of the pipeline stage `part`.
 
     The KV pool follows the utilization, the given size, or (auto) the limit and the tokens of the load.
     """
@@ -223,11 +230,10 @@ def card_memory(
 
 
 def start_room(terms: dict[str, int], engine: EngineConfig, device: Device) -> int:
-    """Bytes the card can give when the engine allocates its pool: graphs are not there yet, pieces left from
-    loading and profiling are.
+    """Return the bytes that the card can give when the engine allocates its pool.
 
-    With the pool given in bytes vLLM 0.32 skips the profiler and with it the emptying of the allocator's
-    cache.
+    Graphs are not there yet, but pieces left from loading and profiling are. With the pool given in bytes
+    vLLM 0.32 skips the profiler, and so does not empty the allocator's cache.
     """
     left = 0 if engine.vllm < (0, 28, 0) else _mib("start_fragments_mib")
     there = (
@@ -241,16 +247,18 @@ def start_room(terms: dict[str, int], engine: EngineConfig, device: Device) -> i
 
 
 def loading(card: ModelCard, engine: EngineConfig, memory: CardMemory, which: str) -> int:
-    """Bytes on one card while weights are loaded and repacked, before there is a KV pool; `which`:
-    loading_needs or loading_seen.
+    """Return the bytes on one card while weights are loaded and repacked, before there is a KV pool.
+
+    `which` is loading_needs or loading_seen.
     """
     extra = float(of_loading(which, card, engine) or 0) * largest_linear(card, engine)
     return memory.weights.on_card + memory.before_start + round(extra)
 
 
 def start_peak(card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory) -> int:
-    """What NVML may show while starting, up to what the card has: freed blocks stay in the allocator's cache
-    until the card is short.
+    """Return the most that NVML may show while the engine starts, up to the size of the card.
+
+    Freed blocks stay in the allocator's cache until the card is short.
     """
     if device.kind == "cpu":
         return memory.peak
@@ -258,8 +266,9 @@ def start_peak(card: ModelCard, engine: EngineConfig, device: Device, memory: Ca
 
 
 def nccl(engine: EngineConfig, device: Device) -> int:
-    """NCCL's buffers (a base and a share for each channel) and those of the all-reduces beside it, 0 on a
-    single card.
+    """Return the bytes of NCCL's buffers and of the all-reduces beside it; 0 on a single card.
+
+    NCCL takes a base and a share for each channel.
     """
     if engine.tp * engine.pp == 1:
         return 0
@@ -287,8 +296,9 @@ def cpu_memory(
     load_tokens: int = 0,
     part: Part | None = None,
 ) -> CardMemory:
-    """The resident set of the service on a CPU: `runtime` is Python, torch and the
-    engine's three processes.
+    """Compute the resident set of the service on a CPU.
+
+    `runtime` is Python, torch and the engine's three processes.
     """
     w = weights(card, engine)
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
@@ -312,10 +322,11 @@ def cpu_memory(
 
 
 def chosen_pool(engine: EngineConfig, block: int, room: int, limit_bytes: int, load_tokens: int) -> int:
-    """Bytes of the KV pool that the plan chooses in the room there is.
+    """Return the bytes of the KV pool that the plan chooses in the given room.
 
-    At most what `max_num_seqs` requests of `max_model_len` can use, leaving the model's own error below the
-    limit; the load's requests come before that error, down to the least margin. Block 0 is the engine's own.
+    The pool is at most what `max_num_seqs` requests of `max_model_len` can use, and leaves the model's own
+    error below the limit. The load's requests come before that error, down to the least margin. Block 0 is
+    the engine's own.
     """
     useful = (engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1) * block
     needed = (math.ceil(load_tokens / engine.block_tokens) + 1) * block
@@ -324,13 +335,14 @@ def chosen_pool(engine: EngineConfig, block: int, room: int, limit_bytes: int, l
 
 
 def next_power_of_two(n: int) -> int:
-    """The size PyTorch's pinned host allocator gives for `n` bytes."""
+    """Return the size that PyTorch's pinned host allocator gives for `n` bytes."""
     return 1 if n <= 1 else 1 << (n - 1).bit_length()
 
 
 def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory) -> dict[str, int]:
-    """Host RAM of the running service by term, in bytes; of several hosts the one that serves. On a CPU the
-    service itself is the use.
+    """Return the host RAM of the running service by term, in bytes.
+
+    With several hosts it is that of the first one. On a CPU the service itself is the use.
     """
     if device.kind == "cpu":
         return {"service": memory.peak}
@@ -355,8 +367,9 @@ def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: Card
 
 
 def stage_ram(card: ModelCard) -> dict[str, int]:
-    """RAM of the stages before the service: the 16-bit model for quantization (swap can back most of it),
-    page cache for loading.
+    """Return the RAM of the stages before the service, in bytes.
+
+    Quantization holds the 16-bit model, most of which swap can back. Loading uses page cache.
     """
     sixteen = card.parameters * 2
     return {

@@ -19,7 +19,7 @@ VOCAB_MULTIPLE = (
 
 
 def stored_bytes(card: ModelCard) -> int:
-    """All tensors of the checkpoint on disk: the headers' sum, or counted from the card."""
+    """Return the bytes of all tensors of the checkpoint on disk: the headers' sum, or counted from the card."""
     if card.header_bytes is not None:
         return card.header_bytes
     return sum(
@@ -36,8 +36,9 @@ def stored_bytes(card: ModelCard) -> int:
 def _parts(
     g: WeightGroup, q: Quantization, out: int, inp: int, dtype_bytes: int, stored: bool = False
 ) -> dict[str, int]:
-    """Bytes of one tensor of a group, by part: weight, zeros, scales. `stored`: as on disk, else as the
-    engine loads it.
+    """Return the bytes of one tensor of a group by part: weight, zeros, scales.
+
+    With `stored` they are as on disk, else as the engine loads them.
     """
     if not g.quantized:
         return {"weight": out * inp * dtype_bytes}
@@ -58,7 +59,7 @@ def _parts(
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of one decoder layer as the engine registers it, on one card."""
+    """Parameter of one decoder layer as the engine registers it, on one card."""
 
     name: str
     loaded: int  # bytes as loaded
@@ -67,9 +68,9 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Weights:
-    """One card's weights in bytes.
+    """Weights of one card in bytes.
 
-    `sharded` is cut by TP, `replicated` is on every card, `padding` fills the vocabulary and short
+    `sharded` is cut by TP, and `replicated` is on every card. `padding` fills the vocabulary and short
     allocations.
     """
 
@@ -82,12 +83,12 @@ class Weights:
 
     @property
     def on_card(self) -> int:
-        """What the engine logs as "Model loading took"."""
+        """Return the bytes that the engine logs as "Model loading took"."""
         return self.sharded + self.replicated + self.padding + self.repacking - self.offloaded
 
 
 def _cut(g: WeightGroup, card: ModelCard, tp: int) -> tuple[int, int]:
-    """Rows and columns of a tensor on one card."""
+    """Return rows and columns of a tensor on one card."""
     if g.split == "column":
         return g.out_features // tp, g.in_features
     if g.split == "row":
@@ -111,8 +112,9 @@ _PART_ORDER = ("weight", "zeros", "scales")
 
 
 def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, ...]:
-    """The parameters of one decoder layer on one card, merged and ordered as vLLM registers them (the order
-    UVA offload takes them in).
+    """List the parameters of one decoder layer on one card, merged and ordered as vLLM registers them.
+
+    UVA offload takes them in this order.
     """
     q, dtype = card.quantization, DTYPE_BYTES[engine.dtype]
     merged: dict[tuple[str, str], list[int]] = {}
@@ -135,7 +137,7 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
 
 
 def weights(card: ModelCard, engine: EngineConfig) -> Weights:
-    """One card's weights: sharded, replicated, padded, repacked, and what offload takes away."""
+    """Compute one card's weights: sharded, replicated, padded, repacked, and less those offloaded."""
     dtype = DTYPE_BYTES[engine.dtype]
     sharded = replicated = padding = 0
     for g in card.groups:
@@ -171,11 +173,11 @@ def weights(card: ModelCard, engine: EngineConfig) -> Weights:
 
 
 def offloaded_parameters(engine: EngineConfig, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:
-    """Per layer, the indices of the parameters that live in host RAM. UVA: in order until the budget is met;
-    prefetch: the last N of every G layers.
+    """Return for each layer the indices of the parameters that live in host RAM.
 
-    vLLM 0.24 to 0.27 take `--cpu-offload-gb` and the prefetch options for Llama models and do nothing (seen
-    with 0.26.0).
+    UVA takes them in order until the budget is met. Prefetch takes the last N of every G layers. vLLM 0.24 to
+    0.27 accept `--cpu-offload-gb` and the prefetch options for Llama models and do nothing (seen with
+    0.26.0).
     """
     taken: list[set[int]] = [set() for _ in layers]
     if engine.offload == "none" or ignores_offload(engine):
@@ -197,8 +199,8 @@ def offloaded_parameters(engine: EngineConfig, layers: tuple[tuple[Parameter, ..
 
 
 def streamed_layers(engine: EngineConfig, card: ModelCard) -> int:
-    """Decoder layers that the prefetch back end copies to the card for every step, 0 with
-    another back end.
+    """Count the decoder layers that the prefetch back end copies to the card for every step; 0 with another
+    back end.
     """
     if engine.offload != "prefetch" or ignores_offload(engine):
         return 0
@@ -206,7 +208,7 @@ def streamed_layers(engine: EngineConfig, card: ModelCard) -> int:
 
 
 def ignores_offload(engine: EngineConfig) -> bool:
-    """True for the versions whose default model runner drops weight offload without a word."""
+    """Tell whether this version's default model runner silently drops weight offload."""
     return (0, 24, 0) <= engine.vllm < (0, 28, 0)
 
 
@@ -215,8 +217,9 @@ def _wanted(name: str, segments: tuple[str, ...]) -> bool:
 
 
 def largest_linear(card: ModelCard, engine: EngineConfig) -> int:
-    """Weights of the largest parameter that the loader repacks at once on one card (gate and up projection
-    are one).
+    """Count the weights of the largest parameter that the loader repacks at once on one card.
+
+    Gate and up projection are one.
     """
     found: dict[str, int] = {}
     for g in (g for g in card.groups if g.quantized):
