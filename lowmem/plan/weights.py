@@ -19,7 +19,7 @@ VOCAB_MULTIPLE = (
 
 
 def stored_bytes(card: ModelCard) -> int:
-    """Return the bytes of all tensors of the checkpoint on disk: the headers' sum, or counted from the card."""
+    """Return the bytes of all tensors on disk: the sum of the headers, or else counted from the card."""
     if card.header_bytes is not None:
         return card.header_bytes
     return sum(
