@@ -16,8 +16,8 @@ from pathlib import Path
 def held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock of a file, which is made when it is missing, or of a folder that exists.
 
-    Call `waiting` once when another run holds the lock. OSError for a file that is a link; a folder may be one,
-    as the models of a store are on some hosts.
+    Call `waiting` once when another run holds the lock. OSError for a file that is a link. A folder may be
+    one, as the models of a store are on some hosts.
     """
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     guard = os.open(path, flags, 0o644)
