@@ -138,6 +138,8 @@ def _refuse_bombs(text: str, name: str) -> None:
     nodes = 0
     for event in yaml.parse(text, Loader=_YAML_LOADER):
         if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise BadInput(f"{name} holds a node that contains itself (*{event.anchor})")
             nodes += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, nodes))

@@ -425,7 +425,9 @@ class Plan(Strict):
         """Take the engine's settings from the arguments: plans of 0.1.0 have them nowhere else."""
         if not isinstance(data, dict) or "max_num_seqs" in data:
             return data
-        flags = {a.get("flag"): a.get("value") for a in data.get("arguments", ()) if isinstance(a, dict)}
+        arguments = data.get("arguments")
+        known = [a for a in arguments if isinstance(a, dict)] if isinstance(arguments, list | tuple) else []
+        flags = {a["flag"]: a.get("value") for a in known if isinstance(a.get("flag"), str)}
         numbers = ("max_model_len", "max_num_seqs", "max_num_batched_tokens")
         given = {name: flags.get(f"--{name.replace('_', '-')}") for name in numbers}
         return {

@@ -46,7 +46,7 @@ OURS = {
 
 SYSTEM = (
     "/", "/bin", "/boot", "/dev", "/etc", "/home", "/lib", "/lib32", "/lib64", "/libx32", "/media", "/mnt",
-    "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/usr", "/var",
+    "/opt", "/proc", "/root", "/run", "/sbin", "/srv", "/sys", "/usr", "/usr/local", "/var",
     "/tmp",  # noqa: S108 - refused, not written
 )  # fmt: skip
 
@@ -73,9 +73,10 @@ def system_folder(root: Path) -> bool:
     """Whether the system owns the folder, by its name or by where its links lead."""
     for path in (Path(os.path.normpath(root)), Path(os.path.realpath(root))):
         text = str(path)
-        if text in SYSTEM or str(path.parent) in SYSTEM_PARENTS:
+        if text in SYSTEM or any(text.startswith(f"{tree}/") for tree in SYSTEM_TREES):
             return True
-        if any(text.startswith(f"{tree}/") for tree in SYSTEM_TREES):
+        # an earlier release took such a place, and what it deployed there has to be upgraded and removed
+        if str(path.parent) in SYSTEM_PARENTS and not (marked(path) or older_deployment(path)):
             return True
     return False
 
@@ -114,7 +115,8 @@ def refusal(root: Path, state: str) -> str:
             else ""
         )
     # a first deployment that ended before its plan was written
-    if held <= OURS and held & {"envs", "models", "releases"}:
+    begun = held & {"envs", "models", "releases"} or (root / "run" / "async").is_dir()
+    if held <= OURS and begun:
         return ""
     foreign = ", ".join(sorted(held - OURS)[:5] or sorted(held)[:5])
     what = f"lowmem_root {root} holds what is not this project's ({foreign})"

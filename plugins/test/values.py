@@ -52,8 +52,13 @@ def ip_address(value: Any) -> bool:
 
 def ip_network(value: Any) -> bool:
     """Tell whether the value is an address or a network in CIDR notation; host bits may be set."""
+    if not isinstance(value, str):
+        return False
+    address, slash, prefix = value.partition("/")
+    if slash and not prefix.isdecimal():
+        return False
     try:
-        return isinstance(value, str) and bool(ipaddress.ip_interface(value))
+        return ip_address(address) and bool(ipaddress.ip_interface(value))
     except ValueError:
         return False
 

@@ -133,3 +133,21 @@ def test_the_role_removes_nothing_without_the_marker(tmp_path):
         "etc/kept",
         "lib/kept",
     ]
+
+
+def test_a_host_that_was_only_provisioned_goes_on(tmp_path):
+    """With a store of its own a root has nothing yet but the folder of the jobs that ran."""
+    (tmp_path / "run/async").mkdir(parents=True)
+    assert "failed" not in call(tmp_path, "free")
+
+
+def test_an_older_deployment_beside_the_systems_folders_is_upgraded_and_removed(
+    owned_root, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(owned_root, "SYSTEM_PARENTS", (str(tmp_path),))
+    root = tmp_path / "vllm"
+    (root / "etc").mkdir(parents=True)
+    assert "is a folder of the system" in owned_root.refusal(root, "free")
+    (root / "etc/plan.json").touch()
+    (root / "releases").mkdir()
+    assert [owned_root.refusal(root, state) for state in ("free", "made", "owned")] == ["", "", ""]
