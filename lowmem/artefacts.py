@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, first_problem
 from lowmem.files import JSON_LIMIT_BYTES, parse_json, read_text
 from lowmem.schema import DeployedPlan, Plan, Receipt
 
@@ -59,8 +59,6 @@ def _read(model: type[_Model], path: Path, called: str, advice: str = "") -> _Mo
     try:
         value = model.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise BadInput(f"{called}: {place}: {first['msg']}{advice}") from None
+        raise BadInput(f"{called}: {first_problem(error, 'the file')}{advice}") from None
     parse_json(text, called)  # pydantic's own parser accepts NaN and has other bounds
     return value

@@ -1,4 +1,11 @@
-"""Defines the one exception for input that cannot be planned."""
+"""Defines the one exception for input that cannot be planned, and what a model's own says in one line."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class BadInput(ValueError):
@@ -7,3 +14,9 @@ class BadInput(ValueError):
     The message is one line: the variable, its value, its limit and what to do. The CLI prints it on stderr
     and exits 1.
     """
+
+
+def first_problem(error: ValidationError, whole: str) -> str:
+    """Say the first problem as `field: reason`; `whole` stands for a problem of no single field."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"

@@ -56,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def open_regular(path: Path) -> int:
-    """Open a regular file for reading and returns its descriptor. A FIFO or a device would never end."""
+    """Open a regular file for reading and return its descriptor. A FIFO or a device would never end."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError:  # a NUL in the name

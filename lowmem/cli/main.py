@@ -17,7 +17,7 @@ import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, first_problem
 from lowmem.text import visible
 
 COMMANDS = {
@@ -95,8 +95,7 @@ def message_of(error: Exception) -> str:
     if isinstance(error, BadInput):
         return str(error)
     if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or error.title}: {first['msg']}"
+        return first_problem(error, error.title)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     frames = traceback.extract_tb(error.__traceback__)

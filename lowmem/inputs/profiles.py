@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 import lowmem
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, first_problem
 from lowmem.files import read_yaml
 from lowmem.schema import Profile
 
@@ -43,5 +43,4 @@ def load_profile(name: str) -> Profile:
     try:
         return Profile.model_validate(read_yaml(path))
     except ValidationError as e:
-        first = e.errors()[0]
-        raise BadInput(f"{path}: {'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from None
+        raise BadInput(f"{path}: {first_problem(e, 'file')}") from None

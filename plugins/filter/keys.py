@@ -9,7 +9,7 @@ from lowmem.service.api_keys import read_keys
 DOCUMENTATION = r"""
 name: api_keys
 short_description: API keys of a key file by their names
-description: The key that stands under no name has the name V(default), where that is free.
+description: A key without a name has the name V(default), if no key has a name.
 options:
   _input: {description: Text of the file., type: str, required: true}
 """

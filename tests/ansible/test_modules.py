@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
 import sys
@@ -11,32 +10,24 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 
 from lowmem.service import api_keys
 
+from .plugin import load
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 KEY = "sk-test-0123456789abcdef"
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # on a host it lies among Ansible's own module utilities
 sys.modules["ansible.module_utils.api_keys"] = api_keys
 
-host_report = load("plugins/modules/host_report.py")
-vllm_ready = load("plugins/modules/vllm_ready.py")
-controller_wheel = load("plugins/action/controller_wheel.py")
+host_report = load("modules/host_report.py")
+vllm_ready = load("modules/vllm_ready.py")
+controller_wheel = load("action/controller_wheel.py")
 
 
 @pytest.fixture

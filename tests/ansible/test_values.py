@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-PLUGINS = Path(__file__).resolve().parents[2] / "plugins"
-
-
-def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, PLUGINS / path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from .plugin import load
 
 IS = load("test/values.py").TestModule().tests()
 API_KEYS = load("filter/keys.py").FilterModule().filters()["api_keys"]

@@ -4,22 +4,10 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "lowmem", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=60,
-    )
+from .command import ROOT, lowmem
 
 
 @pytest.mark.parametrize(
@@ -36,7 +24,7 @@ def run(*words):
     ],
 )
 def test_exit_code_and_one_json_object(words, code, verdict):
-    done = run("plan", *words, "--json")
+    done = lowmem("plan", *words, "--json")
     assert (done.returncode, done.stderr) == (code, "")
     assert json.loads(done.stdout)["verdict"] == verdict
 
@@ -54,7 +42,7 @@ def test_exit_code_and_one_json_object(words, code, verdict):
     ],
 )
 def test_bad_input_exits_1_with_one_line(words):
-    done = run("plan", *words, "--json")
+    done = lowmem("plan", *words, "--json")
     assert done.returncode == 1
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
@@ -62,7 +50,7 @@ def test_bad_input_exits_1_with_one_line(words):
 
 
 def test_human_output_has_a_bar_per_term_and_the_command():
-    done = run("plan", "--profile", "low_mem")
+    done = lowmem("plan", "--profile", "low_mem")
     assert done.returncode == 0
     for word in (
         "fits",
@@ -78,7 +66,7 @@ def test_human_output_has_a_bar_per_term_and_the_command():
 
 
 def test_explain_quotes_measurements_of_variables_and_of_flags_that_are_not_set():
-    shown = run("explain", "low_mem").stdout
+    shown = lowmem("explain", "low_mem").stdout
     assert "NCCL_MAX_NCHANNELS=2" in shown
     assert "measured: H100, 2026-11-26: without it 20,884 MiB under load" in shown
     assert (
@@ -86,11 +74,11 @@ def test_explain_quotes_measurements_of_variables_and_of_flags_that_are_not_set(
         < shown.index("--enforce-eager")
         < shown.index("--disable-custom-all-reduce")
     )
-    assert "left as the engine" not in run("explain", "long_context").stdout
+    assert "left as the engine" not in lowmem("explain", "long_context").stdout
 
 
 def test_deployment_arguments():
-    done = run(
+    done = lowmem(
         "plan",
         "--profile",
         "demo_cpu",
@@ -120,7 +108,7 @@ def test_the_plan_imports_nothing_heavy():
 
 
 def test_suggest_lists_only_what_fits():
-    done = run("plan", "--suggest", "--count", "2", "--json")
+    done = lowmem("plan", "--suggest", "--count", "2", "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0
     assert {o["plan"]["verdict"] for o in found} == {"fits"}
@@ -129,7 +117,7 @@ def test_suggest_lists_only_what_fits():
 
 
 def test_suggest_says_when_nothing_fits():
-    done = run("plan", "--suggest", "--profile", "article", "--memory-limit", "8GiB")
+    done = lowmem("plan", "--suggest", "--profile", "article", "--memory-limit", "8GiB")
     assert done.returncode == 2
     assert "no setting of llama-2-70b" in done.stdout
 
@@ -138,7 +126,7 @@ def test_suggest_says_when_nothing_fits():
 def test_frontier_draws(tmp_path, suffix):
     pytest.importorskip("matplotlib")
     out = tmp_path / f"f.{suffix}"
-    done = run("frontier", "--out", str(out))
+    done = lowmem("frontier", "--out", str(out))
     assert done.returncode == 0, done.stderr
     head = out.read_bytes()[:300]
     assert head.startswith(b"\x89PNG") or b"<?xml" in head
@@ -151,12 +139,12 @@ def test_frontier_draws(tmp_path, suffix):
 
 
 def test_frontier_refuses_other_suffixes(tmp_path):
-    done = run("frontier", "--out", str(tmp_path / "f.gif"))
+    done = lowmem("frontier", "--out", str(tmp_path / "f.gif"))
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
 
 
 def test_explain_names_every_flag_with_its_reason():
-    done = run("explain", "low_mem")
+    done = lowmem("explain", "low_mem")
     assert done.returncode == 0
     for word in (
         "--tensor-parallel-size 2",
@@ -169,7 +157,7 @@ def test_explain_names_every_flag_with_its_reason():
 
 
 def test_check_article_computes():
-    done = run("check-article", "--json")
+    done = lowmem("check-article", "--json")
     found = json.loads(done.stdout)
     assert "36.6 GB" in found[0]["truth"]
     assert "690 TFLOP/s on a card of 312" in found[1]["truth"]

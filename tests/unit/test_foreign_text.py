@@ -3,9 +3,6 @@
 import io
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,7 +10,7 @@ from hypothesis import strategies as st
 
 from lowmem.text import terminal, visible, visible_json
 
-ROOT = Path(__file__).parents[2]
+from .command import ROOT, lowmem
 
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029]")
 
@@ -53,19 +50,8 @@ def test_a_terminal_has_no_escape_sequence_but_its_own(colour):
     assert page.getvalue().replace("\x1b[31m", "").replace("\x1b[0m", "") == IN_RICH + "\n"
 
 
-def lowmem(*words):
-    return subprocess.run(
-        [sys.executable, "-m", "lowmem", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=120,
-    )
-
-
 def test_an_error_shows_what_a_name_holds():
-    done = lowmem("receipt", "/nonexistent/\x1b[2J\u202e.json")
+    done = lowmem("receipt", "/nonexistent/\x1b[2J\u202e.json", timeout_s=120)
     assert done.stderr == "lowmem: receipt /nonexistent/\\x1b[2J\\u202e.json: No such file or directory\n"
 
 
@@ -94,7 +80,7 @@ RECEIPT = ROOT / "docs/measurements/2026-11-23-1xh100/ll-enforce_eager.json"
 def test_a_hostile_receipt_is_printed_as_text(command, tmp_path):
     receipt, page = tmp_path / "receipt.json", tmp_path / "page.html"
     receipt.write_text(json.dumps(every_text(json.loads(RECEIPT.read_text()))))
-    done = lowmem(*(word.replace("{page}", str(page)) for word in command), str(receipt))
+    done = lowmem(*(word.replace("{page}", str(page)) for word in command), str(receipt), timeout_s=120)
     assert "a fault in lowmem itself" not in done.stderr
     printed = done.stdout + done.stderr + (page.read_text() if page.exists() else "")
     assert not STEERS.search(printed)

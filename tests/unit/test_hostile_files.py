@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,7 +17,7 @@ from lowmem.inputs.profiles import load_profile
 from lowmem.measure.receipt import read_checks
 from lowmem.service.start_check import cores_of
 
-ROOT = Path(__file__).parents[2]
+from .command import ROOT, lowmem
 
 ENDS_WITHIN_S = 60
 """Bounds a hang only: a call takes about a second on an idle machine."""
@@ -184,18 +183,6 @@ COMMANDS = {
 }
 
 
-def lowmem(*words, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "lowmem", *words],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=ENDS_WITHIN_S,
-        env=os.environ | more,
-    )
-
-
 ALL_SHAPES = """
 import json, sys
 from typer.testing import CliRunner
@@ -248,7 +235,7 @@ def test_every_command_refuses_every_shape_in_one_line(command, hostile):
     ],
 )
 def test_an_odd_number_is_refused_in_one_line(words, says):
-    done = lowmem(*words)
+    done = lowmem(*words, timeout_s=ENDS_WITHIN_S)
     assert done.returncode == 1
     assert done.stderr.startswith(f"lowmem: {says}")
     assert len(done.stderr.splitlines()) == 1
