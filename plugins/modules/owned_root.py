@@ -13,7 +13,8 @@ module: owned_root
 short_description: Refuse a root that is not this project's
 description:
   - A root that this project made holds the file C(lowmem_root).
-  - A deployment of before that file is recognised by its plan and its releases.
+  - A deployment of before that file is recognised by its plan and its releases, and a shared store by its list
+    of roots and its environments.
   - Folders of the system are refused in every state.
 options:
   root:
@@ -40,7 +41,7 @@ MARKER = "lowmem_root"
 
 OURS = {
     "as-deployed.json", "cache", "current", "envs", "etc", "lib", "log", "models", "receipts", "releases",
-    "run", "status",
+    "roots", "run", "status",
 }  # fmt: skip
 """What a deployment puts into its root, and a reset removes."""
 
@@ -91,7 +92,13 @@ def marked(root: Path) -> bool:
 
 
 def older_deployment(root: Path) -> bool:
-    return (root / "etc" / "plan.json").is_file() and (root / "releases").is_dir()
+    """Whether it is a root or a shared store of a release that wrote no marker."""
+    deployed = (root / "etc" / "plan.json").is_file() and (root / "releases").is_dir()
+    roots = root / "roots"
+    stored = (
+        roots.is_dir() and not roots.is_symlink() and any(entry.is_symlink() for entry in roots.iterdir())
+    )
+    return deployed or (stored and (root / "envs").is_dir())
 
 
 def refusal(root: Path, state: str) -> str:
