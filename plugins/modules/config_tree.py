@@ -92,8 +92,8 @@ def content_digest(tree: dict) -> str:
 
 
 def made_here(folder: Path) -> bool:
-    """Whether this module made the folder: its name has the digest of its content, or it is a flat scratch folder
-    that a killed run left. What is reached by a link is not.
+    """Whether this module made the folder: its name has the digest of its content, or it is a flat scratch
+    folder that a killed run left. What is reached by a link is not.
     """
     if folder.is_symlink() or not folder.is_dir():
         return False

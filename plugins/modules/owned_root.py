@@ -13,8 +13,8 @@ module: owned_root
 short_description: Refuse a root that is not this project's
 description:
   - A root that this project made holds the file C(lowmem_root).
-  - A deployment of before that file is recognised by its plan and its releases, and a shared store by its list
-    of roots and its environments.
+  - A deployment of before that file is recognised by its plan and its releases.
+  - A shared store of before it is recognised by its list of roots and its environments.
   - Folders of the system are refused in every state.
 options:
   root:

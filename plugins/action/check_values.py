@@ -1,0 +1,55 @@
+"""Refuses values of a wrong kind, before a task connects to a host with them.
+
+It looks at every variable that the inventory or the command line sets for the host, and for which
+`lowmem/data/variables.yml` names a kind. A value that a role works out later is not looked at.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.plugins.action import ActionBase
+
+from lowmem import data
+from lowmem.files import read_yaml
+from lowmem.values.kinds import refusal
+
+DOCUMENTATION = r"""
+module: check_values
+short_description: Refuse values of a wrong kind
+description:
+  - Each variable of a wrong kind is one line that names it, its value, and what it must be.
+  - A secret is not shown.
+  - Runs on the controller, touches nothing on the host, and does the same in check mode.
+options: {}
+"""
+
+# Ansible reads this file once, in its main process; then it forks a process for each task of each host.
+KINDS: dict[str, str] = read_yaml(Path(data.__file__).with_name("variables.yml"))
+
+
+class ActionModule(ActionBase):
+    _requires_connection = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        self.validate_argument_spec({})
+        lines: dict[str, str] = {}
+        # The few `lowmem_*` reach the roles under other names: each fault is told once, by the name that is set.
+        for name in sorted(KINDS, key=lambda name: not name.startswith("lowmem_")):
+            if name in (task_vars or {}):
+                line = self._refusal(name, KINDS[name], (task_vars or {})[name])
+                lines.setdefault(line.removeprefix(name), line)
+        if refused := [line for line in lines.values() if line]:
+            raise AnsibleActionFail("\n".join(refused))
+        return {"changed": False}
+
+    def _refusal(self, name: str, kind: str, value: Any) -> str:
+        try:
+            resolved = self._templar.template(value)
+        except AnsibleError:  # of what a role finds out later
+            return ""
+        return refusal(name, kind, resolved)
