@@ -236,6 +236,7 @@ KINDS: dict[str, Kind] = {
     "key_limits": Kind(
         key_limits, "one or more of requests_per_minute, burst, concurrent_requests, each 1 or more"
     ),
+    "line": Kind(one_line, "at most one line of printable characters", inert=False),
     "one_line": Kind(lambda v: one_line(v) and str(v) != "", "one line of printable characters", inert=False),
     "scalar": Kind(
         lambda v: isinstance(v, bool) or one_line(v), "a number, true, false or one line of text", inert=False

@@ -38,7 +38,7 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         self.validate_argument_spec({})
         lines: dict[str, str] = {}
-        # The few `lowmem_*` reach the roles under other names: each fault is told once, by the name that is set.
+        # The few `lowmem_*` reach the roles under other names: a fault is told once, by the name that is set.
         for name in sorted(KINDS, key=lambda name: not name.startswith("lowmem_")):
             if name in (task_vars or {}):
                 line = self._refusal(name, KINDS[name], (task_vars or {})[name])
