@@ -198,7 +198,9 @@ KINDS: dict[str, Kind] = {
     "major_minor": pattern(r"[0-9]+\.[0-9]+", "major.minor, such as 13.0"),
     "sha256": pattern(r"[0-9a-fA-F]{64}", "a SHA-256, 64 hexadecimal digits"),
     "commit": pattern(r"[0-9a-f]{40}", "a commit, 40 hexadecimal digits; a branch can move"),
-    "fingerprint": pattern(r"[0-9A-Fa-f ]{40,60}", "the 40 hexadecimal digits of a key's fingerprint"),
+    "fingerprint": pattern(
+        r"[0-9A-Fa-f ]{40,60}", "the 40 hexadecimal digits of a key's fingerprint", inert=False
+    ),
     "repository": pattern(
         r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}",
         "of the form owner/name, of letters, digits and . _ -, without '..'",
@@ -213,10 +215,10 @@ KINDS: dict[str, Kind] = {
     ),
     "server_url": pattern(rf"https?://{_HOST}:[0-9]{{1,5}}", "http://host:port"),
     "host_port": pattern(rf"{_HOST}:[0-9]{{1,5}}", "an address and a port, such as 127.0.0.1:8000"),
-    "host": pattern(HOST, "the name or address of a host"),
+    "host": pattern(HOST, "the name or address of a host", inert=False),  # a scope begins with %
     "host_name": pattern(r"[A-Za-z0-9_]([A-Za-z0-9._:-]{0,253})", "the name or address of a host"),
     "certificate_name": pattern(
-        r"[A-Za-z0-9.:_*-]{1,64}", "a host name or an IP address, at most 64 characters"
+        r"[A-Za-z0-9.:_*-]{1,64}", "a host name or an IP address, at most 64 characters", inert=False
     ),
     "ip_address": Kind(ip_address, "an IP address, such as 127.0.0.1"),
     "ip_network": Kind(ip_network, "an IP address or a network, such as 10.0.0.2 or 10.0.0.0/24"),

@@ -37,19 +37,22 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
         self.validate_argument_spec({})
-        lines: dict[str, str] = {}
-        # The few `lowmem_*` reach the roles under other names: a fault is told once, by the name that is set.
+        lines: list[str] = []
+        told: list[str] = []
+        # The few `lowmem_*` come first, since others are made of them: a fault is told by the name that
+        # is set.
         for name in sorted(KINDS, key=lambda name: not name.startswith("lowmem_")):
-            if name in (task_vars or {}):
-                line = self._refusal(name, KINDS[name], (task_vars or {})[name])
-                lines.setdefault(line.removeprefix(name), line)
-        if refused := [line for line in lines.values() if line]:
-            raise AnsibleActionFail("\n".join(refused))
+            value = self._resolved((task_vars or {}).get(name))
+            line = refusal(name, KINDS[name], value) if value is not None else ""
+            if line and not any(known in str(value) for known in told):
+                lines.append(line)
+                told += [str(value)] if name.startswith("lowmem_") and value else []
+        if lines:
+            raise AnsibleActionFail("\n".join(lines))
         return {"changed": False}
 
-    def _refusal(self, name: str, kind: str, value: Any) -> str:
+    def _resolved(self, value: Any) -> Any:
         try:
-            resolved = self._templar.template(value)
+            return self._templar.template(value)
         except AnsibleError:  # of what a role finds out later
-            return ""
-        return refusal(name, kind, resolved)
+            return None
