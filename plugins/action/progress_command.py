@@ -20,6 +20,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from lowmem.text import visible
+
 display = Display()
 
 POLL_S = 1.5
@@ -106,12 +108,13 @@ class ActionModule(ActionBase):
             **result,
             "failed": True,
             "stderr_lines": tail,
-            "msg": f"{reason} (full log on the host: {log}.log)",
+            "msg": visible(f"{reason} (full log on the host: {log}.log)"),
         }
 
     def _shower(self) -> Callable[[str], None]:
         host = self._task_fields_host()
-        return lambda line: display.display(f"    {host} | {line}")
+        # what the host says may come from a server or a file that somebody made
+        return lambda line: display.display(visible(f"    {host} | {line}"))
 
     def _task_fields_host(self) -> str:
         return str(self._templar.available_variables.get("inventory_hostname", ""))
