@@ -107,7 +107,9 @@ class ActionModule(ActionBase):
         return {
             **result,
             "failed": True,
-            "stderr_lines": tail,
+            # Ansible shows what a failed task returns
+            "stdout_lines": [visible(line) for line in lines],
+            "stderr_lines": [visible(line) for line in tail],
             "msg": visible(f"{reason} (full log on the host: {log}.log)"),
         }
 
