@@ -30,6 +30,10 @@ options:
     type: str
     choices: [free, made, owned]
     required: true
+  variable:
+    description: What the operator sets the folder with, as a refusal names it.
+    type: str
+    default: lowmem_root
 author: vllm-lowmem
 """
 
@@ -101,16 +105,14 @@ def older_deployment(root: Path) -> bool:
     return deployed or (stored and (root / "envs").is_dir())
 
 
-def refusal(root: Path, state: str) -> str:
+def refusal(root: Path, state: str, variable: str = "lowmem_root") -> str:
     """Why nothing may be done in this root; empty where it may."""
     if not root.is_absolute() or ".." in root.parts:
-        return f"lowmem_root {root} is not an absolute path without '..': choose another"
+        return f"{variable} {root} is not an absolute path without '..': choose another"
     if system_folder(root):
-        return (
-            f"lowmem_root {root} is a folder of the system: choose one of its own, such as /opt/vllm-lowmem"
-        )
+        return f"{variable} {root} is a folder of the system: choose one of its own, such as /opt/vllm-lowmem"
     if root.exists() and not root.is_dir():
-        return f"lowmem_root {root} is not a folder: choose another"
+        return f"{variable} {root} is not a folder: choose another"
     held = entries(root)
     if not held or marked(root) or older_deployment(root):
         return ""
@@ -126,7 +128,7 @@ def refusal(root: Path, state: str) -> str:
     if held <= OURS and begun:
         return ""
     foreign = ", ".join(sorted(held - OURS)[:5] or sorted(held)[:5])
-    what = f"lowmem_root {root} holds what is not this project's ({foreign})"
+    what = f"{variable} {root} holds what is not this project's ({foreign})"
     return f"{what}: choose an empty folder or a new one"
 
 
@@ -135,11 +137,12 @@ def main() -> None:
         {
             "root": {"type": "path", "required": True},
             "state": {"choices": ["free", "made", "owned"], "required": True},
+            "variable": {"type": "str", "default": "lowmem_root"},
         },
         supports_check_mode=True,
     )
     root, state = Path(module.params["root"]), module.params["state"]
-    if why := refusal(root, state):
+    if why := refusal(root, state, module.params["variable"]):
         module.fail_json(msg=why)
     marker = root / MARKER
     write = not marked(root) and (state == "made" or (state == "owned" and older_deployment(root)))
