@@ -1,7 +1,8 @@
 """Refuses values of a wrong kind, before a task connects to a host with them.
 
 It looks at every variable that the inventory or the command line sets for the host, and for which
-`lowmem/data/variables.yml` names a kind. A value that a role works out later is not looked at.
+`lowmem/data/variables.yml` names a kind. A value that is worked out later is not looked at. In a role it looks
+at the role's own variables, with their defaults.
 """
 
 from __future__ import annotations
@@ -37,11 +38,13 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
         self.validate_argument_spec({})
+        own = f"{self._task._role.get_name()}_" if self._task._role else ""
         lines: list[str] = []
         told: list[str] = []
         # The few `lowmem_*` come first, since others are made of them: a fault is told by the name that
         # is set.
-        for name in sorted(KINDS, key=lambda name: not name.startswith("lowmem_")):
+        names = [name for name in KINDS if name.startswith(own)]
+        for name in sorted(names, key=lambda name: not name.startswith("lowmem_")):
             value = self._resolved((task_vars or {}).get(name))
             line = refusal(name, KINDS[name], value) if value is not None else ""
             if line and not any(known in str(value) for known in told):
