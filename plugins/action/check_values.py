@@ -1,8 +1,8 @@
 """Refuses values of a wrong kind, before a task connects to a host with them.
 
 It looks at every variable that the inventory or the command line sets for the host, and for which
-`lowmem/data/variables.yml` names a kind. A value that is worked out later is not looked at. In a role it looks
-at the role's own variables, with their defaults.
+`lowmem/data/variables.yml` names a kind. A value that is worked out later is not looked at. In a role it
+looks at the role's own variables, with their defaults.
 """
 
 from __future__ import annotations
