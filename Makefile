@@ -45,7 +45,7 @@ setup: $(RUNTIME) ## the controller's environment, .lowmem/venv
 
 $(RUNTIME): requirements.txt pyproject.toml
 	@scripts/preconditions controller "$(PYTHON)"
-	@mkdir -p "$(STATE)" && touch "$(STATE)/lowmem_root"
+	@scripts/mark-state
 	@test -x "$(BIN)/pip" || { echo "creating $(VENV) with $(PYTHON)"; "$(PYTHON)" -m venv "$(VENV)"; }
 	@echo "installing the locked controller packages (requirements.txt)"
 	@"$(BIN)/pip" install -qq --no-compile --require-hashes -r requirements.txt

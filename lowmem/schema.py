@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field, model_validator
 
 from lowmem.units import local_url
+from lowmem.values import kinds
 
 Bytes = Annotated[int, Field(description="bytes")]
 
@@ -23,9 +24,6 @@ VLLM_VERSION = "0.32.0"
 
 ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
 """Pattern of a value that stands in a comment, a unit and a script: it ends no line of theirs."""
-
-HOST = r"^[A-Za-z0-9._:%-]+$"
-"""Pattern of a name or an address; a shell sees nothing in it."""
 
 
 def _plain_number(value: Any) -> Any:
@@ -245,7 +243,7 @@ class Deploy(Strict):
 
     model_path: str = Field(pattern=ONE_LINE)
     served_model_name: str = Field(pattern=ONE_LINE)
-    host: str = Field("127.0.0.1", pattern=HOST)
+    host: str = Field("127.0.0.1", pattern=f"^{kinds.HOST}$")
     port: Port = 8000
     nodes: tuple[str, ...] = Field(
         (),
@@ -254,7 +252,9 @@ class Deploy(Strict):
         ),
     )
     interface: str = Field(
-        "", description="network interface that joins them, the same on each; empty: NCCL and Gloo choose"
+        "",
+        pattern=f"^({kinds.INTERFACE})?$",
+        description="network interface that joins them, the same on each; empty: NCCL and Gloo choose",
     )
     master_port: Port = Field(29501, description="port of the first host where the others meet it")
     rank: int = Field(

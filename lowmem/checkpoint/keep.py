@@ -46,6 +46,8 @@ def _keep(source: Path, place: Path) -> tuple[Path, bool]:
         raise manifest.ManifestError(
             f"{source} is not as its manifest has it: {'; '.join(str(problem) for problem in problems)}"
         )
+    if foreign := lock.refusal_to_replace(place, _manifest(place)):
+        raise manifest.ManifestError(foreign)
     beside = source.with_name(f".{place.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     shutil.copytree(source, beside, copy_function=_link)

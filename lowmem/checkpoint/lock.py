@@ -12,6 +12,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
+def beside(folder: Path) -> Path:
+    """Return the path of the lock file of a folder that a run makes."""
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def refusal_to_replace(folder: Path, *proofs: Path) -> str:
+    """Tell why a run may not replace this folder; empty if it may.
+
+    A run made the folder itself if its lock file or one of the proofs exists. Ask before you take the lock.
+    """
+    if not os.path.lexists(folder):
+        return ""
+    if folder.is_symlink():
+        return f"{folder} is a link, so it is not replaced: remove the link, or choose another name"
+    if any(proof.is_file() for proof in (beside(folder), *proofs)):
+        return ""
+    return (
+        f"{folder} was not made by this project, so it is not replaced: move it away, or choose another name"
+    )
+
+
 @contextlib.contextmanager
 def held(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold the lock of a file, which is made when it is missing, or of a folder that exists.

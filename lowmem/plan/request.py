@@ -25,6 +25,7 @@ from lowmem.schema import (
     Scalar,
 )
 from lowmem.units import MIB
+from lowmem.values import kinds
 
 # Only one knob may set the pool's size, so an override removes the profile's other ones.
 _POOL_KNOBS = ("kv_cache_memory_bytes", "gpu_memory_utilization", "num_gpu_blocks_override")
@@ -79,7 +80,7 @@ def gather(request: PlanRequest) -> Inputs:
     c = model_cards.load_card(wanted_model) if isinstance(wanted_model, str) else wanted_model
     n = _count(request, p, d)
     given = _knobs(request, p)
-    environment = {name: Knob(value=v, why="set by the operator") for name, v in request.environment.items()}
+    environment = _environment(request.environment)
     load, limits = _load(request, p), _limits(request, p)
     quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
     place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
@@ -110,6 +111,13 @@ def _place(deploy: Mapping[str, object]) -> Deploy:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
         raise BadInput(f"{name}={first['input']!r} of the deployment: {first['msg']}") from None
+
+
+def _environment(given: Mapping[str, str]) -> dict[str, Knob]:
+    """Return the request's variables of the service's environment."""
+    if refused := kinds.refusal("environment", "environment_name to text", given):
+        raise BadInput(refused)
+    return {name: Knob(value=value, why="set by the operator") for name, value in given.items()}
 
 
 def _count(request: PlanRequest, profile: Profile, device: Device) -> int:

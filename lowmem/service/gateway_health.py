@@ -110,7 +110,8 @@ def serve(health: Health, path: Path, figures: Path | None = None) -> socketserv
         def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class's name
             """Log nothing, since a load balancer asks every few seconds."""
 
-    path.unlink(missing_ok=True)
+    if path.is_socket():  # of a process that was killed
+        path.unlink()
     server = socketserver.ThreadingUnixStreamServer(str(path), Handler)
     server.daemon_threads = True
     path.chmod(0o666)

@@ -24,6 +24,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+MARKER = "lowmem_root"
 VERSIONS = {"580.95.05": "13.0", "580.159.04": "13.0", "590.48.01": "13.1"}
 SUITES = {"Debian": ("debian12", "debian13"), "Ubuntu": ("ubuntu2204", "ubuntu2404")}
 
@@ -239,6 +240,7 @@ def keys(home: Path, name: str) -> tuple[str, str]:
 
 def packages(out: Path, system: str, releases: list[str]) -> None:
     out.mkdir(parents=True)
+    (out / MARKER).touch()
     for version, cuda in VERSIONS.items():
         driver(out, system, version, cuda)
     toolkit(out)
@@ -312,6 +314,12 @@ def machine(out: Path, tar: Path) -> None:
             archive.addfile(link)
 
 
+def made_here(folder: Path) -> bool:
+    """Whether the folder is a repository of an earlier run, whole or not, and no link to one."""
+    proofs = (folder / MARKER, folder / "compute/cuda/repos")
+    return not folder.is_symlink() and any(proof.exists() for proof in proofs)
+
+
 def main() -> None:
     out, cache, releases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     sources = hashlib.sha256(
@@ -323,9 +331,12 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not built.exists():
             for old in cache.glob("stub-repo-*"):
-                shutil.rmtree(old)
+                if made_here(old):
+                    shutil.rmtree(old)
             build(cache / "stub-repo-partial", releases)
             (cache / "stub-repo-partial").rename(built)
+        if out.is_dir() and not made_here(out):
+            raise SystemExit(f"{out} holds no stub repository, so it is not replaced: name another folder")
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(built, out)
     machine(out, out.with_suffix(".tar"))

@@ -18,6 +18,7 @@ from ansible.errors import AnsibleError
 from ansible.plugins.action import ActionBase
 
 from lowmem.files import tree_digest
+from lowmem.text import visible
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FOLDERS = ("playbooks", "roles", "plugins", "templates", "profiles", "locks", "lowmem", "vllm_plugins")
@@ -84,9 +85,8 @@ class ActionModule(ActionBase):
         if not answer.get("failed"):
             answer["intent"] = given["intent"]
             if given["state"] == "compared":
-                self._display.display(
-                    f"    {(task_vars or {}).get('inventory_hostname', '')} | {self._said(answer)}"
-                )
+                host = (task_vars or {}).get("inventory_hostname", "")
+                self._display.display(visible(f"    {host} | {self._said(answer)}"))
         return answer
 
     def _said(self, answer: dict[str, Any]) -> str:

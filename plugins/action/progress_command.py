@@ -20,6 +20,8 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+from lowmem.text import visible
+
 display = Display()
 
 POLL_S = 1.5
@@ -105,13 +107,16 @@ class ActionModule(ActionBase):
         return {
             **result,
             "failed": True,
-            "stderr_lines": tail,
-            "msg": f"{reason} (full log on the host: {log}.log)",
+            # Ansible shows what a failed task returns
+            "stdout_lines": [visible(line) for line in lines],
+            "stderr_lines": [visible(line) for line in tail],
+            "msg": visible(f"{reason} (full log on the host: {log}.log)"),
         }
 
     def _shower(self) -> Callable[[str], None]:
         host = self._task_fields_host()
-        return lambda line: display.display(f"    {host} | {line}")
+        # what the host says may come from a server or a file that somebody made
+        return lambda line: display.display(visible(f"    {host} | {line}"))
 
     def _task_fields_host(self) -> str:
         return str(self._templar.available_variables.get("inventory_hostname", ""))

@@ -21,6 +21,7 @@ description:
     makes O(path) name it.
   - O(path) is a link that is replaced by a rename, so that it always names a whole folder that was accepted.
     What a refused one would have replaced stays as it is.
+  - Folders of before are removed only where this module made them.
 options:
   path:
     description: The link; the folders that it names lie beside it, as C(<path>.<digest>).
@@ -86,6 +87,33 @@ def point(link: Path, target: str) -> None:
     beside.replace(link)
 
 
+def content_digest(tree: dict) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def made_here(folder: Path) -> bool:
+    """Whether this module made the folder: its name has the digest of its content, or it is a flat scratch
+    folder that a killed run left. What is reached by a link is not.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if not all(entry.is_file() and not entry.is_symlink() for entry in folder.iterdir()):
+        return False
+    scratch = folder.name.startswith(".")
+    try:
+        return scratch or folder.name.endswith(f".{content_digest(read(folder))}")
+    except (OSError, ValueError):  # not text
+        return False
+
+
+def remove_older(link: Path, place: Path, replaced: Path) -> None:
+    """Remove the folders that `link` named before `place`, and what killed runs left."""
+    for old in link.parent.iterdir():
+        named = re.fullmatch(rf"\.?{re.escape(link.name)}\.[0-9a-f]{{8}}(\.\d+)?", old.name)
+        if named and old != place and (made_here(old) or (old == replaced and not old.is_symlink())):
+            shutil.rmtree(old)
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
@@ -104,7 +132,7 @@ def main() -> None:
     tree.update({name: (text, False) for name, text in wanted["files"].items()})
     tree.update({name: (text, True) for name, text in wanted["private"].items()})
     differing = sorted(name for name in {*before, *tree} if before.get(name) != tree.get(name))
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    digest = content_digest(tree)
     place = link.with_name(f"{link.name}.{digest}")
     result = {
         "changed": bool(differing),
@@ -135,12 +163,12 @@ def main() -> None:
                     msg=f"{link} was not changed, since {command[0]} refuses what was to land there: {said}",
                     rc=done[0],
                 )
-        shutil.rmtree(place, ignore_errors=True)
+        replaced = link.with_name(str(link.readlink())) if link.is_symlink() else link
+        if replaced == place or made_here(place):
+            shutil.rmtree(place, ignore_errors=True)
         scratch.rename(place)
         point(link, place.name)
-        for old in link.parent.iterdir():
-            if re.fullmatch(rf"\.?{re.escape(link.name)}\.[0-9a-f]{{8}}(\.\d+)?", old.name) and old != place:
-                shutil.rmtree(old)
+        remove_older(link, place, replaced)
     except OSError as error:
         module.fail_json(msg=str(error))
     module.exit_json(**result)

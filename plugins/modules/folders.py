@@ -5,6 +5,7 @@ host for each.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
@@ -26,6 +27,12 @@ options:
       mode: {description: "Its mode, as octal digits in quotes.", type: str, required: true}
       owner: {description: Its owner; left as it is where this is not given., type: str}
       group: {description: Its group; left as it is where this is not given., type: str}
+      marked:
+        description:
+          - Pattern of the names that this project puts there. With it the folder gets the marker file
+            C(lowmem_root), without which nothing removes it.
+          - A folder without the marker in which another name lies is refused.
+        type: str
 author: vllm-lowmem
 """
 
@@ -33,6 +40,27 @@ RETURN = r"""
 changed_folders: {description: Paths of those that were made or had another mode or owner.,
   returned: always, type: list}
 """
+
+
+MARKER = "lowmem_root"
+"""The file of each folder that this project made, as in module owned_root."""
+
+
+def mark(module: AnsibleModule, path: Path, known: str) -> bool:
+    """Mark the folder as this project's. Whether it was not marked yet."""
+    marker = path / MARKER
+    if marker.is_file() and not marker.is_symlink():
+        return False
+    names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if foreign := [name for name in names if not re.fullmatch(known, name)]:
+        module.fail_json(
+            msg=f"{path} holds what is not this project's ({', '.join(foreign[:5])}): choose another"
+        )
+    if not module.check_mode:
+        with marker.open("x") as file:
+            file.write("Made by vllm-lowmem. Without this file nothing is removed here.\n")
+        marker.chmod(0o644)
+    return True
 
 
 def have(module: AnsibleModule, folder: dict) -> bool:
@@ -46,8 +74,9 @@ def have(module: AnsibleModule, folder: dict) -> bool:
     # closed to others until it has its owner and mode; those above it as the host has folders made
     path.parent.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700, exist_ok=True)
+    marked = bool(folder["marked"]) and mark(module, path, folder["marked"])
     attributes = module.load_file_common_arguments({**folder, "follow": True}, path=str(path))
-    return module.set_fs_attributes_if_different(attributes, made)
+    return module.set_fs_attributes_if_different(attributes, made or marked)
 
 
 def main() -> None:
@@ -56,6 +85,7 @@ def main() -> None:
         "mode": {"type": "str", "required": True},
         "owner": {"type": "str"},
         "group": {"type": "str"},
+        "marked": {"type": "str"},
     }
     module = AnsibleModule(
         argument_spec={"folders": {"type": "list", "elements": "dict", "options": one, "required": True}},

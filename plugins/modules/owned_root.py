@@ -14,6 +14,7 @@ short_description: Refuse a root that is not this project's
 description:
   - A root that this project made holds the file C(lowmem_root).
   - A deployment of before that file is recognised by its plan and its releases.
+  - A shared store of before it is recognised by its list of roots and its environments.
   - Folders of the system are refused in every state.
 options:
   root:
@@ -29,6 +30,10 @@ options:
     type: str
     choices: [free, made, owned]
     required: true
+  variable:
+    description: What the operator sets the folder with, as a refusal names it.
+    type: str
+    default: lowmem_root
 author: vllm-lowmem
 """
 
@@ -40,7 +45,7 @@ MARKER = "lowmem_root"
 
 OURS = {
     "as-deployed.json", "cache", "current", "envs", "etc", "lib", "log", "models", "receipts", "releases",
-    "run", "status",
+    "roots", "run", "status",
 }  # fmt: skip
 """What a deployment puts into its root, and a reset removes."""
 
@@ -91,19 +96,23 @@ def marked(root: Path) -> bool:
 
 
 def older_deployment(root: Path) -> bool:
-    return (root / "etc" / "plan.json").is_file() and (root / "releases").is_dir()
+    """Whether it is a root or a shared store of a release that wrote no marker."""
+    deployed = (root / "etc" / "plan.json").is_file() and (root / "releases").is_dir()
+    roots = root / "roots"
+    stored = (
+        roots.is_dir() and not roots.is_symlink() and any(entry.is_symlink() for entry in roots.iterdir())
+    )
+    return deployed or (stored and (root / "envs").is_dir())
 
 
-def refusal(root: Path, state: str) -> str:
+def refusal(root: Path, state: str, variable: str = "lowmem_root") -> str:
     """Why nothing may be done in this root; empty where it may."""
     if not root.is_absolute() or ".." in root.parts:
-        return f"lowmem_root {root} is not an absolute path without '..': choose another"
+        return f"{variable} {root} is not an absolute path without '..': choose another"
     if system_folder(root):
-        return (
-            f"lowmem_root {root} is a folder of the system: choose one of its own, such as /opt/vllm-lowmem"
-        )
+        return f"{variable} {root} is a folder of the system: choose one of its own, such as /opt/vllm-lowmem"
     if root.exists() and not root.is_dir():
-        return f"lowmem_root {root} is not a folder: choose another"
+        return f"{variable} {root} is not a folder: choose another"
     held = entries(root)
     if not held or marked(root) or older_deployment(root):
         return ""
@@ -119,7 +128,7 @@ def refusal(root: Path, state: str) -> str:
     if held <= OURS and begun:
         return ""
     foreign = ", ".join(sorted(held - OURS)[:5] or sorted(held)[:5])
-    what = f"lowmem_root {root} holds what is not this project's ({foreign})"
+    what = f"{variable} {root} holds what is not this project's ({foreign})"
     return f"{what}: choose an empty folder or a new one"
 
 
@@ -128,11 +137,12 @@ def main() -> None:
         {
             "root": {"type": "path", "required": True},
             "state": {"choices": ["free", "made", "owned"], "required": True},
+            "variable": {"type": "str", "default": "lowmem_root"},
         },
         supports_check_mode=True,
     )
     root, state = Path(module.params["root"]), module.params["state"]
-    if why := refusal(root, state):
+    if why := refusal(root, state, module.params["variable"]):
         module.fail_json(msg=why)
     marker = root / MARKER
     write = not marked(root) and (state == "made" or (state == "owned" and older_deployment(root)))

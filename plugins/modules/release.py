@@ -26,6 +26,7 @@ description:
   - C(<root>/current) links to the one that is served. It is replaced by a rename, so it always names a whole
     release.
   - Which one runs is read from the environment of the server's process, not from what a play remembers.
+  - Nothing is removed under a folder without the marker file C(lowmem_root), nor through a link.
 options:
   root:
     description: Folder that holds the deployment.
@@ -119,6 +120,11 @@ unseen: {description: "Deployments of O(store) that cannot be looked at from her
 """
 
 MARK = ".proven"
+MARKER = "lowmem_root"
+"""The file of each root that this project made, as in module owned_root."""
+PLAIN_NAME = r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,199}"
+"""A release, file or link: one part of a path, which no shell reads as anything else."""
+
 YOUNG_S = 3600
 PROC = Path("/proc")
 
@@ -295,7 +301,7 @@ def stage(module: AnsibleModule, store: Store) -> dict:
             shutil.rmtree(beside)
             module.fail_json(msg=f"{file} is not as it should be: {(done[2] or done[1]).strip()}", rc=done[0])
     for leftover in store.folder.glob(f".{name}.*"):
-        if leftover != beside:
+        if leftover != beside and own(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
     beside.rename(place)
     return result
@@ -313,7 +319,13 @@ def mark(store: Store, name: str, good: bool, check_mode: bool) -> bool:
 
 def own(path: Path) -> bool:
     """Whether it lies in this root by itself: what is reached by a link belongs to somebody else."""
-    return path.is_dir() and not path.is_symlink() and not path.parent.is_symlink()
+    return path.is_dir() and not path.is_symlink() and not path.parent.is_symlink() and not path.is_mount()
+
+
+def marked(root: Path) -> bool:
+    """Whether this project made the folder."""
+    marker = root / MARKER
+    return marker.is_file() and not marker.is_symlink()
 
 
 def is_kept_copy(path: Path) -> bool:
@@ -409,13 +421,22 @@ class Shared:
 
 
 def remove(place: Path, candidates: list, check_mode: bool) -> list:
+    """Remove what lies in this place by itself. PermissionError if this project did not make the place."""
     removed = [path for path in candidates if own(path)]
     if check_mode:
         return [str(path) for path in removed]
+    if not marked(place):
+        if removed:
+            raise PermissionError(
+                f"{place} holds no {MARKER}, so it may not be this project's and nothing is removed there:"
+                " deploy it once more with site.yml, which marks it"
+            )
+        return []
     for path in removed:
         # renamed first, so that a half-removed folder is never taken for a whole one
         beside = path.with_name(f".{path.name}.removed")
-        shutil.rmtree(beside, ignore_errors=True)
+        if own(beside):
+            shutil.rmtree(beside, ignore_errors=True)
         # of two deployments that share a store the other may have been quicker
         with contextlib.suppress(FileNotFoundError):
             path.rename(beside)
@@ -424,7 +445,7 @@ def remove(place: Path, candidates: list, check_mode: bool) -> list:
             with contextlib.suppress(OSError):
                 path.with_name(extra).unlink()
     for folder in ("envs", "models", "releases"):
-        for leftover in (place / folder).glob(".*.removed"):
+        for leftover in filter(own, (place / folder).glob(".*.removed")):
             shutil.rmtree(leftover, ignore_errors=True)
     return [str(path) for path in removed]
 
@@ -456,6 +477,14 @@ def leave(module: AnsibleModule, store: Store, shared: Shared) -> dict:
         with contextlib.suppress(OSError):  # others are in it
             shared.roots.rmdir()
     return {"changed": known, "removed": removed, "unseen": unseen}
+
+
+def bad_name(wanted: dict) -> str:
+    """The first name of a release, file or link that is no plain name; empty where there is none."""
+    names = [wanted["id"], wanted["name"], *wanted["shown"]]
+    for kind in ("files", "private", "links", "validate"):
+        names += wanted[kind]
+    return next((repr(name) for name in names if name and not re.fullmatch(PLAIN_NAME, str(name))), "")
 
 
 def main() -> None:
@@ -490,6 +519,10 @@ def main() -> None:
         supports_check_mode=True,
     )
     wanted = module.params
+    if name := bad_name(wanted):
+        module.fail_json(
+            msg=f"{name} is no name of a release or of its files: give letters, digits or . _ @ + -"
+        )
     store = Store(wanted["root"])
     shared = (
         Shared(wanted["store"], wanted["root"])

@@ -24,6 +24,8 @@ def release(tmp_path: Path) -> Release:
     included.
     """
 
+    (tmp_path / "lowmem_root").touch()
+
     def run(state: str, **parameters: Any) -> dict[str, Any]:
         arguments = {
             "root": str(tmp_path),

@@ -31,6 +31,7 @@ Deploy = Callable[..., dict[str, Any]]
 def store(tmp_path: Path) -> Path:
     (tmp_path / "store/envs").mkdir(parents=True)
     (tmp_path / "store/models").mkdir()
+    (tmp_path / "store/lowmem_root").touch()
     return tmp_path / "store"
 
 
@@ -39,6 +40,9 @@ def release(tmp_path: Path, store: Path) -> Deploy:
     """release(instance, state, **parameters): the module for the deployment in <tmp_path>/<instance>."""
 
     def run(instance: str, state: str, early: bool = False, **parameters: Any) -> dict[str, Any]:
+        if state != "left":
+            (tmp_path / instance).mkdir(exist_ok=True)
+            (tmp_path / instance / "lowmem_root").touch()
         given = {
             "root": str(tmp_path / instance),
             "store": str(store),

@@ -210,7 +210,7 @@ def test_reset_removes_the_service_and_keeps_the_models(second: Service, first: 
         assert said.endswith("rc=0"), said
         assert ("changed=0" in said) is not changed, said
     assert not server.is_running()
-    assert sorted(path.name for path in second.root.iterdir()) == ["models"]
+    assert sorted(path.name for path in second.root.iterdir()) == ["lowmem_root", "models"]
     assert {path.name for path in (second.root / "models").iterdir()} == set(models)
     assert PORT not in {
         connection.laddr.port for connection in psutil.net_connections("tcp") if connection.status == "LISTEN"

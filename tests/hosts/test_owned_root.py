@@ -54,6 +54,21 @@ def test_a_link_to_a_folder_of_the_system_is_no_root(owned_root, tmp_path):
     assert "is a folder of the system" in owned_root.refusal(tmp_path / "root", "owned")
 
 
+def test_a_store_is_refused_by_its_own_name(owned_root, tmp_path):
+    (tmp_path / "own.txt").touch()
+    said = owned_root.refusal(tmp_path, "free", "lowmem_store")
+    assert said.startswith(f"lowmem_store {tmp_path} holds what is not this project's (own.txt): choose")
+
+
+def test_a_shared_store_of_before_the_marker_is_recognised(owned_root, tmp_path):
+    (tmp_path / "roots").mkdir()
+    (tmp_path / "envs").mkdir()
+    (tmp_path / "notes").touch()
+    assert owned_root.refusal(tmp_path, "owned") != ""
+    (tmp_path / "roots" / "host:srv-main").symlink_to("/srv/main")
+    assert owned_root.refusal(tmp_path, "owned") == ""
+
+
 @pytest.mark.parametrize("root", ["relative", "/opt/x/../../usr"])
 def test_a_path_that_is_not_plain_is_no_root(owned_root, root):
     assert "is not an absolute path without '..'" in owned_root.refusal(Path(root), "free")

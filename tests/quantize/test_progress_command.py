@@ -59,6 +59,15 @@ def test_lines_come_while_the_command_runs(tmp_path: Path) -> None:
     assert marker.exists()
 
 
+def test_what_a_host_says_does_not_steer_the_terminal(tmp_path: Path) -> None:
+    code = "import sys; print('\\x1b[2Jhalf\\u202e'); print('\\x9b31mno\\x07', file=sys.stderr); sys.exit(3)"
+    done = play(task(tmp_path, code), tmp_path, variables(tmp_path))
+    assert done.returncode == 2
+    assert r"localhost | \x1b[2Jhalf\u202e" in done.stdout
+    assert r"localhost | \x9b31mno\x07" in done.stdout
+    assert set("\x1b\x9b\x07\u202e") & set(done.stdout) == set()
+
+
 def test_a_failure_shows_the_last_lines_of_the_log(tmp_path: Path) -> None:
     code = "import sys; [print(f'line {i}', file=sys.stderr) for i in range(50)]; sys.exit(3)"
     done = play(task(tmp_path, code), tmp_path, variables(tmp_path))

@@ -20,6 +20,7 @@ interrupted one left.
 from __future__ import annotations
 
 import gc
+import glob
 import importlib
 import json
 import math
@@ -334,8 +335,16 @@ def work(spec: dict[str, Any], recipe: dict[str, Any], recipe_sha256: str) -> No
 def quantize(spec: dict[str, Any]) -> None:
     models, name = Path(spec["models"]), spec["name"]
     recipe = full_recipe(spec)
-    with lock.held(models / f".{name}.lock", lambda: say("waiting for another run that is quantizing it")):
-        for left in models.glob(f".{name}.*.partial"):
+    if name == spec["source_name"]:
+        raise Refused(
+            f"awq_quantize_name is {name}, the model to quantize: choose another name for the result"
+        )
+    if foreign := lock.refusal_to_replace(models / name, models / f"{name}.manifest.json"):
+        raise Refused(foreign)
+    with lock.held(lock.beside(models / name), lambda: say("waiting for another run that is quantizing it")):
+        for left in models.glob(f".{glob.escape(name)}.*.partial"):
+            if left.is_symlink():
+                continue
             say(f"removing {left.name}, left by an interrupted run")
             shutil.rmtree(left)
         if state(spec):

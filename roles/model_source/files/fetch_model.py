@@ -294,8 +294,12 @@ def fetch(spec: dict[str, Any]) -> None:
     models, name, source, recipe = Path(spec["models"]), spec["name"], spec["source"], spec["recipe_sha256"]
     folder, manifest_path = models / name, models / f"{name}.manifest.json"
     models.mkdir(parents=True, exist_ok=True)
-    with lock.held(models / f".{name}.lock", lambda: say("waiting for another run that is fetching it")):
+    if foreign := lock.refusal_to_replace(folder, manifest_path):
+        raise SourceError(foreign)
+    with lock.held(lock.beside(folder), lambda: say("waiting for another run that is fetching it")):
         staging = models / f".{name}.{recipe[:12]}.partial"
+        if staging.is_symlink():
+            staging.unlink()
         staging.mkdir(exist_ok=True)
         same = manifest_path.exists() and manifest.read(manifest_path).get("recipe_sha256") == recipe
         if same:

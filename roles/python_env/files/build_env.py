@@ -181,12 +181,19 @@ def clone(old: Path, env: Path) -> None:
             beside.replace(path)
 
 
+class Foreign(Exception):
+    """A folder in the environment's place that no build made."""
+
+
 def ensure(env: Path, spec: dict[str, Any]) -> None:
+    """Build the environment unless it is complete. Foreign for a folder of somebody else in its place."""
     env.parent.mkdir(parents=True, exist_ok=True)
     import lock  # beside this file on the host; what only reads a stamp is sent alone
 
+    if foreign := lock.refusal_to_replace(env, env / ".complete"):
+        raise Foreign(foreign)
     waiting = f"{env.name}: waiting for another run that is building it"
-    with lock.held(env.with_name(f".{env.name}.lock"), lambda: say(waiting)):
+    with lock.held(lock.beside(env), lambda: say(waiting)):
         if stamp_of(env) == spec["stamp"]:
             return
         mark = env / ".complete"
@@ -208,6 +215,9 @@ def main() -> int:
     try:
         # by its real path, which its scripts then name: a link on the way to it may go
         ensure(Path(sys.argv[1]).resolve(), json.loads(sys.argv[2]))
+    except Foreign as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
     except subprocess.CalledProcessError as error:
         sys.stderr.write(
             f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status"

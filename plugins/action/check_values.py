@@ -1,0 +1,61 @@
+"""Refuses values of a wrong kind, before a task connects to a host with them.
+
+It looks at every variable that the inventory or the command line sets for the host, and for which
+`lowmem/data/variables.yml` names a kind. A value that is worked out later is not looked at. In a role it
+looks at the role's own variables, with their defaults.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.plugins.action import ActionBase
+
+from lowmem import data
+from lowmem.files import read_yaml
+from lowmem.values.kinds import refusal
+
+DOCUMENTATION = r"""
+module: check_values
+short_description: Refuse values of a wrong kind
+description:
+  - Each variable of a wrong kind is one line that names it, its value, and what it must be.
+  - A secret is not shown.
+  - Runs on the controller, touches nothing on the host, and does the same in check mode.
+options: {}
+"""
+
+# Ansible reads this file once, in its main process; then it forks a process for each task of each host.
+KINDS: dict[str, str] = read_yaml(Path(data.__file__).with_name("variables.yml"))
+
+
+class ActionModule(ActionBase):
+    _requires_connection = False
+    _supports_check_mode = True
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        self.validate_argument_spec({})
+        own = f"{self._task._role.get_name()}_" if self._task._role else ""
+        lines: list[str] = []
+        told: list[str] = []
+        # The few `lowmem_*` come first, since others are made of them: a fault is told by the name that
+        # is set.
+        names = [name for name in KINDS if name.startswith(own)]
+        for name in sorted(names, key=lambda name: not name.startswith("lowmem_")):
+            value = self._resolved((task_vars or {}).get(name))
+            line = refusal(name, KINDS[name], value) if value is not None else ""
+            if line and not any(known in str(value) for known in told):
+                lines.append(line)
+                told += [str(value)] if name.startswith("lowmem_") and value else []
+        if lines:
+            raise AnsibleActionFail("\n".join(lines))
+        return {"changed": False}
+
+    def _resolved(self, value: Any) -> Any:
+        try:
+            return self._templar.template(value)
+        except AnsibleError:  # of what a role finds out later
+            return None
