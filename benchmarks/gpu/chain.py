@@ -2,9 +2,10 @@
 
     python3 benchmarks/gpu/chain.py /tmp/chain [--parts /tmp/lab] [--deadline-s 900]
 
-Every step has a limit of its own and a log, OUT/NN-STEP.log. OUT/chain.json holds what each step took and said.
-It is written after each one, so a run that is cut off leaves what it has. A step that needs the service is left
-out if the service did not come up. The exit status is the number of failed steps. Standard library only.
+Every step has a limit of its own and a log, OUT/NN-STEP.log. OUT/chain.json holds what each step took and
+said. It is written after each one, so a run that is cut off leaves what it has. A step that needs the service
+is left out if the service did not come up. The exit status is the number of steps that did not pass. Standard
+library only.
 
 `--parts` unpacks what `rig.py pack` made into `--lab` first, and lets its Python be this machine's own.
 `--inventory inventory/demo --root .lowmem/host --controller .lowmem/venv` rehearses the steps without a GPU.
@@ -37,9 +38,13 @@ ANSWER_S = 300
 
 ABOUT_THE_MACHINE = (
     "date -u; nvidia-smi; id; nproc; free -g; df -h / /tmp; cat /etc/os-release; uname -a; cat /proc/1/comm;"
-    " command -v gcc nvcc zstd nginx systemctl; ls /usr/include/python3*/Python.h; ls /sys/bus/pci/devices |"
-    " wc -l; ldconfig -p | grep -E 'libcuda|libnvidia-ml'; env | grep -E 'PATH|CUDA|NVIDIA|PYTHON|LD_|NCCL' | sort"
+    " command -v gcc nvcc zstd nginx systemctl; ls /usr/include/python3*/Python.h; ls /sys/bus/pci/devices;"
+    " ldconfig -p | grep -E 'libcuda|libnvidia-ml'; env | grep -E 'PATH|CUDA|NVIDIA|PYTHON|LD_' | sort"
 )
+
+
+Step = Callable[[Path, float], str]
+"""Takes its log and its limit in seconds, and returns one line. Raises Failed."""
 
 
 class Failed(RuntimeError):
@@ -67,8 +72,8 @@ class Chain:
             "ANSIBLE_NOCOLOR": "1",
         }
 
-    def step(self, name: str, limit_s: float, do: Callable[[Path, float], str], *, needs: bool = False) -> bool:
-        """Run one step and record it. Return whether it did what it is for."""
+    def step(self, name: str, limit_s: float, do: Step, *, needs: bool = False) -> None:
+        """Run one step and record it. A step that `needs` the service is left out without one."""
         log = self.out / f"{len(self.steps):02}-{name}.log"
         limit_s = min(limit_s, self.until - time.monotonic())
         began = time.monotonic()
@@ -83,12 +88,14 @@ class Chain:
             except Failed as error:
                 result |= {"verdict": "failed", "said": str(error)}
             except Exception as error:  # the next steps still run
-                result |= {"verdict": "failed", "said": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+                result |= {
+                    "verdict": "failed",
+                    "said": f"{type(error).__name__}: {' '.join(str(error).split())}",
+                }
         result["seconds"] = round(time.monotonic() - began, 1)
         self.steps.append(result)
         (self.out / "chain.json").write_text(json.dumps(self.steps, indent=1) + "\n")
         print(f"{result['verdict']:8} {result['seconds']:6.1f} s  {name}: {result['said']}", flush=True)
-        return bool(result["verdict"] == "passed")
 
     def run(self, command: list[str], log: Path, limit_s: float) -> str:
         """Run a command with its output in the log. Return that output. Raises Failed, at its limit too."""
@@ -96,7 +103,12 @@ class Chain:
             stream.write(f"$ {' '.join(command)}\n")
             stream.flush()
             process = subprocess.Popen(
-                command, cwd=TOP, env=self.environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=TOP,
+                env=self.environment,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
             try:
                 status = process.wait(limit_s)
@@ -112,14 +124,17 @@ class Chain:
             raise Failed(f"status {status}: {reason(said)}; see {log.name}")
         return said
 
-    def play(self, playbook: str, *arguments: str, changed: int | None = None) -> Callable[[Path, float], str]:
-        """A step that runs a playbook; `changed` is how many tasks may have changed something."""
+    def play(self, playbook: str, *arguments: str, changed: int | None = None) -> Step:
+        """Make a step that runs a playbook; `changed` is how many tasks have to change something."""
 
         def do(log: Path, limit_s: float) -> str:
-            command = ["ansible-playbook", "-i", self.options.inventory, playbook, *arguments]
+            given = [word for pair in self.options.set for word in ("-e", pair)]
+            command = ["ansible-playbook", "-i", self.options.inventory, playbook, *given, *arguments]
             ok, found, unreachable, failed = self.recap(self.run(command, log, limit_s))
             if unreachable or failed or (changed is not None and found != changed):
-                raise Failed(f"ok={ok} changed={found} failed={failed} unreachable={unreachable}; see {log.name}")
+                raise Failed(
+                    f"ok={ok} changed={found} failed={failed} unreachable={unreachable}; see {log.name}"
+                )
             return f"ok={ok} changed={found}"
 
         return do
@@ -133,19 +148,29 @@ class Chain:
         return ok, changed, unreachable, failed
 
     def machine(self, log: Path, limit_s: float) -> str:
-        subprocess.run(["sh", "-c", ABOUT_THE_MACHINE], stdout=log.open("w"), stderr=subprocess.STDOUT, timeout=limit_s)
+        subprocess.run(
+            ["sh", "-c", ABOUT_THE_MACHINE], stdout=log.open("w"), stderr=subprocess.STDOUT, timeout=limit_s
+        )
         return " ".join(sorted(set(re.findall(r"NVIDIA [A-Z]+\d+\w*|Driver Version: \S+", log.read_text()))))
 
     def unpack(self, log: Path, limit_s: float) -> str:
         """Unpack the parts, and let the packed environments run with this machine's Python."""
         lab: Path = self.options.lab
-        command = [sys.executable, str(TOP / "benchmarks/gpu/rig.py"), "unpack", str(self.options.parts), str(lab)]
+        command = [
+            sys.executable,
+            str(TOP / "benchmarks/gpu/rig.py"),
+            "unpack",
+            str(self.options.parts),
+            str(lab),
+        ]
         with log.open("a") as stream:
-            done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit_s, check=False)
+            done = subprocess.run(
+                command, stdout=stream, stderr=subprocess.STDOUT, timeout=limit_s, check=False
+            )
         if done.returncode:
             raise Failed(f"the parts in {self.options.parts} did not unpack; see {log.name}")
         python = machine_python()
-        told = f"Python is this machine's own, {python}"
+        told = f"Python is the machine's own, {python}"
         if python is None:
             # where it was built to lie: its libraries are found by that path
             prefix = Path((lab / "python/prefix").read_text().strip())
@@ -153,7 +178,7 @@ class Chain:
             if not prefix.exists():
                 prefix.symlink_to(lab / "python")
             python = str(prefix / "bin/python3.12")
-            told = "Python is the carried one: this machine's has no venv, or no Python.h"
+            told = "Python is the carried one: the machine's has no venv, or no Python.h"
         link = lab / "bin/python3.12"
         link.unlink(missing_ok=True)
         link.symlink_to(python)
@@ -201,7 +226,9 @@ class Chain:
         """Whether a completion comes back."""
         plan = json.loads((self.root / "etc/plan.json").read_text())
         deploy = plan["deploy"]
-        key = re.search(r"^VLLM_API_KEY=['\"]?([^'\"\n]+)", (self.root / "etc/vllm.env").read_text(), re.MULTILINE)
+        key = re.search(
+            r"^VLLM_API_KEY=['\"]?([^'\"\n]+)", (self.root / "etc/vllm.env").read_text(), re.MULTILINE
+        )
         body = {"model": deploy["served_model_name"], "prompt": "Hello", "max_tokens": 2}
         request = urllib.request.Request(
             f"http://{deploy['host']}:{deploy['port']}/v1/completions",
@@ -237,15 +264,18 @@ class Chain:
         before = (self.root / "current").resolve().name
         said = self.play("playbooks/rollback.yml")(log, limit_s)
         after = (self.root / "current").resolve().name
-        if before == after or not self.answers():
-            raise Failed(f"{before} went back to {after}, and it {'answers' if self.answers() else 'does not answer'}")
+        if before == after:
+            raise Failed(f"{before} serves still")
+        if not self.answers():
+            raise Failed(f"{before} went back to {after}, which does not answer")
         return f"{said}; {before} went back to {after}, which answers"
 
     def collect(self, log: Path, _: float) -> str:
-        """Copy what the run left: plan, receipts, checks, the logs of the engine and of each task, the page."""
+        """Copy what the run left: the plan, receipts, checks, logs and the status page."""
         wanted = [
             *self.root.glob("log/*"), *self.root.glob("etc/plan.json"), *self.root.glob("receipts/*.json"),
-            *self.root.glob("current/*.sh"), *self.root.glob("current/engine.env"), *self.root.glob("status/*"),
+            *self.root.glob("current/*.sh"), *self.root.glob("status/*"),
+            *self.root.glob("current/engine.env"),
             *self.root.glob("models/*.manifest.json"), *(TOP / ".lowmem/receipts").rglob("*"),
         ]  # fmt: skip
         for path in wanted:
@@ -283,9 +313,18 @@ def main() -> int:
     parser.add_argument("--parts", type=Path, help="folder of the parts; default: nothing is unpacked")
     parser.add_argument("--lab", type=Path, default=Path("/opt/lab"), help="where they are unpacked")
     parser.add_argument("--inventory", default="inventory/lab")
-    parser.add_argument("--root", type=Path, default=Path("/opt/lab/host"), help="lowmem_root of the inventory")
-    parser.add_argument("--controller", type=Path, default=Path("/opt/lab/controller"), help="its environment")
-    parser.add_argument("--upgrade", default="{lowmem_overrides: {max_num_seqs: 16}}", help="the second release")
+    parser.add_argument(
+        "--root", type=Path, default=Path("/opt/lab/host"), help="lowmem_root of the inventory"
+    )
+    parser.add_argument(
+        "--controller", type=Path, default=Path("/opt/lab/controller"), help="its environment"
+    )
+    parser.add_argument(
+        "--upgrade", default="{lowmem_overrides: {max_num_seqs: 16}}", help="the second release"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="for every play; repeatable"
+    )
     parser.add_argument("--deadline-s", type=float, default=900)
     chain = Chain(parser.parse_args())
     chain.step("machine", 30, chain.machine)

@@ -109,6 +109,15 @@ def share(site: Path, least_bytes: int = 1 << 20) -> int:
     return saved
 
 
+def leave_out(site: Path, patterns: list[str]) -> None:
+    for path in sorted(site.rglob("*")):
+        if any(fnmatch.fnmatch(str(path.relative_to(site)), pattern) for pattern in patterns):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
 def strip_all(site: Path, architecture: int, empty: list[str]) -> None:
     """Strip every library once, whatever number of names it has."""
     done: dict[int, Path] = {}
@@ -148,10 +157,7 @@ def pack(options: argparse.Namespace) -> None:
             subprocess.run([*command, *map(str, wheels)], check=True)
         else:
             copy(options.source, site)
-        for file in sorted(site.rglob("*")):
-            inside = str(file.relative_to(site))
-            if any(fnmatch.fnmatch(inside, pattern) for pattern in options.without):
-                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
+        leave_out(site, options.without)
         if saved := share(site):
             print(f"{name}: {saved / 1e6:,.0f} MB lie in more than one place and are packed once", flush=True)
         strip_all(site, architecture, options.empty)
