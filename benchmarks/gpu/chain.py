@@ -207,9 +207,11 @@ class Chain:
         return log.read_text().strip().splitlines()[-1]
 
     def site(self, log: Path, limit_s: float) -> str:
-        said = self.play("site.yml", "-v")(log, limit_s)
-        self.serves = True
-        return said
+        try:
+            return self.play("site.yml", "-v")(log, limit_s)
+        finally:
+            # a receipt that says failed ends the play, and leaves a service to look at
+            self.serves = (self.root / "etc/plan.json").exists() and self.answers()
 
     def engine(self) -> int | None:
         """The process of the engine that serves, by the folder that it was started in."""
