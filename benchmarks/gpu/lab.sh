@@ -33,4 +33,4 @@ echo "$prefix" > $lab/python/prefix
 rm -rf $lab/python/lib/python3.12/{test,idlelib,config-*} $lab/python/lib/python3.12/site-packages/*
 
 mkdir -p .carry/lab-stage && cp $lab/stage/zstandard-*.whl .carry/lab-stage/
-"$python" benchmarks/gpu/rig.py pack $lab .carry --name lab --work $lab.work --level 6 --without stage --without repo
+"$python" benchmarks/gpu/rig.py pack $lab .carry --name lab --work $lab.work --level 3 --without stage --without repo
