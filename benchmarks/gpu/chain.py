@@ -334,8 +334,8 @@ def main() -> int:
         chain.step("unpack", 240, chain.unpack)
         chain.step("card", 120, chain.card)
     chain.step("site", 600, chain.site)
-    quick = ("-e", "lowmem_verify_kill=false")
-    chain.step("again", 240, chain.play("site.yml", *quick, changed=0), needs=True)
+    # a measurement writes a receipt, so the run that must change nothing is one without
+    chain.step("again", 180, chain.play("site.yml", "--skip-tags", "verify", changed=0), needs=True)
     chain.step("kill", 240, chain.kill, needs=True)
     upgrade = ("-e", chain.options.upgrade, "--skip-tags", "verify")
     chain.step("upgrade", 300, chain.play("site.yml", *upgrade), needs=True)
