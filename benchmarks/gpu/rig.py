@@ -111,7 +111,8 @@ def share(site: Path, least_bytes: int = 1 << 20) -> int:
 
 def leave_out(site: Path, patterns: list[str]) -> None:
     for path in sorted(site.rglob("*")):
-        if any(fnmatch.fnmatch(str(path.relative_to(site)), pattern) for pattern in patterns):
+        inside = str(path.relative_to(site))
+        if any(fnmatch.fnmatch(inside, pattern) for pattern in patterns):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
