@@ -5,7 +5,7 @@ set -euo pipefail
 python=$(readlink -f "$1") lab=/opt/lab
 prefix=$("$python" -c 'import sys; print(sys.base_prefix)')
 # Environments name the link, so they run with another machine's Python once it leads there.
-mkdir -p $lab/bin $lab/wheels $lab/stage && ln -sfn "$python" $lab/bin/python3.12
+mkdir -p $lab/bin $lab/wheels $lab/stage $lab.work && ln -sfn "$python" $lab/bin/python3.12
 export PIP_CACHE_DIR=$lab.cache
 
 [[ -x $lab/controller/bin/pip ]] || $lab/bin/python3.12 -m venv $lab/controller
@@ -34,4 +34,8 @@ echo "$prefix" > $lab/python/prefix
 rm -rf $lab/python/lib/python3.12/{test,idlelib,config-*} $lab/python/lib/python3.12/site-packages/*
 
 mkdir -p .carry/lab-stage && cp $lab/stage/zstandard-*.whl .carry/lab-stage/
-"$python" benchmarks/gpu/rig.py pack $lab .carry --name lab --work $lab.work --level 3 --without stage --without repo
+# Emptied: libraries that must load and that this model does not call. Left out: what is linked statically or compiled on a host with nvcc, and CUDA 12's half of
+# a package for both.
+"$python" benchmarks/gpu/rig.py pack $lab .carry --name lab --work $lab.work --level 5 --without stage --without repo \
+    --empty '*libcufft*' --empty '*libcurand*' --empty '*libcusolver*' --empty '*libcusparse*' --empty '*libcudnn*' --empty '*libnvshmem*' --empty '*_moe_C*' \
+    --without '*.a' --without '*/torch/include' --without '*/nvidia/cu13/include' --without '*_cutlass_ir.cu12*' --without '*/nvidia_cutlass_dsl/cu12'
