@@ -83,7 +83,9 @@ def test_quantization_is_the_planned_one(config: dict[str, Any], plan: Plan) -> 
 
 
 def test_tensor_bytes_are_the_plans(tensors: dict[str, tuple[str, list[int], int]], plan: Plan) -> None:
-    found, planned = sum(size for _, _, size in tensors.values()), plan.weight_bytes
+    # compressed-tensors also stores the shape of each packed matrix, which no card holds
+    found = sum(size for name, (_, _, size) in tensors.items() if not name.endswith(".weight_shape"))
+    planned = plan.weight_bytes
     assert found == planned
 
 

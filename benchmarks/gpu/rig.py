@@ -18,6 +18,7 @@ packages' own files. It is a container of magic 0xBA55ED50 with entries of (kind
 from __future__ import annotations
 
 import argparse
+import filecmp
 import fnmatch
 import os
 import shutil
@@ -66,8 +67,74 @@ def strip(file: Path, architecture: int, nothing: bool) -> int:
                 zeroed += size
         at = data.find(MAGIC, at + 4)
     if zeroed:
-        file.write_bytes(data)
+        # beside, then moved: in a copy of hard links the source keeps its bytes
+        beside = file.with_name(f".{file.name}.stripped")
+        beside.write_bytes(data)
+        beside.chmod(file.stat().st_mode & 0o7777)
+        beside.replace(file)
     return zeroed
+
+
+def copy(source: Path, site: Path) -> None:
+    """Copy a folder, as hard links if both lie on one file system."""
+    for how in ("-al", "-a"):
+        shutil.rmtree(site, ignore_errors=True)
+        site.mkdir()
+        command = ["cp", how, f"{source}/.", str(site)]
+        if subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0:
+            return
+    raise SystemExit(f"rig: {source} cannot be copied to {site}")
+
+
+def share(site: Path, least_bytes: int = 1 << 20) -> int:
+    """Make large files of the same content one file with several names. Return the bytes that this saves.
+
+    Environments of one torch share most of their bytes, and tar packs such a file once.
+    """
+    saved = 0
+    alike: dict[tuple[str, int], list[Path]] = {}
+    for file in sorted(site.rglob("*")):
+        if file.is_file() and not file.is_symlink() and file.stat().st_size >= least_bytes:
+            firsts = alike.setdefault((file.name, file.stat().st_size), [])
+            for first in firsts:
+                if first.samefile(file):
+                    break
+                if filecmp.cmp(first, file, shallow=False):
+                    file.unlink()
+                    os.link(first, file)
+                    saved += first.stat().st_size
+                    break
+            else:
+                firsts.append(file)
+    return saved
+
+
+def leave_out(site: Path, patterns: list[str]) -> None:
+    for path in sorted(site.rglob("*")):
+        inside = str(path.relative_to(site))
+        if any(fnmatch.fnmatch(inside, pattern) for pattern in patterns):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def strip_all(site: Path, architecture: int, empty: list[str]) -> None:
+    """Strip every library once, whatever number of names it has."""
+    done: dict[int, Path] = {}
+    for file in sorted(site.rglob("*.so*")):
+        if not file.is_file() or file.is_symlink():
+            continue
+        inode, inside = file.stat().st_ino, str(file.relative_to(site))
+        if first := done.get(inode):
+            file.unlink()
+            os.link(first, file)
+            continue
+        done[inode] = file
+        zeroed = strip(file, architecture, any(fnmatch.fnmatch(inside, pattern) for pattern in empty))
+        if zeroed > 10_000_000:
+            size = file.stat().st_size
+            print(f"{inside}: {zeroed / 1e6:,.0f} of {size / 1e6:,.0f} MB are for other cards", flush=True)
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -90,26 +157,17 @@ def pack(options: argparse.Namespace) -> None:
             ]
             subprocess.run([*command, *map(str, wheels)], check=True)
         else:
-            shutil.copytree(options.source, site, symlinks=True)
-        for file in sorted(site.rglob("*")):
-            inside = str(file.relative_to(site))
-            if any(fnmatch.fnmatch(inside, pattern) for pattern in options.without):
-                shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-            elif file.is_file() and not file.is_symlink() and ".so" in file.name:
-                zeroed = strip(
-                    file, architecture, any(fnmatch.fnmatch(inside, pattern) for pattern in options.empty)
-                )
-                if zeroed > 10_000_000:
-                    print(
-                        f"{inside}: {zeroed / 1e6:,.0f} of {file.stat().st_size / 1e6:,.0f} MB are for other"
-                        " cards",
-                        flush=True,
-                    )
+            copy(options.source, site)
+        leave_out(site, options.without)
+        if saved := share(site):
+            print(f"{name}: {saved / 1e6:,.0f} MB lie in more than one place and are packed once", flush=True)
+        strip_all(site, architecture, options.empty)
         for old in carry.glob(f"{name}-[0-9][0-9]"):
             shutil.rmtree(old)
         archive = Path(work) / "archive"
         subprocess.run(
-            ["tar", "-C", str(site), "-I", "zstd -15 -T0 --long=27", "-cf", str(archive), "."], check=True
+            ["tar", "-C", str(site), "-I", f"zstd -{options.level} -T0 --long=27", "-cf", str(archive), "."],
+            check=True,
         )
         with archive.open("rb") as stream:
             number = 0
@@ -181,6 +239,7 @@ def main() -> None:
         help="libraries that must load and are not called",
     )
     first.add_argument("--without", action="append", default=[], metavar="GLOB", help="what is left out")
+    first.add_argument("--level", type=int, default=15, help="of zstd; 5 takes a tenth of the time")
     first.add_argument("--work", type=Path, default=Path("/tmp"))
     first.set_defaults(do=pack)
     second = commands.add_parser("unpack")

@@ -39,7 +39,7 @@ def test_every_inventory_is_in_the_table_with_its_profile():
         assert (ROOT / "profiles" / f"{profile}.yml").exists()
 
 
-@pytest.mark.parametrize("name", [n for n in FOLDERS if n != "demo"])
+@pytest.mark.parametrize("name", [n for n in FOLDERS if n not in ("demo", "lab")])
 def test_an_inventory_for_gpus_says_what_its_hosts_need(name):
     host = variables(f"inventory/{name}", "gpu-1.example.org")
     assert host["lowmem_device"] == "a100-40g"
@@ -53,6 +53,18 @@ def test_an_inventory_for_gpus_says_what_its_hosts_need(name):
     )
     assert host["cuda_toolkit_parts"] == ["c_compiler"]
     assert host["host_memory_swap_gib"] > 0
+
+
+def test_the_lab_leaves_the_machine_as_it_is_and_asks_no_registry():
+    host = variables("inventory/lab", "lab")
+    assert (host["gpu_driver_source"], host["gpu_driver_reboot"], host["cuda_toolkit_parts"]) == (
+        "preinstalled",
+        False,
+        [],
+    )
+    assert (host["host_memory_manage"], host["vllm_service_manager"]) == (False, "supervisor")
+    assert host["lowmem_environment"]["PIP_NO_INDEX"] == "1"
+    assert (host["lowmem_python"], host["lowmem_root"]) == ("/opt/lab/bin/python3.12", "/opt/lab/host")
 
 
 def test_the_clusters_router_has_every_replica_and_the_replicas_share_their_download():

@@ -18,6 +18,12 @@ def test_a_c_and_a_cxx_compiler_work(host):
     assert host.run("/tmp/answer++").rc == 42
 
 
+def test_the_headers_of_python_are_there(host):
+    """Triton's launchers include Python.h."""
+    folder = host.check_output("python3 -c 'import sysconfig; print(sysconfig.get_path(\"include\"))'")
+    assert host.file(f"{folder}/Python.h").exists
+
+
 def test_no_driver_came_along(host):
     for name in ("nvidia-open", "nvidia-driver-cuda", "libcuda1", "nvidia-kernel-open-dkms"):
         assert not host.package(name).is_installed
