@@ -1,0 +1,251 @@
+"""Lays out the KV cache of a model by vLLM's own rules: groups of layers, blocks, and what a request holds.
+
+Source: vLLM 0.32.0, v1/core/kv_cache_utils.py. It is pure: config.json and settings in, bytes out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from lowmem.errors import BadInput
+from lowmem.plan.kv_layers import ATTENTION_RULES
+from lowmem.plan.kv_specs import KvSettings, LayerCache, is_encoder, language_model
+from lowmem.plan.kv_states import STATE_RULES
+from lowmem.plan.kv_types import stored_kv_dtype
+
+_RULES = {**ATTENTION_RULES, **STATE_RULES}
+
+
+@dataclass(frozen=True)
+class KvGroup:
+    """Layers that share one block table (kv_cache_utils.py, KVCacheGroupSpec).
+
+    `layers` are positions among the caches of the model. A request holds blocks of each group.
+    """
+
+    caches: tuple[LayerCache, ...]
+    layers: tuple[int, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.caches[0].kind
+
+    @property
+    def block_tokens(self) -> int:
+        return self.caches[0].block_tokens
+
+    @property
+    def page_bytes(self) -> int:
+        """Return the bytes of one block over the group's layers on one GPU."""
+        return sum(cache.page_bytes for cache in self.caches)
+
+    def blocks_of(self, tokens: int, settings: KvSettings) -> int:
+        """Count the blocks that a request of `tokens` tokens holds."""
+        return max(_blocks_of(cache, tokens, settings) for cache in self.caches)
+
+
+@dataclass(frozen=True)
+class KvLayout:
+    """KV cache of a model on one GPU. A model without a cache has no groups."""
+
+    groups: tuple[KvGroup, ...]
+    settings: KvSettings
+
+    @cached_property
+    def bytes_per_block(self) -> int:
+        """Return the bytes of a block, which belongs to one group at a time, so the largest counts
+        (kv_cache_utils.py, _get_kv_cache_bytes_per_block).
+        """
+        return max((group.page_bytes for group in self.groups), default=0)
+
+    @cached_property
+    def blocks_per_request(self) -> int:
+        """Count the blocks of one request of max_model_len."""
+        return self.blocks_of(self.settings.max_model_len)
+
+    @property
+    def bytes_per_request(self) -> int:
+        """Return the bytes that one request of max_model_len holds (_max_memory_usage_bytes_from_groups)."""
+        return self.blocks_per_request * self.bytes_per_block
+
+    def blocks_of(self, tokens: int) -> int:
+        """Count the blocks that a request of `tokens` tokens holds at most."""
+        return sum(group.blocks_of(tokens, self.settings) for group in self.groups)
+
+    def bytes_read(self, tokens: int) -> int:
+        """Return the bytes that one decode step reads for a request of `tokens` tokens.
+
+        A layer reads no further back than its window.
+        """
+        return sum(_bytes_read(cache, tokens) for group in self.groups for cache in group.caches)
+
+    def tokens_of(self, pool_bytes: int) -> int:
+        """Return the tokens of a pool as the engine's log has them (get_kv_cache_capacity)."""
+        return self.tokens_of_blocks(max(0, pool_bytes) // self.bytes_per_block) if self.groups else 0
+
+    def tokens_of_blocks(self, blocks: int) -> int:
+        """Return the tokens of so many blocks: the requests of max_model_len that they hold, times its tokens."""
+        return blocks * self.settings.max_model_len // self.blocks_per_request if self.groups else 0
+
+
+def kv_layout(
+    config: Mapping[str, Any], settings: KvSettings, hf_quant_config: Mapping[str, Any] | None = None
+) -> KvLayout:
+    """Lay out the KV cache of a checkpoint.
+
+    `config` is its config.json, and `hf_quant_config` the file of that name beside it. Raises BadInput, one
+    line, for a model whose cache is not known, or a config that is damaged.
+    """
+    fields = language_model(config)
+    if is_encoder(config, fields):
+        return KvLayout((), settings)
+    if settings.kv_dtype == "auto":
+        settings = replace(settings, kv_dtype=stored_kv_dtype(config, hf_quant_config))
+    caches = _RULES[fields.family.get("rule", "attention")](fields, settings)
+    return KvLayout(_groups(caches, bool(fields.family.get("block_outermost"))), settings)
+
+
+def _blocks_of(cache: LayerCache, tokens: int, settings: KvSettings) -> int:
+    """Count the blocks that a request holds in one layer.
+
+    Source: v1/kv_cache_interface.py, max_admission_blocks_per_request. A window may begin inside a block, so
+    it takes one more. Blocks of tokens in flight are still held.
+    """
+    if cache.kind == "mamba":
+        return cache.states
+    held = tokens
+    if cache.kind in ("sliding", "sliding_mla"):
+        held = min(cache.window - 1 + settings.tokens_in_flight, tokens)
+    elif cache.kind == "chunked":
+        held = min(cache.window + settings.tokens_in_flight, tokens)
+    return -(-held // cache.block_tokens) + (cache.kind in ("sliding", "sliding_mla"))
+
+
+def _bytes_read(cache: LayerCache, tokens: int) -> int:
+    if cache.kind == "mamba":
+        return cache.page_bytes
+    return min(tokens, cache.window or tokens) * cache.page_bytes // cache.block_tokens
+
+
+def _same_type(cache: LayerCache) -> tuple[object, ...]:
+    """Return what layers of one type share: they need the same number of blocks
+    (kv_cache_interface.py, UniformTypeKVCacheSpecs.is_uniform_type).
+    """
+    if cache.kind in ("full", "mla"):
+        return ("full", cache.block_tokens)
+    if cache.kind == "mamba":
+        return ("mamba", cache.block_tokens, cache.states, cache.page_bytes)
+    return (cache.kind, cache.block_tokens, cache.window)
+
+
+def _groups(caches: Sequence[LayerCache], block_outermost: bool) -> tuple[KvGroup, ...]:
+    """Divide layers into groups (kv_cache_utils.py, get_kv_cache_groups)."""
+    if not caches:
+        return ()
+    if len({_same_type(cache) for cache in caches}) == 1:
+        return (KvGroup(tuple(caches), tuple(range(len(caches)))),)
+    if block_outermost and len({cache.page_bytes for cache in caches}) > 1:
+        return _packed_groups(caches)
+    return _groups_of_one_page(_with_one_page(caches))
+
+
+def _with_one_page(caches: Sequence[LayerCache]) -> list[LayerCache]:
+    """Give every layer the largest page (unify_kv_cache_spec_page_size).
+
+    A block gets more tokens if its page divides the largest, and is padded if not. Raises BadInput for a
+    latent cache, which cannot be padded.
+    """
+    largest = max(cache.page_bytes for cache in caches)
+    unified = []
+    for cache in caches:
+        ratio, rest = divmod(largest, cache.page_bytes)
+        if cache.kind == "mamba" or rest:
+            if cache.kind in ("mla", "sliding_mla"):
+                raise BadInput(
+                    f"config.json: pages of {cache.page_bytes} bytes of latent attention do not divide the"
+                    f" largest page of {largest}; vLLM 0.32.0 does not start with them; check the"
+                    " checkpoint's config.json"
+                )
+            unified.append(replace(cache, page_bytes=largest))
+        else:
+            unified.append(replace(cache, page_bytes=largest, block_tokens=cache.block_tokens * ratio))
+    return unified
+
+
+def _groups_of_one_page(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
+    """Divide layers with equal pages into groups of equal size (_get_kv_cache_groups_uniform_page_size).
+
+    The rarest kind of layer gives the size, or the most frequent if it has less than half as many again.
+    Layers of a kind are dealt to its groups in turn, so that pipeline stages get some of each.
+    """
+    kinds: defaultdict[LayerCache, list[int]] = defaultdict(list)
+    for layer, cache in enumerate(caches):
+        kinds[cache].append(layer)
+    fewest, most = min(map(len, kinds.values())), max(map(len, kinds.values()))
+    size = most if most < fewest * 1.5 else fewest
+    groups = []
+    for cache, layers in kinds.items():
+        count = -(-len(layers) // size)
+        groups += [
+            KvGroup((cache,) * len(layers[i::count]), tuple(layers[i::count])) for i in range(count)
+        ]
+    return tuple(groups)
+
+
+def _packed_groups(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
+    """Pack layers of several page sizes side by side into blocks (_get_packed_kv_cache_groups).
+
+    Layers of one type make a bucket. A bucket with as many layers of each page size is a pattern that
+    repeats, and is split so that groups have about the same number of repeats.
+    """
+    buckets: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
+    for layer, cache in enumerate(caches):
+        buckets[_same_type(cache)].append(layer)
+    pages = {kind: _by_page(caches, layers) for kind, layers in buckets.items()}
+    balanced = {kind: len(set(map(len, of.values()))) == 1 for kind, of in pages.items()}
+    repeats = {kind: max(map(len, of.values())) for kind, of in pages.items()}
+    mixed = [repeats[kind] for kind in buckets if balanced[kind] and len(pages[kind]) > 1]
+    each = _least_padding([repeats[k] for k in buckets if balanced[k]], max(mixed)) if mixed else None
+    split = {k: -(-repeats[k] // each) if each and balanced[k] else 1 for k in buckets}
+    shrinks = {k for k in buckets if k[0] == "mamba" or (each is None and str(k[0]).startswith("sliding"))}
+    anchor = max(
+        sum(-(-len(layers) // (len(buckets[k]) if k in shrinks else split[k])) * p for p, layers in of.items())
+        for k, of in pages.items()
+    )
+    groups = []
+    for kind, layers in buckets.items():
+        count = split[kind]
+        if kind in shrinks:
+            fit = max(anchor // caches[layers[0]].page_bytes, 1)
+            count = max(count, -(-len(layers) // fit))
+        pattern = [layers] if count == 1 else list(zip(*pages[kind].values(), strict=True))
+        for i in range(count):
+            mine = tuple(layer for repeat in pattern[i::count] for layer in repeat)
+            groups.append(KvGroup(tuple(caches[layer] for layer in mine), mine))
+    return tuple(groups)
+
+
+def _by_page(caches: Sequence[LayerCache], layers: Sequence[int]) -> dict[int, list[int]]:
+    found: defaultdict[int, list[int]] = defaultdict(list)
+    for layer in layers:
+        found[caches[layer].page_bytes].append(layer)
+    return dict(found)
+
+
+def _least_padding(counts: Sequence[int], least: int) -> int:
+    """Return the size that rounds `counts` up the least, the largest of several (_approximate_gcd)."""
+    return min(range(least, max(least, *counts) + 1), key=lambda d: (sum(-n % d for n in counts), -d))
+
+
+def group_rows(layout: KvLayout) -> list[dict[str, object]]:
+    """Describe the groups as `lowmem plan --json` has them; equal groups are one row with their number."""
+    rows = Counter(
+        (g.kind, len(g.layers), g.block_tokens, g.page_bytes, g.blocks_of(layout.settings.max_model_len, layout.settings))
+        for g in layout.groups
+    )
+    names = ("kind", "layers", "block_tokens", "page_bytes", "blocks_per_request")
+    return [{**dict(zip(names, row, strict=True)), "groups": count} for row, count in rows.items()]
