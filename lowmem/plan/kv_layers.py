@@ -6,10 +6,11 @@ Every rule names the class of vLLM 0.32.0 that it follows. kv_states.py has the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lowmem.errors import BadInput
-from lowmem.plan.kv_specs import Fields, Kind, KvSettings, LayerCache, checked
+from lowmem.plan.kv_specs import Fields, Kind, KvHeads, KvSettings, LayerCache, checked
 from lowmem.plan.kv_types import head_bytes, latent_bytes, layer_kv_dtype
 
 BLOCK_TOKENS = 16
@@ -19,29 +20,25 @@ Rule = Callable[[Fields, KvSettings], list[LayerCache]]
 
 def block_tokens(fields: Fields, settings: KvSettings) -> int:
     """Return the tokens of a block before any alignment."""
-    return settings.block_tokens or fields.family.get("block", BLOCK_TOKENS)  # type: ignore[no-any-return]
+    return settings.block_tokens or fields.family.get("block", BLOCK_TOKENS)
 
 
 def attention(
-    settings: KvSettings,
-    block: int,
-    heads: int,
-    head: int,
-    window: int = 0,
-    *,
-    head_v: int | None = None,
-    kv_dtype: str | None = None,
-    chunk: int = 0,
+    settings: KvSettings, block: int, heads: KvHeads, window: int = 0, chunk: int = 0
 ) -> LayerCache:
-    """Return the cache of a layer of `heads` KV heads (layers/attention/attention.py, get_kv_cache_spec).
+    """Return the cache of a layer that attends (layers/attention/attention.py, get_kv_cache_spec).
 
     Each GPU has its share of the heads, and at least one.
     """
-    mine, values = max(1, heads // settings.tp), head if head_v is None else head_v
-    dtype = settings.kv_dtype if kv_dtype is None else kv_dtype
+    mine, value, dtype = max(1, heads.count // settings.tp), heads.value or heads.key, settings.kv_dtype
     kind: Kind = "sliding" if window else "chunked" if chunk else "full"
-    page = block * mine * head_bytes(head, values, dtype, settings.dtype_bytes)
-    return LayerCache(kind, block, page, window or chunk, shape=(mine, head, values, dtype))
+    page = block * mine * head_bytes(heads.key, value, dtype, settings.dtype_bytes)
+    return LayerCache(kind, block, page, window or chunk, shape=(mine, heads.key, value, dtype))
+
+
+def _alike(fields: Fields, settings: KvSettings, count: int, size: int) -> list[LayerCache]:
+    """Return the caches of layers that are all alike and attend to everything."""
+    return [attention(settings, block_tokens(fields, settings), KvHeads(count, size))] * fields.layers
 
 
 def windows(fields: Fields) -> list[int]:
@@ -73,17 +70,11 @@ def _filled_in_types(fields: Fields) -> list[str]:
 def _attention(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     """Follow the classes whose layers differ in their window at most (llama.py, gemma3.py, …)."""
     block, layers = block_tokens(fields, settings), fields.layers
-    return [
-        attention(
-            settings,
-            block,
-            fields.kv_heads,
-            fields.head_dim,
-            window,
-            kv_dtype=layer_kv_dtype(settings.kv_dtype, layer, layers),
-        )
-        for layer, window in enumerate(windows(fields))
-    ]
+    found = []
+    for layer, window in enumerate(windows(fields)):
+        mine = replace(settings, kv_dtype=layer_kv_dtype(settings.kv_dtype, layer, layers))
+        found.append(attention(mine, block, fields.kv, window))
+    return found
 
 
 def _qwen(fields: Fields, settings: KvSettings) -> list[LayerCache]:
@@ -93,7 +84,9 @@ def _qwen(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     full, layers = fields.get("max_window_layers"), fields.layers
     types = fields.words("layer_types")
     if types is None and full is not None and not fields.family.get("all_slide") and fields.window:
-        types = ["sliding_attention" if i >= checked("max_window_layers", full, 0) else "" for i in range(layers)]
+        types = [
+            "sliding_attention" if i >= checked("max_window_layers", full, 0) else "" for i in range(layers)
+        ]
     if types is not None and len({t == "sliding_attention" for t in types}) > 1:
         raise BadInput(
             "config.json: use_sliding_window is true for some of the layers; vLLM 0.32.0 refuses this for"
@@ -111,7 +104,7 @@ def _chatglm(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     shared = bool(fields.get("multi_query_attention"))
     heads = fields.whole("multi_query_group_num") if shared else fields.heads
     head = max(1, fields.whole("hidden_size") // fields.heads)
-    return [attention(settings, block_tokens(fields, settings), heads, head)] * fields.layers
+    return _alike(fields, settings, heads, head)
 
 
 def _dbrx(fields: Fields, settings: KvSettings) -> list[LayerCache]:
@@ -119,64 +112,60 @@ def _dbrx(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     inner = fields.get("attn_config")
     heads = inner.get("kv_n_heads") if isinstance(inner, Mapping) else None
     heads = fields.heads if heads is None else checked("kv_n_heads", heads)
-    return [attention(settings, block_tokens(fields, settings), heads, fields.head_dim)] * fields.layers
+    return _alike(fields, settings, heads, fields.head_dim)
 
 
 def _falcon(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     """Follow falcon.py: old models share one KV head unless multi_query is false."""
     one = not fields.get("new_decoder_architecture") and fields.get("multi_query") is not False
     heads = 1 if one else fields.kv_heads
-    return [attention(settings, block_tokens(fields, settings), heads, fields.head_dim)] * fields.layers
+    return _alike(fields, settings, heads, fields.head_dim)
 
 
 def _minicpm3(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     """Follow minicpm3.py, which unpacks the latent vector and keeps full heads."""
     head = fields.whole("qk_nope_head_dim") + fields.whole("qk_rope_head_dim")
-    return [attention(settings, block_tokens(fields, settings), fields.heads, head)] * fields.layers
+    return _alike(fields, settings, fields.heads, head)
+
+
+def _own_types(fields: Fields) -> list[Any]:
+    """Return the types of the layers that have caches; the last ones may use those of earlier layers."""
+    types = fields.words("layer_types") or _filled_in_types(fields)
+    own = fields.layers - fields.whole("num_kv_shared_layers", 0, least=0)
+    return types[:own] if own > 0 else types
 
 
 def _gemma3n(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     """Follow gemma3n.py: the last layers use the caches of earlier ones."""
-    types = fields.words("layer_types") or _filled_in_types(fields)
-    own = fields.layers - fields.whole("num_kv_shared_layers", 0, least=0)
-    return [
-        attention(
-            settings,
-            block_tokens(fields, settings),
-            fields.kv_heads,
-            fields.head_dim,
-            fields.window if t == "sliding_attention" else 0,
-        )
-        for t in (types[:own] if own > 0 else types)
-    ]
+    block = block_tokens(fields, settings)
+    full, near = attention(settings, block, fields.kv), attention(settings, block, fields.kv, fields.window)
+    return [near if t == "sliding_attention" else full for t in _own_types(fields)]
 
 
 def _gemma4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
-    """Follow gemma4.py: full layers have heads of their own, and the last layers share caches."""
-    types = fields.words("layer_types") or _filled_in_types(fields)
-    types[-1] = "full_attention"  # the config class sees to it
-    own = fields.layers - fields.whole("num_kv_shared_layers", 0, least=0)
-    block, global_heads = block_tokens(fields, settings), fields.get("num_global_key_value_heads")
-    wide = fields.kv_heads
-    if global_heads is not None and fields.get("attention_k_eq_v"):
-        wide = checked("num_global_key_value_heads", global_heads)
-    full = attention(settings, block, wide, fields.whole("global_head_dim"))
-    near = attention(settings, block, fields.kv_heads, fields.head_dim, fields.window)
-    return [near if t == "sliding_attention" else full for t in (types[:own] if own > 0 else types)]
+    """Follow gemma4.py: full layers have heads of their own, and the last layers share caches.
+
+    The config class makes the last layer a full one.
+    """
+    block, wide = block_tokens(fields, settings), fields.kv_heads
+    if fields.get("num_global_key_value_heads") is not None and fields.get("attention_k_eq_v"):
+        wide = fields.whole("num_global_key_value_heads")
+    full = attention(settings, block, KvHeads(wide, fields.whole("global_head_dim")))
+    near = attention(settings, block, fields.kv, fields.window)
+    types = _own_types(fields)
+    if len(types) == fields.layers:
+        types = [*types[:-1], "full_attention"]
+    return [near if t == "sliding_attention" else full for t in types]
 
 
 def _llama4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     """Follow llama4.py: layers with a rotary embedding attend within a chunk."""
-    every = fields.whole("no_rope_layer_interval")
+    every, chunk = fields.whole("no_rope_layer_interval"), fields.whole("attention_chunk_size", 0, least=0)
     rotary = fields.words("no_rope_layers") if fields.get("no_rope_layers") else None
     if rotary is None:
-        rotary = [int((i + 1) % every != 0) for i in range(fields.layers)]
-    chunk = fields.whole("attention_chunk_size", 0, least=0)
+        rotary = [(i + 1) % every for i in range(fields.layers)]
     block = block_tokens(fields, settings)
-    return [
-        attention(settings, block, fields.kv_heads, fields.head_dim, chunk=chunk if r != 0 else 0)
-        for r in rotary
-    ]
+    return [attention(settings, block, fields.kv, chunk=chunk if r != 0 else 0) for r in rotary]
 
 
 def _mimo_v2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
@@ -187,25 +176,13 @@ def _mimo_v2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
             "config.json: hybrid_layer_pattern is missing; it says which layers of a mimo_v2 model slide;"
             " download the checkpoint's config.json again"
         )
-    block = block_tokens(fields, settings)
-    full = attention(
-        settings,
-        block,
-        fields.kv_heads,
-        fields.head_dim,
-        head_v=fields.whole("v_head_dim", fields.head_dim),
-    )
+    block, head = block_tokens(fields, settings), fields.head_dim
+    full = attention(settings, block, KvHeads(fields.kv_heads, head, fields.whole("v_head_dim", head)))
     if 1 not in pattern:
         return [full] * fields.layers
-    near_head = fields.whole("swa_head_dim")
-    near = attention(
-        settings,
-        block,
-        fields.whole("swa_num_key_value_heads"),
-        near_head,
-        fields.whole("sliding_window_size"),
-        head_v=fields.whole("swa_v_head_dim", near_head),
-    )
+    head = fields.whole("swa_head_dim")
+    heads = KvHeads(fields.whole("swa_num_key_value_heads"), head, fields.whole("swa_v_head_dim", head))
+    near = attention(settings, block, heads, fields.whole("sliding_window_size"))
     return [near if p == 1 else full for p in pattern]
 
 
@@ -215,7 +192,7 @@ def _minimax_m3(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     sparse = sparse if isinstance(sparse, Mapping) else {}
     flags = Fields({**fields.values, "frequency": sparse.get("sparse_attention_freq")}, fields.family, "")
     block = block_tokens(fields, settings)
-    main = attention(settings, block, fields.kv_heads, fields.head_dim)
+    main = attention(settings, block, fields.kv)
     layers: list[LayerCache] = []
     for flag in flags.words("frequency") or [0] * fields.layers:
         layers.append(main)
@@ -238,7 +215,7 @@ def _step3p5(fields: Fields, settings: KvSettings) -> list[LayerCache]:
             heads = checked("num_attention_groups", other.get("num_attention_groups") or heads)
             head = checked("head_dim", other.get("head_dim") or head)
         window = fields.window if kind == "sliding_attention" else 0
-        found.append(attention(settings, block, heads, head, window))
+        found.append(attention(settings, block, KvHeads(heads, head), window))
     return found
 
 
@@ -280,9 +257,10 @@ def _has_indexer(fields: Fields, layer: int) -> bool:
 
 
 def _deepseek_v4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
-    """Follow models/deepseek_v4: every layer slides, most also keep compressed tokens and a compressor's state.
+    """Follow models/deepseek_v4: every layer slides, most also keep compressed tokens and a state.
 
-    Pages are multiples of 576 bytes, and a token takes 584 of them in the packed 8-bit format.
+    The state is that of the compressor. Pages are multiples of 576 bytes. A token takes 584 bytes in the
+    packed 8-bit format.
     """
     if settings.kv_dtype != "auto" and not settings.kv_dtype.startswith("fp8"):
         raise BadInput(f"kv_cache_dtype={settings.kv_dtype[:40]!r} is not fp8; deepseek_v4 takes fp8 only")
@@ -300,7 +278,9 @@ def _deepseek_v4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
         if ratio in (0, 1):
             continue
         if ratio not in (4, 128):
-            raise BadInput(f"config.json: compress_ratios has {str(ratio)[:20]}; vLLM 0.32.0 knows 0, 1, 4 and 128")
+            raise BadInput(
+                f"config.json: compress_ratios has {str(ratio)[:20]}; vLLM 0.32.0 knows 0, 1, 4 and 128"
+            )
         if ratio == 4:
             layers.append(_padded("mla", block, block // 4 * (index + index // 128 * 4), role="indexer"))
             layers.append(_compressor(index, ratio))

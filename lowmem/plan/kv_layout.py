@@ -88,7 +88,7 @@ class KvLayout:
         return self.tokens_of_blocks(max(0, pool_bytes) // self.bytes_per_block) if self.groups else 0
 
     def tokens_of_blocks(self, blocks: int) -> int:
-        """Return the tokens of so many blocks: the requests of max_model_len that they hold, times its tokens."""
+        """Return the tokens of so many blocks: the longest requests that they hold, times max_model_len."""
         return blocks * self.settings.max_model_len // self.blocks_per_request if self.groups else 0
 
 
@@ -190,9 +190,7 @@ def _groups_of_one_page(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
     groups = []
     for cache, layers in kinds.items():
         count = -(-len(layers) // size)
-        groups += [
-            KvGroup((cache,) * len(layers[i::count]), tuple(layers[i::count])) for i in range(count)
-        ]
+        groups += [KvGroup((cache,) * len(layers[i::count]), tuple(layers[i::count])) for i in range(count)]
     return tuple(groups)
 
 
@@ -213,7 +211,9 @@ def _packed_groups(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
     split = {k: -(-repeats[k] // each) if each and balanced[k] else 1 for k in buckets}
     shrinks = {k for k in buckets if k[0] == "mamba" or (each is None and str(k[0]).startswith("sliding"))}
     anchor = max(
-        sum(-(-len(layers) // (len(buckets[k]) if k in shrinks else split[k])) * p for p, layers in of.items())
+        sum(
+            -(-len(layers) // (len(buckets[k]) if k in shrinks else split[k])) * p for p, layers in of.items()
+        )
         for k, of in pages.items()
     )
     groups = []
@@ -244,7 +244,13 @@ def _least_padding(counts: Sequence[int], least: int) -> int:
 def group_rows(layout: KvLayout) -> list[dict[str, object]]:
     """Describe the groups as `lowmem plan --json` has them; equal groups are one row with their number."""
     rows = Counter(
-        (g.kind, len(g.layers), g.block_tokens, g.page_bytes, g.blocks_of(layout.settings.max_model_len, layout.settings))
+        (
+            g.kind,
+            len(g.layers),
+            g.block_tokens,
+            g.page_bytes,
+            g.blocks_of(layout.settings.max_model_len, layout.settings),
+        )
         for g in layout.groups
     )
     names = ("kind", "layers", "block_tokens", "page_bytes", "blocks_per_request")

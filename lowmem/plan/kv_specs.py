@@ -37,6 +37,15 @@ class LayerCache:
 
 
 @dataclass(frozen=True)
+class KvHeads:
+    """KV heads of a layer of the whole model, and the numbers of a key and of a value in one of them."""
+
+    count: int
+    key: int
+    value: int = 0  # 0: as many as of a key
+
+
+@dataclass(frozen=True)
 class KvSettings:
     """Settings of the engine that decide the layout of its KV cache."""
 
@@ -122,6 +131,11 @@ class Fields:
         return max(1, self.whole("hidden_size") // self.heads)
 
     @property
+    def kv(self) -> KvHeads:
+        """Return the KV heads of a layer that is like all others."""
+        return KvHeads(self.kv_heads, self.head_dim)
+
+    @property
     def window(self) -> int:
         """Return the tokens of the sliding window; 0: there is none, as vLLM reads null and 0."""
         return 0 if self.get("sliding_window") is None else self.whole("sliding_window", least=0)
@@ -132,8 +146,8 @@ def checked(name: str, value: Any, least: int = 1, most: int = _MOST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         shown = repr(value) if not isinstance(value, int) or abs(value) < 10**20 else "a very long number"
         raise BadInput(
-            f"config.json: {name} is {shown[:60]}; it must be a whole number from {least} to {most}; check the"
-            " checkpoint's config.json"
+            f"config.json: {name} is {shown[:60]}; it must be a whole number from {least} to {most}; check"
+            " the checkpoint's config.json"
         )
     return value
 
@@ -153,7 +167,7 @@ def language_model(config: Mapping[str, Any]) -> Fields:
     own = values.get("model_type")
     for name in (own, f"{outer}_text", outer) if own is None else (own,):
         known = families["aliases"].get(name, name) if isinstance(name, str) else None
-        if known in families["types"]:
+        if known is not None and known in families["types"]:
             return Fields(values, families["types"][known], known)
     shown = repr(own or outer)[:60]
     raise BadInput(

@@ -21,8 +21,8 @@ def _share(name: str, count: int, settings: KvSettings) -> int:
     """Return one GPU's share. Raises BadInput if the cards do not divide it, as vLLM does."""
     if count % settings.tp:
         raise BadInput(
-            f"tensor_parallel_size={settings.tp} does not divide {name} {count}, which vLLM 0.32.0 asks for in"
-            " layers with a state; use a divisor"
+            f"tensor_parallel_size={settings.tp} does not divide {name} {count}, which vLLM 0.32.0 asks for"
+            " in layers with a state; use a divisor"
         )
     return count // settings.tp
 
@@ -31,7 +31,9 @@ def _state_dtype_bytes(wanted: Any, settings: KvSettings) -> int:
     """Return the bytes of a number of the recurrent state; `wanted` is config.json's type of it."""
     name = "auto" if wanted is None else str(wanted)
     if name not in _DTYPE_BYTES:
-        raise BadInput(f"config.json: the state's type is {name[:40]!r}; it must be float32, float16 or bfloat16")
+        raise BadInput(
+            f"config.json: the state's type is {name[:40]!r}; it must be float32, float16 or bfloat16"
+        )
     return _DTYPE_BYTES[name] or settings.dtype_bytes
 
 
@@ -86,10 +88,10 @@ def _hybrid(
     """
     block = block_tokens(fields, settings)
     window = fields.window if fields.family.get("rule") == "nemotron_h" else 0
-    token_bytes = attention(settings, 1, fields.kv_heads, fields.head_dim).page_bytes
+    token_bytes = attention(settings, 1, fields.kv).page_bytes
     if "state" in pattern or "both" in pattern:
         block = _aligned_block(token_bytes, state_bytes, block)
-    attends = attention(settings, block, fields.kv_heads, fields.head_dim, window)
+    attends = attention(settings, block, fields.kv, window)
     states = 2 + checkpoints if settings.prefix_caching else 1
     state = LayerCache("mamba", block, block * token_bytes, states=states, shape=(state_bytes,))
     layers = {"attention": [attends], "state": [state], "both": [state, attends]}
@@ -105,7 +107,11 @@ def _gated_delta_net(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     """Follow qwen3_next.py and qwen3_5.py: three delta nets, then a layer that attends."""
     types = fields.words("layer_types")
     every = fields.whole("full_attention_interval", 4)
-    kinds = _kinds(types) if types else ["state" if (i + 1) % every else "attention" for i in range(fields.layers)]
+    kinds = (
+        _kinds(types)
+        if types
+        else ["state" if (i + 1) % every else "attention" for i in range(fields.layers)]
+    )
     return _hybrid(fields, settings, kinds, _delta_net_bytes(fields, settings))
 
 
@@ -116,7 +122,12 @@ def _nemotron_h(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     if isinstance(pattern, str) and not types:
         kinds = [{"M": "state", "*": "attention"}.get(letter, "") for letter in pattern]
     elif isinstance(types, list) and types:
-        names = {"mamba": "state", "linear_attention": "state", "attention": "attention", "full_attention": "attention"}
+        names = {
+            "mamba": "state",
+            "linear_attention": "state",
+            "attention": "attention",
+            "full_attention": "attention",
+        }
         kinds = [names.get(t, "") if isinstance(t, str) else "" for t in types]
     else:
         raise BadInput(

@@ -76,8 +76,8 @@ def _compressed_tensors_kv_dtype(scheme: Any) -> str:
     """Return fp8, the one type that vLLM takes (compressed_tensors.py, validate_kv_cache_scheme)."""
     if not isinstance(scheme, Mapping) or scheme.get("type") != "float" or scheme.get("num_bits") != 8:
         raise BadInput(
-            f"config.json: kv_cache_scheme is {str(scheme)[:60]}; vLLM 0.32.0 takes 8-bit float only; quantize"
-            " the checkpoint again, or without a KV scheme"
+            f"config.json: kv_cache_scheme is {str(scheme)[:60]}; vLLM 0.32.0 takes 8-bit float only;"
+            " quantize the checkpoint again, or without a KV scheme"
         )
     return "fp8"
 
