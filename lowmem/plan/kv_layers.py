@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 from lowmem.errors import BadInput
-from lowmem.plan.kv_specs import Fields, Kind, KvHeads, KvSettings, LayerCache, checked
+from lowmem.plan.kv_specs import Fields, Kind, KvHeads, KvSettings, LayerCache, Layers, checked
 from lowmem.plan.kv_types import head_bytes, latent_bytes, layer_kv_dtype
 
 BLOCK_TOKENS = 16
 
-Rule = Callable[[Fields, KvSettings], list[LayerCache]]
+Rule = Callable[[Fields, KvSettings], Layers]
 
 
 def block_tokens(fields: Fields, settings: KvSettings) -> int:
@@ -36,9 +36,9 @@ def attention(
     return LayerCache(kind, block, page, window or chunk, shape=(mine, heads.key, value, dtype))
 
 
-def _alike(fields: Fields, settings: KvSettings, count: int, size: int) -> list[LayerCache]:
+def _alike(fields: Fields, settings: KvSettings, count: int, size: int) -> Layers:
     """Return the caches of layers that are all alike and attend to everything."""
-    return [attention(settings, block_tokens(fields, settings), KvHeads(count, size))] * fields.layers
+    return [(attention(settings, block_tokens(fields, settings), KvHeads(count, size)),)] * fields.layers
 
 
 def windows(fields: Fields) -> list[int]:
@@ -67,17 +67,17 @@ def _filled_in_types(fields: Fields) -> list[str]:
     return ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(fields.layers)]
 
 
-def _attention(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _attention(fields: Fields, settings: KvSettings) -> Layers:
     """Follow the classes whose layers differ in their window at most (llama.py, gemma3.py, …)."""
     block, layers = block_tokens(fields, settings), fields.layers
     found = []
     for layer, window in enumerate(windows(fields)):
         mine = replace(settings, kv_dtype=layer_kv_dtype(settings.kv_dtype, layer, layers))
-        found.append(attention(mine, block, fields.kv, window))
+        found.append((attention(mine, block, fields.kv, window),))
     return found
 
 
-def _qwen(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _qwen(fields: Fields, settings: KvSettings) -> Layers:
     """Follow qwen2.py, whose window counts with `use_sliding_window` only, and for all layers or none."""
     if not fields.get("use_sliding_window"):
         return _attention(_with(fields, sliding_window=0, layer_types=None), settings)
@@ -99,7 +99,7 @@ def _with(fields: Fields, **changes: Any) -> Fields:
     return Fields({**fields.values, **changes}, fields.family, fields.model_type)
 
 
-def _chatglm(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _chatglm(fields: Fields, settings: KvSettings) -> Layers:
     """Follow chatglm.py: the KV heads have a name of their own, and count with multi_query_attention."""
     shared = bool(fields.get("multi_query_attention"))
     heads = fields.whole("multi_query_group_num") if shared else fields.heads
@@ -107,7 +107,7 @@ def _chatglm(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _alike(fields, settings, heads, head)
 
 
-def _dbrx(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _dbrx(fields: Fields, settings: KvSettings) -> Layers:
     """Follow dbrx.py: the KV heads are inside attn_config."""
     inner = fields.get("attn_config")
     heads = inner.get("kv_n_heads") if isinstance(inner, Mapping) else None
@@ -115,14 +115,14 @@ def _dbrx(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _alike(fields, settings, heads, fields.head_dim)
 
 
-def _falcon(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _falcon(fields: Fields, settings: KvSettings) -> Layers:
     """Follow falcon.py: old models share one KV head unless multi_query is false."""
     one = not fields.get("new_decoder_architecture") and fields.get("multi_query") is not False
     heads = 1 if one else fields.kv_heads
     return _alike(fields, settings, heads, fields.head_dim)
 
 
-def _minicpm3(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _minicpm3(fields: Fields, settings: KvSettings) -> Layers:
     """Follow minicpm3.py, which unpacks the latent vector and keeps full heads."""
     head = fields.whole("qk_nope_head_dim") + fields.whole("qk_rope_head_dim")
     return _alike(fields, settings, fields.heads, head)
@@ -135,14 +135,14 @@ def _own_types(fields: Fields) -> list[Any]:
     return types[:own] if own > 0 else types
 
 
-def _gemma3n(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _gemma3n(fields: Fields, settings: KvSettings) -> Layers:
     """Follow gemma3n.py: the last layers use the caches of earlier ones."""
     block = block_tokens(fields, settings)
     full, near = attention(settings, block, fields.kv), attention(settings, block, fields.kv, fields.window)
-    return [near if t == "sliding_attention" else full for t in _own_types(fields)]
+    return [(near if t == "sliding_attention" else full,) for t in _own_types(fields)]
 
 
-def _gemma4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _gemma4(fields: Fields, settings: KvSettings) -> Layers:
     """Follow gemma4.py: full layers have heads of their own, and the last layers share caches.
 
     The config class makes the last layer a full one.
@@ -155,20 +155,20 @@ def _gemma4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     types = _own_types(fields)
     if len(types) == fields.layers:
         types = [*types[:-1], "full_attention"]
-    return [near if t == "sliding_attention" else full for t in types]
+    return [(near if t == "sliding_attention" else full,) for t in types]
 
 
-def _llama4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _llama4(fields: Fields, settings: KvSettings) -> Layers:
     """Follow llama4.py: layers with a rotary embedding attend within a chunk."""
     every, chunk = fields.whole("no_rope_layer_interval"), fields.whole("attention_chunk_size", 0, least=0)
     rotary = fields.words("no_rope_layers") if fields.get("no_rope_layers") else None
     if rotary is None:
         rotary = [(i + 1) % every for i in range(fields.layers)]
     block = block_tokens(fields, settings)
-    return [attention(settings, block, fields.kv, chunk=chunk if r != 0 else 0) for r in rotary]
+    return [(attention(settings, block, fields.kv, chunk=chunk if r != 0 else 0),) for r in rotary]
 
 
-def _mimo_v2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _mimo_v2(fields: Fields, settings: KvSettings) -> Layers:
     """Follow mimo_v2.py: layers of `hybrid_layer_pattern` 1 slide and have heads of their own."""
     pattern = fields.words("hybrid_layer_pattern")
     if pattern is None:
@@ -179,30 +179,29 @@ def _mimo_v2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     block, head = block_tokens(fields, settings), fields.head_dim
     full = attention(settings, block, KvHeads(fields.kv_heads, head, fields.whole("v_head_dim", head)))
     if 1 not in pattern:
-        return [full] * fields.layers
+        return [(full,)] * fields.layers
     head = fields.whole("swa_head_dim")
     heads = KvHeads(fields.whole("swa_num_key_value_heads"), head, fields.whole("swa_v_head_dim", head))
     near = attention(settings, block, heads, fields.whole("sliding_window_size"))
-    return [near if p == 1 else full for p in pattern]
+    return [(near if p == 1 else full,) for p in pattern]
 
 
-def _minimax_m3(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _minimax_m3(fields: Fields, settings: KvSettings) -> Layers:
     """Follow models/minimax_m3: sparse layers also keep 16-bit keys of an index."""
     sparse = fields.get("sparse_attention_config")
     sparse = sparse if isinstance(sparse, Mapping) else {}
     flags = Fields({**fields.values, "frequency": sparse.get("sparse_attention_freq")}, fields.family, "")
     block = block_tokens(fields, settings)
     main = attention(settings, block, fields.kv)
-    layers: list[LayerCache] = []
-    for flag in flags.words("frequency") or [0] * fields.layers:
-        layers.append(main)
-        if flag != 0:
-            index = checked("sparse_index_dim", sparse.get("sparse_index_dim"))
-            layers.append(LayerCache("mla", block, block * index * 2, shape=(1, index, "indexer")))
-    return layers
+    frequency = flags.words("frequency") or [0] * fields.layers
+    if not any(frequency):
+        return [(main,)] * fields.layers
+    size = checked("sparse_index_dim", sparse.get("sparse_index_dim"))
+    index = LayerCache("mla", block, block * size * 2, shape=(1, size, "indexer"))
+    return [(main, index) if flag != 0 else (main,) for flag in frequency]
 
 
-def _step3p5(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _step3p5(fields: Fields, settings: KvSettings) -> Layers:
     """Follow step3p5.py: every second layer slides unless layer_types says, and some have other heads."""
     types = fields.words("layer_types")
     other = fields.get("attention_other_setting")
@@ -215,22 +214,22 @@ def _step3p5(fields: Fields, settings: KvSettings) -> list[LayerCache]:
             heads = checked("num_attention_groups", other.get("num_attention_groups") or heads)
             head = checked("head_dim", other.get("head_dim") or head)
         window = fields.window if kind == "sliding_attention" else 0
-        found.append(attention(settings, block, KvHeads(heads, head), window))
+        found.append((attention(settings, block, KvHeads(heads, head), window),))
     return found
 
 
-def _mla(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _mla(fields: Fields, settings: KvSettings) -> Layers:
     """Follow deepseek_v2.py: one latent vector a token, whole on every GPU."""
     block, head = block_tokens(fields, settings), _latent(fields)
     page = block * latent_bytes(head, settings.kv_dtype, settings.dtype_bytes)
-    return [LayerCache("mla", block, page, shape=(1, head))] * fields.layers
+    return [(LayerCache("mla", block, page, shape=(1, head)),)] * fields.layers
 
 
 def _latent(fields: Fields) -> int:
     return fields.whole("kv_lora_rank") + fields.whole("qk_rope_head_dim")
 
 
-def _sparse_mla(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _sparse_mla(fields: Fields, settings: KvSettings) -> Layers:
     """Follow models/deepseek_v32/attention.py: layers that choose tokens also keep 8-bit keys of an index.
 
     Each of its keys has a 32-bit scale for 128 numbers.
@@ -239,12 +238,9 @@ def _sparse_mla(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     page = block * latent_bytes(head, settings.kv_dtype, settings.dtype_bytes, sparse=True)
     size = fields.whole("index_head_dim")
     index = LayerCache("mla", block, block * (size + size // 128 * 4), shape=(1, size, "indexer"))
-    layers: list[LayerCache] = []
-    for layer in range(fields.layers):
-        leads = _has_indexer(fields, layer)
-        layers += [index] if leads else []
-        layers.append(LayerCache("mla", block, page, shape=(1, head, "leader" if leads else "")))
-    return layers
+    leads = LayerCache("mla", block, page, shape=(1, head, "leader"))
+    follows = LayerCache("mla", block, page, shape=(1, head, ""))
+    return [(index, leads) if _has_indexer(fields, n) else (follows,) for n in range(fields.layers)]
 
 
 def _has_indexer(fields: Fields, layer: int) -> bool:
@@ -256,7 +252,7 @@ def _has_indexer(fields: Fields, layer: int) -> bool:
     return max(layer - offset + 1, 0) % fields.whole("index_topk_freq", 1) == 0
 
 
-def _deepseek_v4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _deepseek_v4(fields: Fields, settings: KvSettings) -> Layers:
     """Follow models/deepseek_v4: every layer slides, most also keep compressed tokens and a state.
 
     The state is that of the compressor. Pages are multiples of 576 bytes. A token takes 584 bytes in the
@@ -272,20 +268,20 @@ def _deepseek_v4(fields: Fields, settings: KvSettings) -> list[LayerCache]:
         )
     block, head = block_tokens(fields, settings), fields.whole("head_dim")
     index = fields.whole("index_head_dim")
-    layers: list[LayerCache] = []
+    layers = []
     for ratio in ratios:
-        layers.append(_padded("sliding_mla", 64, 64 * 584, fields.whole("sliding_window")))
-        if ratio in (0, 1):
-            continue
-        if ratio not in (4, 128):
+        layer = [_padded("sliding_mla", 64, 64 * 584, fields.whole("sliding_window"))]
+        if not isinstance(ratio, int) or ratio not in (0, 1, 4, 128):
             raise BadInput(
-                f"config.json: compress_ratios has {str(ratio)[:20]}; vLLM 0.32.0 knows 0, 1, 4 and 128"
+                f"config.json: compress_ratios has {str(ratio)[:20]}; vLLM 0.32.0 knows 0, 1, 4 and 128;"
+                " check the checkpoint's config.json"
             )
         if ratio == 4:
-            layers.append(_padded("mla", block, block // 4 * (index + index // 128 * 4), role="indexer"))
-            layers.append(_compressor(index, ratio))
-        layers.append(_padded("mla", block, block // ratio * 584, role=str(ratio)))
-        layers.append(_compressor(head, ratio))
+            keys = block // 4 * (index + index // 128 * 4)
+            layer += [_padded("mla", block, keys, role="indexer"), _compressor(index, ratio)]
+        if ratio > 1:
+            layer += [_padded("mla", block, block // ratio * 584, role=str(ratio)), _compressor(head, ratio)]
+        layers.append(tuple(layer))
     return layers
 
 

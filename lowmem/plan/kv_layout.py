@@ -13,18 +13,23 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.plan.kv_layers import ATTENTION_RULES
-from lowmem.plan.kv_specs import KvSettings, LayerCache, is_encoder, language_model
+from lowmem.plan.kv_specs import MOST_LAYERS, KvSettings, LayerCache, is_encoder, language_model
 from lowmem.plan.kv_states import STATE_RULES
 from lowmem.plan.kv_types import stored_kv_dtype
 
 _RULES = {**ATTENTION_RULES, **STATE_RULES}
 
+_ALL = range(MOST_LAYERS)
+
+# Caches of a group, each with its position among those of the model.
+_Group = list[tuple[LayerCache, int]]
+
 
 @dataclass(frozen=True)
 class KvGroup:
-    """Layers that share one block table (kv_cache_utils.py, KVCacheGroupSpec).
+    """Caches that share one block table (kv_cache_utils.py, KVCacheGroupSpec).
 
-    `layers` are positions among the caches of the model. A request holds blocks of each group.
+    A request holds blocks of each group. `layers` are the decoder layers that the caches belong to.
     """
 
     caches: tuple[LayerCache, ...]
@@ -38,54 +43,60 @@ class KvGroup:
     def block_tokens(self) -> int:
         return self.caches[0].block_tokens
 
-    @property
-    def page_bytes(self) -> int:
-        """Return the bytes of one block over the group's layers on one GPU."""
-        return sum(cache.page_bytes for cache in self.caches)
+    def page_bytes(self, layers: range) -> int:
+        """Return the bytes of one block over the given decoder layers on one GPU."""
+        mine = zip(self.caches, self.layers, strict=True)
+        return sum(cache.page_bytes for cache, layer in mine if layer in layers)
 
     def blocks_of(self, tokens: int, settings: KvSettings) -> int:
         """Count the blocks that a request of `tokens` tokens holds."""
-        return max(_blocks_of(cache, tokens, settings) for cache in self.caches)
+        return max(_blocks_of(cache, tokens, settings) for cache in set(self.caches))
 
 
 @dataclass(frozen=True)
 class KvLayout:
-    """KV cache of a model on one GPU. A model without a cache has no groups."""
+    """KV cache of a model on one GPU. A model without a cache has no groups.
+
+    Bytes are those of all layers, or of one pipeline stage's `layers`; blocks are the same on every stage.
+    """
 
     groups: tuple[KvGroup, ...]
     settings: KvSettings
 
-    @cached_property
-    def bytes_per_block(self) -> int:
+    def bytes_per_block(self, layers: range = _ALL) -> int:
         """Return the bytes of a block, which belongs to one group at a time, so the largest counts
         (kv_cache_utils.py, _get_kv_cache_bytes_per_block).
         """
-        return max((group.page_bytes for group in self.groups), default=0)
+        return max((group.page_bytes(layers) for group in self.groups), default=0)
+
+    def bytes_per_request(self, layers: range = _ALL) -> int:
+        """Return the bytes that one request of max_model_len holds (_max_memory_usage_bytes_from_groups)."""
+        return self.blocks_per_request * self.bytes_per_block(layers)
+
+    def bytes_read(self, tokens: int, layers: range = _ALL) -> int:
+        """Return the bytes that one decode step reads for a request of `tokens` tokens.
+
+        A layer reads no further back than its window.
+        """
+        return sum(
+            _bytes_read(cache, tokens)
+            for group in self.groups
+            for cache, layer in zip(group.caches, group.layers, strict=True)
+            if layer in layers
+        )
 
     @cached_property
     def blocks_per_request(self) -> int:
         """Count the blocks of one request of max_model_len."""
         return self.blocks_of(self.settings.max_model_len)
 
-    @property
-    def bytes_per_request(self) -> int:
-        """Return the bytes that one request of max_model_len holds (_max_memory_usage_bytes_from_groups)."""
-        return self.blocks_per_request * self.bytes_per_block
-
     def blocks_of(self, tokens: int) -> int:
         """Count the blocks that a request of `tokens` tokens holds at most."""
         return sum(group.blocks_of(tokens, self.settings) for group in self.groups)
 
-    def bytes_read(self, tokens: int) -> int:
-        """Return the bytes that one decode step reads for a request of `tokens` tokens.
-
-        A layer reads no further back than its window.
-        """
-        return sum(_bytes_read(cache, tokens) for group in self.groups for cache in group.caches)
-
     def tokens_of(self, pool_bytes: int) -> int:
         """Return the tokens of a pool as the engine's log has them (get_kv_cache_capacity)."""
-        return self.tokens_of_blocks(max(0, pool_bytes) // self.bytes_per_block) if self.groups else 0
+        return self.tokens_of_blocks(max(0, pool_bytes) // self.bytes_per_block()) if self.groups else 0
 
     def tokens_of_blocks(self, blocks: int) -> int:
         """Return the tokens of so many blocks: the longest requests that they hold, times max_model_len."""
@@ -105,8 +116,16 @@ def kv_layout(
         return KvLayout((), settings)
     if settings.kv_dtype == "auto":
         settings = replace(settings, kv_dtype=stored_kv_dtype(config, hf_quant_config))
-    caches = _RULES[fields.family.get("rule", "attention")](fields, settings)
-    return KvLayout(_groups(caches, bool(fields.family.get("block_outermost"))), settings)
+    layers = _RULES[fields.family.get("rule", "attention")](fields, settings)
+    caches = [cache for layer in layers for cache in layer]
+    owners = [number for number, layer in enumerate(layers) for _ in layer]
+    return KvLayout(
+        tuple(
+            KvGroup(tuple(cache for cache, _ in group), tuple(owners[position] for _, position in group))
+            for group in _groups(caches, bool(fields.family.get("block_outermost")))
+        ),
+        settings,
+    )
 
 
 def _blocks_of(cache: LayerCache, tokens: int, settings: KvSettings) -> int:
@@ -142,12 +161,12 @@ def _same_type(cache: LayerCache) -> tuple[object, ...]:
     return (cache.kind, cache.block_tokens, cache.window)
 
 
-def _groups(caches: Sequence[LayerCache], block_outermost: bool) -> tuple[KvGroup, ...]:
-    """Divide layers into groups (kv_cache_utils.py, get_kv_cache_groups)."""
+def _groups(caches: Sequence[LayerCache], block_outermost: bool) -> list[_Group]:
+    """Divide caches into groups (kv_cache_utils.py, get_kv_cache_groups)."""
     if not caches:
-        return ()
+        return []
     if len({_same_type(cache) for cache in caches}) == 1:
-        return (KvGroup(tuple(caches), tuple(range(len(caches)))),)
+        return [[(cache, n) for n, cache in enumerate(caches)]]
     if block_outermost and len({cache.page_bytes for cache in caches}) > 1:
         return _packed_groups(caches)
     return _groups_of_one_page(_with_one_page(caches))
@@ -176,7 +195,7 @@ def _with_one_page(caches: Sequence[LayerCache]) -> list[LayerCache]:
     return unified
 
 
-def _groups_of_one_page(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
+def _groups_of_one_page(caches: Sequence[LayerCache]) -> list[_Group]:
     """Divide layers with equal pages into groups of equal size (_get_kv_cache_groups_uniform_page_size).
 
     The rarest kind of layer gives the size, or the most frequent if it has less than half as many again.
@@ -190,11 +209,11 @@ def _groups_of_one_page(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
     groups = []
     for cache, layers in kinds.items():
         count = -(-len(layers) // size)
-        groups += [KvGroup((cache,) * len(layers[i::count]), tuple(layers[i::count])) for i in range(count)]
-    return tuple(groups)
+        groups += [[(cache, layer) for layer in layers[i::count]] for i in range(count)]
+    return groups
 
 
-def _packed_groups(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
+def _packed_groups(caches: Sequence[LayerCache]) -> list[_Group]:
     """Pack layers of several page sizes side by side into blocks (_get_packed_kv_cache_groups).
 
     Layers of one type make a bucket. A bucket with as many layers of each page size is a pattern that
@@ -224,9 +243,8 @@ def _packed_groups(caches: Sequence[LayerCache]) -> tuple[KvGroup, ...]:
             count = max(count, -(-len(layers) // fit))
         pattern = [layers] if count == 1 else list(zip(*pages[kind].values(), strict=True))
         for i in range(count):
-            mine = tuple(layer for repeat in pattern[i::count] for layer in repeat)
-            groups.append(KvGroup(tuple(caches[layer] for layer in mine), mine))
-    return tuple(groups)
+            groups.append([(caches[layer], layer) for repeat in pattern[i::count] for layer in repeat])
+    return groups
 
 
 def _by_page(caches: Sequence[LayerCache], layers: Sequence[int]) -> dict[int, list[int]]:
@@ -241,17 +259,17 @@ def _least_padding(counts: Sequence[int], least: int) -> int:
     return min(range(least, max(least, *counts) + 1), key=lambda d: (sum(-n % d for n in counts), -d))
 
 
-def group_rows(layout: KvLayout) -> list[dict[str, object]]:
-    """Describe the groups as `lowmem plan --json` has them; equal groups are one row with their number."""
+def group_rows(layout: KvLayout, layers: range = _ALL) -> list[dict[str, int | str]]:
+    """Describe the groups for the plan; equal groups are one row with their number."""
     rows = Counter(
         (
-            g.kind,
-            len(g.layers),
-            g.block_tokens,
-            g.page_bytes,
-            g.blocks_of(layout.settings.max_model_len, layout.settings),
+            group.kind,
+            sum(layer in layers for layer in group.layers),
+            group.block_tokens,
+            group.page_bytes(layers),
+            group.blocks_of(layout.settings.max_model_len, layout.settings),
         )
-        for g in layout.groups
+        for group in layout.groups
     )
     names = ("kind", "layers", "block_tokens", "page_bytes", "blocks_per_request")
     return [{**dict(zip(names, row, strict=True)), "groups": count} for row, count in rows.items()]

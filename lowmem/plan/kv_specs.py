@@ -36,6 +36,10 @@ class LayerCache:
     shape: tuple[int | str, ...] = ()  # what else keeps two specs from being one: heads, head sizes, role
 
 
+# The caches of each decoder layer, in order. A layer may have none, or several.
+Layers = Sequence[tuple[LayerCache, ...]]
+
+
 @dataclass(frozen=True)
 class KvHeads:
     """KV heads of a layer of the whole model, and the numbers of a key and of a value in one of them."""

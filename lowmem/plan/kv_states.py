@@ -10,7 +10,7 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.plan.kv_layers import Rule, attention, block_tokens
-from lowmem.plan.kv_specs import Fields, KvSettings, LayerCache, checked
+from lowmem.plan.kv_specs import Fields, KvSettings, LayerCache, Layers, checked
 
 _KERNEL_TOKENS = 16  # the smallest block of the attention kernels
 
@@ -79,7 +79,7 @@ def _aligned_block(token_bytes: int, state_bytes: int, block: int) -> int:
 
 def _hybrid(
     fields: Fields, settings: KvSettings, pattern: Sequence[str], state_bytes: int, checkpoints: int = 0
-) -> list[LayerCache]:
+) -> Layers:
     """Return the caches of layers of which some attend and some keep a state.
 
     `pattern` has "attention", "state", "both" or "" for each layer. A state fills the page of an attention
@@ -94,8 +94,8 @@ def _hybrid(
     attends = attention(settings, block, fields.kv, window)
     states = 2 + checkpoints if settings.prefix_caching else 1
     state = LayerCache("mamba", block, block * token_bytes, states=states, shape=(state_bytes,))
-    layers = {"attention": [attends], "state": [state], "both": [state, attends]}
-    return [cache for kind in pattern for cache in layers.get(kind, [])]
+    layers = {"attention": (attends,), "state": (state,), "both": (state, attends)}
+    return [layers.get(kind, ()) for kind in pattern]
 
 
 def _kinds(types: Sequence[Any]) -> list[str]:
@@ -103,7 +103,7 @@ def _kinds(types: Sequence[Any]) -> list[str]:
     return ["attention" if t in ("attention", "full_attention") else "state" for t in types]
 
 
-def _gated_delta_net(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _gated_delta_net(fields: Fields, settings: KvSettings) -> Layers:
     """Follow qwen3_next.py and qwen3_5.py: three delta nets, then a layer that attends."""
     types = fields.words("layer_types")
     every = fields.whole("full_attention_interval", 4)
@@ -115,7 +115,7 @@ def _gated_delta_net(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _hybrid(fields, settings, kinds, _delta_net_bytes(fields, settings))
 
 
-def _nemotron_h(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _nemotron_h(fields: Fields, settings: KvSettings) -> Layers:
     """Follow nemotron_h.py: a letter or a word for each layer, of which some keep nothing."""
     pattern = fields.get("hybrid_override_pattern")
     types = fields.get("layers_block_type") or fields.get("layer_types")
@@ -151,7 +151,7 @@ def _mamba2_state(fields: Fields, settings: KvSettings, inner: int) -> int:
     return _mamba2_bytes(sizes, fields.whole("mamba_d_conv"), settings.dtype_bytes, settings)
 
 
-def _falcon_h1(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _falcon_h1(fields: Fields, settings: KvSettings) -> Layers:
     """Follow falcon_h1.py: every layer attends and keeps a state."""
     inner = fields.get("mamba_d_ssm")
     if inner is None:
@@ -160,14 +160,14 @@ def _falcon_h1(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _hybrid(fields, settings, ["both"] * fields.layers, state, checkpoints=1)
 
 
-def _granite_hybrid(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _granite_hybrid(fields: Fields, settings: KvSettings) -> Layers:
     """Follow granitemoehybrid.py, whose smallest models only attend."""
     types = fields.words("layer_types") or fields.words("layers_block_type") or ["mamba"] * fields.layers
     state = _mamba2_state(fields, settings, fields.whole("mamba_expand") * fields.whole("hidden_size"))
     return _hybrid(fields, settings, _kinds(types), state, checkpoints=1)
 
 
-def _jamba(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _jamba(fields: Fields, settings: KvSettings) -> Layers:
     """Follow jamba.py: one layer of a period attends."""
     period, offset = fields.whole("attn_layer_period"), fields.whole("attn_layer_offset", least=0)
     inner = fields.whole("mamba_expand") * fields.whole("hidden_size")
@@ -176,7 +176,7 @@ def _jamba(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _hybrid(fields, settings, kinds, state)
 
 
-def _lfm2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _lfm2(fields: Fields, settings: KvSettings) -> Layers:
     """Follow lfm2.py: layers that do not attend keep the last numbers of a short convolution."""
     types = fields.words("layer_types")
     attends = fields.get("full_attn_idxs")
@@ -191,12 +191,12 @@ def _lfm2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _hybrid(fields, settings, _kinds(types), state)
 
 
-def _states_only(settings: KvSettings, state_bytes: int, layers: int) -> list[LayerCache]:
+def _states_only(settings: KvSettings, state_bytes: int, layers: int) -> Layers:
     """Return the caches of a model without attention, for which vLLM caches no prefixes."""
-    return [LayerCache("mamba", settings.max_model_len, state_bytes, states=1)] * layers
+    return [(LayerCache("mamba", settings.max_model_len, state_bytes, states=1),)] * layers
 
 
-def _mamba1(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _mamba1(fields: Fields, settings: KvSettings) -> Layers:
     """Follow mamba.py."""
     inner = fields.get("intermediate_size")
     if inner is None:
@@ -205,7 +205,7 @@ def _mamba1(fields: Fields, settings: KvSettings) -> list[LayerCache]:
     return _states_only(settings, _mamba1_bytes(*sizes, settings), fields.layers)
 
 
-def _mamba2(fields: Fields, settings: KvSettings) -> list[LayerCache]:
+def _mamba2(fields: Fields, settings: KvSettings) -> Layers:
     """Follow mamba2.py."""
     heads, head = fields.whole("num_heads"), fields.whole("head_dim")
     inner = fields.whole("expand") * fields.whole("hidden_size")
