@@ -41,6 +41,13 @@ def stage_reasons(
     return list(reasons.values())
 
 
+def _reserved_blocks(engine: EngineConfig, memory: CardMemory) -> int:
+    """Count the blocks that the start check holds back: block 0, as of the version that was read
+    (0.32.0, kv_cache_utils.py, get_kv_cache_configs).
+    """
+    return 1 if engine.vllm >= (0, 32, 0) and memory.kv.layout.groups else 0
+
+
 def _blocks_available(memory: CardMemory) -> float:
     """Return the blocks that a stage has room for; a model without a cache has no least stage."""
     return memory.kv.available / memory.kv.block_bytes if memory.kv.block_bytes else math.inf
@@ -86,8 +93,12 @@ def memory_reasons(
             f" ({short} bytes) more than {device.title} has left when the engine allocates it; lower"
             " kv_cache_memory_bytes"
         )
-    elif memory.kv.blocks < memory.kv.layout.blocks_per_request and not engine.auto_len:
+    elif (
+        memory.kv.blocks < memory.kv.layout.blocks_per_request + _reserved_blocks(engine, memory)
+        and not engine.auto_len
+    ):
         need = memory.kv.layout.bytes_per_request(memory.kv.layers)
+        need += _reserved_blocks(engine, memory) * memory.kv.block_bytes
         short = need - memory.terms["kv_cache"]
         reasons.append(
             f"kv_cache: to serve one request of max_model_len {engine.max_model_len}, {gib(need)} KV cache is"
