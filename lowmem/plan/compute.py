@@ -79,6 +79,13 @@ def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None
     return blocked
 
 
+def load_blocks(inputs: Inputs, engine: EngineConfig) -> int:
+    """Count the blocks that the load's requests hold, as many of them as run together."""
+    together = min(inputs.load.clients, engine.max_num_seqs)
+    layout = kv_layout_of(inputs.card, engine)
+    return together * layout.blocks_of(inputs.load.input_tokens + inputs.load.output_tokens)
+
+
 def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
     """Return the stage whose card is the fullest; the limit is held against it."""
     return max(stages, key=lambda s: s[1].peak)
@@ -91,13 +98,11 @@ def compute(inputs: Inputs) -> Plan:
     """
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     engine = engine_of(inputs)
-    request = load.input_tokens + load.output_tokens
-    held = min(load.clients, engine.max_num_seqs) * kv_layout_of(card, engine).blocks_of(request)
-    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
+    stages = stage_memories(card, engine, device, ceiling(device, limits), load_blocks(inputs, engine))
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
-    requests = memory.kv.requests_of(request) if memory.kv.layout.groups else engine.max_num_seqs
+    requests = memory.kv.requests_of(load.input_tokens + load.output_tokens)
     pipeline = pipeline_of(steps, limits)
     blocked = blocking_reasons(inputs, steps, pipeline, requests)
     slow = slow_reasons(engine, speed, load, limits, requests)

@@ -110,8 +110,9 @@ class KvPool:
 
     layout: KvLayout
     layers: range  # the decoder layers of this card's stage
-    available: int
-    blocks: int
+    most_requests: int  # max_num_seqs
+    available: int = 0
+    blocks: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -124,9 +125,11 @@ class KvPool:
     def requests_of(self, tokens: int) -> int:
         """Count the requests of `tokens` tokens that the pool holds; block 0 is the engine's own.
 
-        A model without a cache has no pool, and this says 0.
+        A model without a cache needs no pool, and takes as many as run together.
         """
-        return max(0, self.blocks - 1) // self.layout.blocks_of(tokens) if self.layout.groups else 0
+        if not self.layout.groups:
+            return self.most_requests
+        return max(0, self.blocks - 1) // self.layout.blocks_of(tokens)
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,8 @@ def card_memory(
 def empty_pool(card: ModelCard, engine: EngineConfig, part: Part | None) -> KvPool:
     """Return the pool of one card of a stage before it has blocks."""
     first = part.first_layer if part else 0
-    return KvPool(kv_layout_of(card, engine), range(first, first + card.layers), available=0, blocks=0)
+    layers = range(first, first + card.layers)
+    return KvPool(kv_layout_of(card, engine), layers, most_requests=engine.max_num_seqs)
 
 
 def filled(pool: KvPool, available: int) -> KvPool:
