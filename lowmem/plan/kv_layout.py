@@ -213,45 +213,65 @@ def _groups_of_one_page(caches: Sequence[LayerCache]) -> list[_Group]:
     return groups
 
 
+@dataclass(frozen=True)
+class _Bucket:
+    """Caches of one type, by page size: positions among those of the model."""
+
+    kind: str
+    pages: Mapping[int, Sequence[int]]
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self.pages.values()))
+
+    @property
+    def repeats(self) -> int:
+        """Count how often the pattern repeats that has one cache of each page size."""
+        return max(map(len, self.pages.values()))
+
+    @property
+    def balanced(self) -> bool:
+        """Say whether there are as many caches of each page size, so that they are such a pattern."""
+        return len(set(map(len, self.pages.values()))) == 1
+
+    def widest(self, groups: int) -> int:
+        """Return the bytes of a block of the largest of so many groups."""
+        return sum(-(-len(caches) // groups) * page for page, caches in self.pages.items())
+
+
 def _packed_groups(caches: Sequence[LayerCache]) -> list[_Group]:
-    """Pack layers of several page sizes side by side into blocks (_get_packed_kv_cache_groups).
+    """Pack caches of several page sizes side by side into blocks (_get_packed_kv_cache_groups).
 
-    Layers of one type make a bucket. A bucket with as many layers of each page size is a pattern that
-    repeats, and is split so that groups have about the same number of repeats.
+    A balanced bucket is split so that groups have about as many repeats as the largest pattern of several
+    page sizes, which stays whole. Without such a pattern, windows are split to fit the block of the others.
     """
-    buckets: defaultdict[tuple[object, ...], list[int]] = defaultdict(list)
-    for layer, cache in enumerate(caches):
-        buckets[_same_type(cache)].append(layer)
-    pages = {kind: _by_page(caches, layers) for kind, layers in buckets.items()}
-    balanced = {kind: len(set(map(len, of.values()))) == 1 for kind, of in pages.items()}
-    repeats = {kind: max(map(len, of.values())) for kind, of in pages.items()}
-    mixed = [repeats[kind] for kind in buckets if balanced[kind] and len(pages[kind]) > 1]
-    each = _least_padding([repeats[k] for k in buckets if balanced[k]], max(mixed)) if mixed else None
-    split = {k: -(-repeats[k] // each) if each and balanced[k] else 1 for k in buckets}
-    shrinks = {k for k in buckets if k[0] == "mamba" or (each is None and str(k[0]).startswith("sliding"))}
-    anchor = max(
-        sum(
-            -(-len(layers) // (len(buckets[k]) if k in shrinks else split[k])) * p for p, layers in of.items()
-        )
-        for k, of in pages.items()
+    found: defaultdict[tuple[object, ...], defaultdict[int, list[int]]] = defaultdict(
+        lambda: defaultdict(list)
     )
-    groups = []
-    for kind, layers in buckets.items():
-        count = split[kind]
-        if kind in shrinks:
-            fit = max(anchor // caches[layers[0]].page_bytes, 1)
-            count = max(count, -(-len(layers) // fit))
-        pattern = [layers] if count == 1 else list(zip(*pages[kind].values(), strict=True))
-        for i in range(count):
-            groups.append([(caches[layer], layer) for repeat in pattern[i::count] for layer in repeat])
+    for position, cache in enumerate(caches):
+        found[_same_type(cache)][cache.page_bytes].append(position)
+    buckets = [_Bucket(str(kind[0]), pages) for kind, pages in found.items()]
+    whole = [b.repeats for b in buckets if b.balanced and len(b.pages) > 1]
+    repeats = _least_padding([b.repeats for b in buckets if b.balanced], max(whole)) if whole else None
+
+    def parts(bucket: _Bucket) -> int:
+        return -(-bucket.repeats // repeats) if repeats and bucket.balanced else 1
+
+    def shrinks(bucket: _Bucket) -> bool:
+        return repeats is None and bucket.kind.startswith("sliding")
+
+    block = max(b.widest(b.size if shrinks(b) else parts(b)) for b in buckets)
+    groups: list[_Group] = []
+    for bucket in buckets:
+        count = parts(bucket)
+        if shrinks(bucket):
+            count = max(count, -(-bucket.size // max(block // next(iter(bucket.pages)), 1)))
+        if count == 1:
+            groups.append([(caches[n], n) for n in sorted(n for of in bucket.pages.values() for n in of)])
+            continue
+        pattern = list(zip(*bucket.pages.values(), strict=True))
+        groups += [[(caches[n], n) for repeat in pattern[i::count] for n in repeat] for i in range(count)]
     return groups
-
-
-def _by_page(caches: Sequence[LayerCache], layers: Sequence[int]) -> dict[int, list[int]]:
-    found: defaultdict[int, list[int]] = defaultdict(list)
-    for layer in layers:
-        found[caches[layer].page_bytes].append(layer)
-    return dict(found)
 
 
 def _least_padding(counts: Sequence[int], least: int) -> int:
