@@ -83,8 +83,8 @@ def _hybrid(
     """Return the caches of layers of which some attend and some keep a state.
 
     `pattern` has "attention", "state", "both" or "" for each layer. A state fills the page of an attention
-    block. With prefix caching a request holds two, and a checkpoint where the kernel writes one
-    (v1/kv_cache_interface.py, MambaSpec).
+    block. With prefix caching a request holds two, and a checkpoint where the kernel writes one; without, a
+    state stands for all tokens (v1/kv_cache_interface.py, MambaSpec).
     """
     block = block_tokens(fields, settings)
     window = fields.window if fields.family.get("rule") == "nemotron_h" else 0
@@ -92,9 +92,15 @@ def _hybrid(
     if "state" in pattern or "both" in pattern:
         block = _aligned_block(token_bytes, state_bytes, block)
     attends = attention(settings, block, fields.kv, window)
-    states = 2 + checkpoints if settings.prefix_caching else 1
-    state = LayerCache("mamba", block, block * token_bytes, states=states, shape=(state_bytes,))
-    layers = {"attention": (attends,), "state": (state,), "both": (state, attends)}
+    cached = settings.prefix_caching
+    state = LayerCache(
+        "mamba",
+        block if cached else settings.max_model_len,
+        block * token_bytes,
+        states=2 + checkpoints if cached else 1,
+        shape=(state_bytes,),
+    )
+    layers = {"attention": (attends,), "state": (state,), "both": (attends, state)}
     return [layers.get(kind, ()) for kind in pattern]
 
 

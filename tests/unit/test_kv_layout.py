@@ -19,7 +19,8 @@ from lowmem.plan.kv_specs import KvSettings
 from lowmem.plan.kv_types import stored_kv_dtype
 from lowmem.units import GIB, MIB
 
-MODELS = json.loads((Path(__file__).parents[1] / "data" / "kv_oracles.json").read_text())["models"]
+ORACLES = json.loads((Path(__file__).parents[1] / "data" / "kv_oracles.json").read_text())
+MODELS = ORACLES["models"]
 MEASURED = {name: model for name, model in MODELS.items() if "groups" in model}
 SPECS = {
     "FullAttentionSpec": "full",
@@ -67,6 +68,18 @@ def test_groups_and_blocks_are_those_of_vllm(name):
     if layout.groups:
         assert 900 * GIB // layout.bytes_per_block() == model["num_blocks_of_900_gib"]
         assert layout.blocks_per_request == model["blocks_per_request"]
+
+
+@pytest.mark.parametrize("name", ORACLES["families"])
+def test_other_families_are_those_of_vllm_too(name):
+    """By name: the defaults of a type, on two cards, with 8-bit KV, or without prefix caching."""
+    oracle = ORACLES["families"][name]
+    changes = {key: oracle[key] for key in ("tp", "kv_dtype", "prefix_caching") if key in oracle}
+    given = replace(SHORT, max_model_len=oracle["max_model_len"], **changes)
+    layout = kv_layout(ORACLES["family_configs"][oracle["type"]], given)
+    groups = [[len(g.layers), g.block_tokens, g.page_bytes(range(4096))] for g in layout.groups]
+    assert groups == [[layers, tokens, layers * page] for layers, _, tokens, page in oracle["groups"]]
+    assert layout.bytes_per_request() == oracle["bytes_per_request"]
 
 
 def test_the_oracles_hold_every_kind_of_layer():
