@@ -152,6 +152,7 @@ class ModelCard(Strict):
     dtype: str = "float16"
     quantization: Quantization = Quantization()
     groups: tuple[WeightGroup, ...]
+    config: dict[str, Any] = Field(description="config.json, which decides the layout of the KV cache")
     header_bytes: Bytes | None = Field(
         None, description="sum of the tensors as the safetensors headers give it; None: not read"
     )
@@ -316,6 +317,26 @@ class Pipeline(Strict):
     )
 
 
+class KvCacheGroup(Strict):
+    """Layers whose caches share a block table, on one GPU. A request holds blocks of each group."""
+
+    kind: Literal["full", "mla", "sliding", "sliding_mla", "chunked", "mamba"]
+    layers: int = Field(description="caches of the group; a layer may have several")
+    block_tokens: int
+    page_bytes: Bytes = Field(description="one block over these layers")
+    blocks_per_request: int = Field(description="of a request of max_model_len")
+    groups: int = Field(description="how many groups are alike")
+
+
+class KvCache(Strict):
+    """Layout of the KV cache on one GPU, as vLLM makes it from config.json; of several stages the fullest."""
+
+    bytes_per_request: Bytes = Field(description="what one request of max_model_len holds; 0: no cache")
+    blocks_per_request: int
+    bytes_per_block: Bytes = Field(description="a block belongs to one group at a time: the largest counts")
+    groups: tuple[KvCacheGroup, ...]
+
+
 class Node(Strict):
     """Start parameters of one host of a multi-host server."""
 
@@ -392,6 +413,7 @@ class Plan(Strict):
         0, description="what the engine's budget leaves for KV; negative: it does not start"
     )
     kv_tokens: int
+    kv_cache: KvCache | None = Field(None, description="layout of the pool; None: a plan of an older release")
     max_requests: int
     latency_ms: Latency
     arguments: tuple[Argument, ...]

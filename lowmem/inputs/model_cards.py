@@ -229,6 +229,7 @@ def card_from_config(
         dtype=dtype,
         quantization=quantization,
         groups=groups,
+        config=dict(config),
         header_bytes=header_bytes,
     )
 

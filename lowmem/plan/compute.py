@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lowmem.errors import BadInput
 from lowmem.plan import support
 from lowmem.plan.engine_config import EngineConfig
+from lowmem.plan.kv_layout import group_rows
 from lowmem.plan.latency import idle_share, latency, link_needs
 from lowmem.plan.launch import arguments_of, environment_of, nodes_of, service_limits
 from lowmem.plan.memory import (
     CardMemory,
+    KvPool,
     host_ram,
-    kv_bytes_per_token,
+    kv_layout_of,
     stage_memories,
     stage_ram,
     start_peak,
-    usable_kv_tokens,
 )
 from lowmem.plan.request import Inputs
 from lowmem.plan.resolve import resolve
@@ -34,7 +34,7 @@ from lowmem.plan.verdict import (
     start_notes,
 )
 from lowmem.plan.weights import stored_bytes
-from lowmem.schema import Device, Limits, Pipeline, Plan, Stage, Verdict
+from lowmem.schema import Device, KvCache, KvCacheGroup, Limits, Pipeline, Plan, Stage, Verdict
 from lowmem.units import mib
 
 
@@ -69,13 +69,21 @@ def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None
         *network_reasons(pipeline, load, limits),
     ]
     if not blocked and requests < 1:
-        part, memory = fullest(steps.stages)
-        need = kv_bytes_per_token(part.card, engine) * (load.input_tokens + load.output_tokens)
+        _, memory = fullest(steps.stages)
+        blocks = memory.kv.layout.blocks_of(load.input_tokens + load.output_tokens)
+        need = blocks * memory.kv.block_bytes
         blocked = [
             f"kv_cache: the pool of {mib(memory.terms['kv_cache'])} holds no request of the load; one needs"
             f" {mib(need)}"
         ]
     return blocked
+
+
+def load_blocks(inputs: Inputs, engine: EngineConfig) -> int:
+    """Count the blocks that the load's requests hold, as many of them as run together."""
+    together = min(inputs.load.clients, engine.max_num_seqs)
+    layout = kv_layout_of(inputs.card, engine)
+    return together * layout.blocks_of(inputs.load.input_tokens + inputs.load.output_tokens)
 
 
 def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
@@ -90,13 +98,11 @@ def compute(inputs: Inputs) -> Plan:
     """
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     engine = engine_of(inputs)
-    request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
-    held = min(load.clients, engine.max_num_seqs) * request
-    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
+    stages = stage_memories(card, engine, device, ceiling(device, limits), load_blocks(inputs, engine))
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
-    requests = usable_kv_tokens(memory.kv_tokens, engine) // request
+    requests = memory.kv.requests_of(load.input_tokens + load.output_tokens)
     pipeline = pipeline_of(steps, limits)
     blocked = blocking_reasons(inputs, steps, pipeline, requests)
     slow = slow_reasons(engine, speed, load, limits, requests)
@@ -141,8 +147,9 @@ def compute(inputs: Inputs) -> Plan:
         start_peak_bytes=max(start_peak(p.card, engine, device, m) for p, m in stages),
         host_ram=host,
         stage_ram=stage_ram(card),
-        kv_available_bytes=memory.kv_available,
-        kv_tokens=memory.kv_tokens,
+        kv_available_bytes=memory.kv.available,
+        kv_tokens=memory.kv.tokens,
+        kv_cache=kv_cache_of(memory.kv),
         max_requests=requests,
         latency_ms=speed,
         arguments=own.arguments if own else arguments,
@@ -152,6 +159,16 @@ def compute(inputs: Inputs) -> Plan:
         stages=stages_of(engine, device, stages),
         pipeline=pipeline,
         nodes=nodes,
+    )
+
+
+def kv_cache_of(pool: KvPool) -> KvCache:
+    """Describe the layout of one card's KV cache."""
+    return KvCache(
+        bytes_per_request=pool.layout.bytes_per_request(pool.layers),
+        blocks_per_request=pool.layout.blocks_per_request,
+        bytes_per_block=pool.block_bytes,
+        groups=tuple(KvCacheGroup.model_validate(row) for row in group_rows(pool.layout, pool.layers)),
     )
 
 

@@ -9,8 +9,6 @@ from lowmem.errors import BadInput
 from lowmem.plan.knobs import _capability
 from lowmem.schema import Device, ModelCard, Scalar
 
-KV_BLOCK_TOKENS = 16
-
 # Each KV type with the CUDA compute capability and the vLLM version that it needs. FlashAttention takes fp8
 # on 9.0 and 10.0 only, and Triton's fp8 needs 8.9. The per-token-head integer types and TurboQuant's integer
 # keys run in Triton on any card (0.32.0: v1/attention/backends/{flash_attn,triton_attn,turboquant_attn}.py).
@@ -61,7 +59,7 @@ class EngineConfig:
     kv_auto: bool  # the plan decides the pool
     kv_blocks_override: int | None
     kv_dtype: str
-    block_tokens: int
+    block_tokens: int | None  # --block-size; None: what the attention back end asks for
     eager: bool
     graph_sizes: tuple[int, ...]
     custom_all_reduce: bool

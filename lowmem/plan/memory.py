@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import _mib, constant
 from lowmem.plan.engine_config import EngineConfig
+from lowmem.plan.kv_layout import KvLayout, kv_layout
+from lowmem.plan.kv_specs import KvSettings
 from lowmem.plan.stages import Part, parts, pipeline_buffers
 from lowmem.plan.weights import (
     Weights,
@@ -24,35 +26,24 @@ from lowmem.schema import Device, ModelCard
 from lowmem.units import MIB
 
 
-def kv_bytes_per_token(card: ModelCard, engine: EngineConfig) -> int:
-    """Return the bytes of one token's keys and values on one card, over all layers."""
-    heads = max(1, card.kv_heads // engine.tp)
-    full = 2 * card.head_dim * DTYPE_BYTES[engine.dtype]
-    slot = {
-        "auto": full,
-        "float16": 2 * card.head_dim * 2,
-        "bfloat16": 2 * card.head_dim * 2,
-        "int8_per_token_head": 2 * card.head_dim + 8,
-        "fp8_per_token_head": 2 * card.head_dim + 8,
-        "int4_per_token_head": card.head_dim + 8,
-    }.get(engine.kv_dtype)
-    if slot is not None:
-        return card.layers * heads * slot
-    if engine.kv_dtype.startswith("fp8"):
-        return card.layers * heads * 2 * card.head_dim
-    key_bits, value_bits = {
-        "turboquant_k8v4": (8, 4),
-        "turboquant_4bit_nc": (4, 4),
-        "turboquant_k3v4_nc": (3, 4),
-        "turboquant_3bit_nc": (3, 3),
-    }[engine.kv_dtype]
-    key = card.head_dim if key_bits == 8 else math.ceil(card.head_dim * key_bits / 8) + 2
-    small = key + math.ceil(card.head_dim * value_bits / 8) + 4
-    small += small % 2
-    ends = min(
-        4, card.layers
-    )  # the first two and last two layers stay at 16 bits (turboquant/config.py, get_boundary_skip_layers)
-    return heads * (ends * full + (card.layers - ends) * small)
+def kv_layout_of(card: ModelCard, engine: EngineConfig) -> KvLayout:
+    """Lay out the KV cache of the whole model, of which a pipeline stage has some of the layers.
+
+    Raises BadInput for a model whose cache is not known.
+    """
+    return kv_layout(
+        card.config,
+        KvSettings(
+            max_model_len=engine.max_model_len,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            tp=engine.tp,
+            dtype_bytes=DTYPE_BYTES[engine.dtype],
+            kv_dtype=engine.kv_dtype,
+            block_tokens=engine.block_tokens,
+            batches_in_flight=engine.pp + engine.async_scheduling,
+            prefix_caching=engine.prefix_caching,
+        ),
+    )
 
 
 def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True) -> int:
@@ -111,6 +102,37 @@ def of_loading(which: str, card: ModelCard, engine: EngineConfig) -> float | Non
 
 
 @dataclass(frozen=True)
+class KvPool:
+    """KV pool of one card: blocks of a layout, and their bytes on this card.
+
+    `available` is what is left for it; negative: the engine does not start.
+    """
+
+    layout: KvLayout
+    layers: range  # the decoder layers of this card's stage
+    most_requests: int  # max_num_seqs
+    available: int = 0
+    blocks: int = 0
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.bytes_per_block(self.layers)
+
+    @property
+    def tokens(self) -> int:
+        return self.layout.tokens_of_blocks(self.blocks)
+
+    def requests_of(self, tokens: int) -> int:
+        """Count the requests of `tokens` tokens that the pool holds; block 0 is the engine's own.
+
+        A model without a cache needs no pool, and takes as many as run together.
+        """
+        if not self.layout.groups:
+            return self.most_requests
+        return max(0, self.blocks - 1) // self.layout.blocks_of(tokens)
+
+
+@dataclass(frozen=True)
 class CardMemory:
     """Memory of one card.
 
@@ -120,9 +142,7 @@ class CardMemory:
     terms: dict[str, int]
     load: dict[str, int]
     weights: Weights
-    kv_available: int  # what is left for KV; negative: the engine does not start
-    kv_tokens: int
-    kv_block_bytes: int
+    kv: KvPool
     before_start: int  # of the terms, what is there when the engine reads free memory for the first time
 
     @property
@@ -134,13 +154,8 @@ class CardMemory:
         return self.total + sum(self.load.values())
 
 
-def usable_kv_tokens(kv_tokens: int, engine: EngineConfig) -> int:
-    """Return the tokens of a pool that requests can use; block 0 is the engine's own."""
-    return max(0, kv_tokens - engine.block_tokens)
-
-
 def stage_memories(
-    card: ModelCard, engine: EngineConfig, device: Device, limit_bytes: int, load_tokens: int = 0
+    card: ModelCard, engine: EngineConfig, device: Device, limit_bytes: int, load_blocks: int = 0
 ) -> tuple[tuple[Part, CardMemory], ...]:
     """Compute the memory of one card of each stage.
 
@@ -148,16 +163,16 @@ def stage_memories(
     """
     one = cpu_memory if device.kind == "cpu" else card_memory
     found = [
-        (part, one(part.card, engine, device, limit_bytes, load_tokens, part)) for part in parts(card, engine)
+        (part, one(part.card, engine, device, limit_bytes, load_blocks, part)) for part in parts(card, engine)
     ]
-    tokens = min(memory.kv_tokens for _, memory in found)
+    blocks = min(memory.kv.blocks for _, memory in found)
     return tuple(
         (
             part,
             replace(
                 m,
-                kv_tokens=tokens,
-                terms={**m.terms, "kv_cache": tokens // engine.block_tokens * m.kv_block_bytes},
+                kv=replace(m.kv, blocks=blocks),
+                terms={**m.terms, "kv_cache": blocks * m.kv.block_bytes},
             ),
         )
         for part, m in found
@@ -169,12 +184,12 @@ def card_memory(
     engine: EngineConfig,
     device: Device,
     limit_bytes: int,
-    load_tokens: int = 0,
+    load_blocks: int = 0,
     part: Part | None = None,
 ) -> CardMemory:
     """Compute the memory of one GPU, or of one GPU of the pipeline stage `part`.
 
-    The KV pool follows the utilization, the given size, or (auto) the limit and the tokens of the load.
+    The KV pool follows the utilization, the given size, or (auto) the limit and the blocks of the load.
     """
     w = weights(card, engine)
     act = peak_activations(card, engine, part is None or part.last)
@@ -202,13 +217,13 @@ def card_memory(
     if part and engine.pp > 1:
         terms["pipeline_buffers"] = pipeline_buffers(part, engine)
     load = {"activations": round(act * float(constant("memory", "load_activation_ratio")[engine.kernel]))}
-    block = kv_bytes_per_token(card, engine) * engine.block_tokens
+    pool = empty_pool(card, engine, part)
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
         room = limit_bytes - sum(terms.values()) - sum(load.values())
         available = chosen_pool(
-            engine, block, min(room, start_room(terms, engine, device)), limit_bytes, load_tokens
+            engine, pool, min(room, start_room(terms, engine, device)), limit_bytes, load_blocks
         )
     else:
         budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
@@ -222,11 +237,24 @@ def card_memory(
             - growth
             - profiled
         )
-    blocks = max(0, available // block)
-    if engine.kv_blocks_override is not None and blocks:
-        blocks = engine.kv_blocks_override
-    terms["kv_cache"] = blocks * block
-    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, before + terms["nccl"])
+    pool = filled(pool, available)
+    if engine.kv_blocks_override is not None and pool.blocks:
+        pool = replace(pool, blocks=engine.kv_blocks_override)
+    terms["kv_cache"] = pool.blocks * pool.block_bytes
+    return CardMemory(terms, load, w, pool, before + terms["nccl"])
+
+
+def empty_pool(card: ModelCard, engine: EngineConfig, part: Part | None) -> KvPool:
+    """Return the pool of one card of a stage before it has blocks."""
+    first = part.first_layer if part else 0
+    layers = range(first, first + card.layers)
+    return KvPool(kv_layout_of(card, engine), layers, most_requests=engine.max_num_seqs)
+
+
+def filled(pool: KvPool, available: int) -> KvPool:
+    """Return the pool with the blocks that the available bytes hold."""
+    blocks = max(0, available) // pool.block_bytes if pool.block_bytes else 0
+    return replace(pool, available=available, blocks=blocks)
 
 
 def start_room(terms: dict[str, int], engine: EngineConfig, device: Device) -> int:
@@ -293,7 +321,7 @@ def cpu_memory(
     engine: EngineConfig,
     device: Device,
     limit_bytes: int,
-    load_tokens: int = 0,
+    load_blocks: int = 0,
     part: Part | None = None,
 ) -> CardMemory:
     """Compute the resident set of the service on a CPU.
@@ -301,14 +329,14 @@ def cpu_memory(
     `runtime` is Python, torch and the engine's three processes.
     """
     w = weights(card, engine)
-    block = kv_bytes_per_token(card, engine) * engine.block_tokens
+    pool = empty_pool(card, engine, part)
     fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
     load = {"activations": peak_activations(card, engine, part is None or part.last)}
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
         available = chosen_pool(
-            engine, block, limit_bytes - sum(fixed.values()) - sum(load.values()), limit_bytes, load_tokens
+            engine, pool, limit_bytes - sum(fixed.values()) - sum(load.values()), limit_bytes, load_blocks
         )
     else:  # utilization is a share of the machine's RAM
         available = (
@@ -316,20 +344,24 @@ def cpu_memory(
             - sum(fixed.values())
             - sum(load.values())
         )
-    blocks = max(0, available // block)
-    terms = {"weights": fixed["weights"], "kv_cache": blocks * block, "runtime": fixed["runtime"]}
-    return CardMemory(terms, load, w, available, blocks * engine.block_tokens, block, 0)
+    pool = filled(pool, available)
+    terms = {
+        "weights": fixed["weights"],
+        "kv_cache": pool.blocks * pool.block_bytes,
+        "runtime": fixed["runtime"],
+    }
+    return CardMemory(terms, load, w, pool, 0)
 
 
-def chosen_pool(engine: EngineConfig, block: int, room: int, limit_bytes: int, load_tokens: int) -> int:
+def chosen_pool(engine: EngineConfig, pool: KvPool, room: int, limit_bytes: int, load_blocks: int) -> int:
     """Return the bytes of the KV pool that the plan chooses in the given room.
 
     The pool is at most what `max_num_seqs` requests of `max_model_len` can use, and leaves the model's own
     error below the limit. The load's requests come before that error, down to the least margin. Block 0 is
     the engine's own.
     """
-    useful = (engine.max_num_seqs * math.ceil(engine.max_model_len / engine.block_tokens) + 1) * block
-    needed = (math.ceil(load_tokens / engine.block_tokens) + 1) * block
+    useful = (engine.max_num_seqs * pool.layout.blocks_per_request + 1) * pool.block_bytes
+    needed = (load_blocks + 1) * pool.block_bytes
     easy = min(useful, room - round(limit_bytes * float(constant("memory", "model_error"))))
     return easy if easy >= needed else min(needed, room - _mib("margin_mib"))
 

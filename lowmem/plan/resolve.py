@@ -8,13 +8,13 @@ from typing import Any
 from lowmem.errors import BadInput
 from lowmem.plan import support
 from lowmem.plan.engine_config import (
-    KV_BLOCK_TOKENS,
     EngineConfig,
     graph_sizes,
     layer_partition,
     linear_kernel,
 )
 from lowmem.plan.knobs import version
+from lowmem.plan.kv_types import stored_kv_dtype
 from lowmem.schema import Device, Knob, ModelCard
 from lowmem.units import GIB
 
@@ -43,8 +43,8 @@ def resolve(
     max_len = _max_model_len(v, card)
     seqs, batched = _batch(v, device, max_len)
     support.refuse_batch(v, seqs, batched, max_len)
-    kv_dtype, kv = str(v.get("kv_cache_dtype", "auto")), v.get("kv_cache_memory_bytes")
-    block = int(v.get("block_size", KV_BLOCK_TOKENS if device.kind == "cuda" else 128))
+    kv_dtype, kv = _kv_dtype(v, card), v.get("kv_cache_memory_bytes")
+    block = v.get("block_size", None if device.kind == "cuda" else 128)
     support.refuse_kv(kv_dtype, block)
     support.refuse_offload(v, card)
     backend, disabled = str(v.get("linear_backend", "auto")), environment.get("VLLM_DISABLED_KERNELS", "")
@@ -64,7 +64,7 @@ def resolve(
         kv_auto=kv == "auto",
         kv_blocks_override=int(v["num_gpu_blocks_override"]) if "num_gpu_blocks_override" in v else None,
         kv_dtype=kv_dtype,
-        block_tokens=block,
+        block_tokens=None if block is None else int(block),
         **_graphs(v, device, seqs, batched),
         custom_all_reduce=not v.get("disable_custom_all_reduce", False),
         **_offload(v),
@@ -85,6 +85,12 @@ def _dtype(v: Mapping[str, Any], card: ModelCard) -> str:
             dtype, "float16" if card.dtype == "float32" else card.dtype
         )
     return dtype
+
+
+def _kv_dtype(v: Mapping[str, Any], card: ModelCard) -> str:
+    """Return the type of the KV cache; "auto" is what the checkpoint asks for."""
+    given = str(v.get("kv_cache_dtype", "auto"))
+    return stored_kv_dtype(card.config) if given == "auto" else given
 
 
 def _auto_len(v: Mapping[str, Any]) -> bool:

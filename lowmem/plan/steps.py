@@ -13,7 +13,7 @@ from functools import cached_property
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.memory import CardMemory, kv_bytes_per_token, usable_kv_tokens
+from lowmem.plan.memory import CardMemory
 from lowmem.plan.stages import Part, hop_bytes_per_token
 from lowmem.plan.weights import streamed_layers
 from lowmem.schema import Device, Link, Load, ModelCard
@@ -124,7 +124,7 @@ class StepModel:
     def together(self) -> int:
         """Count the requests that decode in one step."""
         request = self.load.input_tokens + self.load.output_tokens
-        held = usable_kv_tokens(self.stages[0][1].kv_tokens, self.engine) // request
+        held = self.stages[0][1].kv.requests_of(request)
         return min(self.load.clients, self.engine.max_num_seqs, held or self.load.clients)
 
     @property
@@ -162,7 +162,7 @@ class StepModel:
 
     def work(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> dict[str, float]:
         """Compute the floors of a step of `tokens` tokens on one stage, by term."""
-        mine, weights = stage[0].card, stage[1].weights
+        mine, weights, kv = stage[0].card, stage[1].weights, stage[1].kv
         hbm = self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
         context = self.load.input_tokens + self.load.output_tokens // 2
         expert_bytes = sum(
@@ -173,7 +173,7 @@ class StepModel:
         read = weights.sharded + weights.replicated - weights.offloaded - _embedding_bytes(mine, self.engine)
         return {
             "hbm_weights": max(0, read - idle) / hbm,
-            "hbm_kv": kv_bytes_per_token(mine, self.engine) * context * sequences / hbm,
+            "hbm_kv": kv.layout.bytes_read(context, kv.layers) * sequences / hbm,
             "link_offload": weights.offloaded / (self.device.link_gb_per_s * GB / 1e3),
             "flops": 2 * _active_parameters(mine) * tokens / self.flops_per_ms,
         }

@@ -187,11 +187,11 @@ def refuse_batch(v: Mapping[str, Any], seqs: int, batched: int, max_len: int) ->
         )
 
 
-def refuse_kv(kv_dtype: str, block: int) -> None:
+def refuse_kv(kv_dtype: str, block: int | None) -> None:
     """Raise BadInput for a KV type or a block size that no version has."""
     if kv_dtype not in KV_DTYPES:
         raise BadInput(f"kv_cache_dtype={kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
-    if block % 16:
+    if block is not None and (block < 16 or block % 16):
         raise BadInput(f"block_size={block} is not a multiple of 16; use 16, 32, 64 or 128")
 
 

@@ -30,7 +30,7 @@ def stage_reasons(
     A reason that holds on several stages is given once.
     """
     reasons: dict[str, str] = {}
-    least = min(range(len(stages)), key=lambda n: stages[n][1].kv_available / stages[n][1].kv_block_bytes)
+    least = min(range(len(stages)), key=lambda n: _blocks_available(stages[n][1]))
     for n in sorted(range(len(stages)), key=lambda n: n != least):
         part, memory = stages[n]
         for reason in memory_reasons(engine, part.card, device, memory, limits):
@@ -39,6 +39,18 @@ def stage_reasons(
             ):  # the other stages get the pool of the least one
                 reasons.setdefault(reason, f"stage {n}: {reason}" if len(stages) > 1 else reason)
     return list(reasons.values())
+
+
+def _reserved_blocks(engine: EngineConfig, memory: CardMemory) -> int:
+    """Count the blocks that the start check holds back: block 0, as of the version that was read
+    (0.32.0, kv_cache_utils.py, get_kv_cache_configs).
+    """
+    return 1 if engine.vllm >= (0, 32, 0) and memory.kv.layout.groups else 0
+
+
+def _blocks_available(memory: CardMemory) -> float:
+    """Return the blocks that a stage has room for; a model without a cache has no least stage."""
+    return memory.kv.available / memory.kv.block_bytes if memory.kv.block_bytes else math.inf
 
 
 def memory_reasons(
@@ -65,10 +77,10 @@ def memory_reasons(
             f" the card to {mib(need)}, {mib(need - total)} ({need - total} bytes) more than {device.title}"
             " has; compressed-tensors weights need less"
         )
-    elif memory.kv_available <= 0:
+    elif memory.kv.available <= 0 and memory.kv.layout.groups:
         reasons.append(
             "kv_cache: No available memory for the cache blocks: Available KV cache memory:"
-            f" {gib(memory.kv_available)}; short by {-memory.kv_available} bytes ({_pool_advice(engine)})"
+            f" {gib(memory.kv.available)}; short by {-memory.kv.available} bytes ({_pool_advice(engine)})"
         )
     elif (
         device.kind == "cuda"
@@ -81,8 +93,12 @@ def memory_reasons(
             f" ({short} bytes) more than {device.title} has left when the engine allocates it; lower"
             " kv_cache_memory_bytes"
         )
-    elif memory.kv_tokens < engine.max_model_len and not engine.auto_len:
-        need = math.ceil(engine.max_model_len / engine.block_tokens) * memory.kv_block_bytes
+    elif (
+        memory.kv.blocks < memory.kv.layout.blocks_per_request + _reserved_blocks(engine, memory)
+        and not engine.auto_len
+    ):
+        need = memory.kv.layout.bytes_per_request(memory.kv.layers)
+        need += _reserved_blocks(engine, memory) * memory.kv.block_bytes
         short = need - memory.terms["kv_cache"]
         reasons.append(
             f"kv_cache: to serve one request of max_model_len {engine.max_model_len}, {gib(need)} KV cache is"

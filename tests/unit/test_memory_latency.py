@@ -43,7 +43,12 @@ def test_the_floor_is_the_slowest_of_hbm_link_and_operations():
         PlanRequest(
             "low_latency",
             device="h200",
-            overrides={"max_num_seqs": 2048, "max_num_batched_tokens": 2048},
+            # a request of 2 tokens takes a block of 16, so that 2,048 of them need 10 GiB
+            overrides={
+                "max_num_seqs": 2048,
+                "max_num_batched_tokens": 2048,
+                "kv_cache_memory_bytes": "11GiB",
+            },
             clients=2048,
             input_tokens=1,
             output_tokens=1,

@@ -88,6 +88,7 @@ def test_the_documented_interface(name):
         "per_gpu",
         "host_ram_bytes",
         "kv_tokens",
+        "kv_cache",
         "max_requests",
         "latency_ms",
         "argv",
@@ -352,3 +353,56 @@ def test_the_group_size_fits_the_model_and_its_split(
 ) -> None:
     plan = make_plan(PlanRequest("low_latency", model=model, device=device, count=count, overrides=knobs))
     assert plan.quantization.group_size == group_size
+
+
+MISTRAL = {
+    "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "torch_dtype": "bfloat16",
+    "max_position_embeddings": 32768, "sliding_window": 4096,
+}  # fmt: skip
+LONG = {"tensor_parallel_size": 1, "max_model_len": 32768, "max_num_batched_tokens": 512}
+
+
+def plan_of_config(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return make_plan(PlanRequest("low_latency", model=str(tmp_path), overrides=LONG, search=False))
+
+
+def test_a_sliding_window_holds_642_mib_and_not_4_gib(tmp_path):
+    plan = plan_of_config(tmp_path, MISTRAL)
+    assert plan.kv_cache.bytes_per_request == 642 * MIB
+    assert [g.model_dump() for g in plan.kv_cache.groups] == [
+        {
+            "kind": "sliding",
+            "layers": 32,
+            "block_tokens": 16,
+            "page_bytes": 2 * MIB,
+            "blocks_per_request": 321,
+            "groups": 1,
+        }
+    ]
+    whole = plan_of_config(tmp_path, {**MISTRAL, "sliding_window": None})
+    assert whole.kv_cache.bytes_per_request == 4 * GIB
+
+
+def test_the_kv_type_of_the_checkpoint_counts(tmp_path):
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    weights = {"num_bits": 4, "type": "int", "group_size": 128, "symmetric": True}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "config_groups": {"group_0": {"weights": weights, "targets": ["Linear"]}},
+        "kv_cache_scheme": scheme,
+    }
+    plan = plan_of_config(tmp_path, {**MISTRAL, "quantization_config": quantization})
+    assert plan.kv_cache.bytes_per_request == 321 * MIB
+    assert plan.reasons[0].startswith("kv_cache_dtype=fp8 needs compute capability 8.9")
+
+
+def test_a_request_and_block_0_must_fit():
+    one = {"max_model_len": 2048, "max_num_seqs": 1, "kv_cache_memory_bytes": 128 * 160 * 1024 * 16}
+    load = {"clients": 1, "input_tokens": 100, "output_tokens": 100, "search": False}
+    short = make_plan(PlanRequest("low_mem", overrides=one, **load))
+    assert "kv_cache: to serve one request" in short.reasons[0]
+    assert "short by 2621440 bytes" in short.reasons[0]
+    more = {**one, "kv_cache_memory_bytes": 129 * 160 * 1024 * 16}
+    assert make_plan(PlanRequest("low_mem", overrides=more, **load)).verdict != "impossible"
