@@ -19,12 +19,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lowmem.service import gateway_health
@@ -435,6 +436,84 @@ def test_a_reload_takes_new_keys_and_leaves_a_stream(gateway: Gateway) -> None:
     (gateway.tree / "keys.conf").write_text(before)
     gateway.variables["__gateway_key_file"] = key_file(KEYS)
     assert gateway.run("reload").returncode == 0
+
+
+def workers(gateway: Gateway) -> list[psutil.Process]:
+    main = psutil.Process(int((gateway.folder / "run/nginx.pid").read_text()))
+    return main.children()
+
+
+@contextmanager
+def keys_of(gateway: Gateway, keys: dict[str, str]) -> Iterator[None]:
+    """Write other keys, as the role does before it reloads; the old ones come back and are loaded."""
+    assert gateway.put(__gateway_key_file=key_file(keys)).returncode == 0
+    try:
+        yield
+    finally:
+        assert gateway.put(__gateway_key_file=key_file(KEYS)).returncode == 0
+        assert gateway.run("reload").returncode == 0
+
+
+@needs_nginx
+def test_a_reload_ends_after_the_old_workers_took_their_last_connection(gateway: Gateway) -> None:
+    old = workers(gateway)
+    with keys_of(gateway, {"bob": BOB, "default": SLOW, "new": NEW}):
+        old[0].suspend()
+        with subprocess.Popen([gateway.tree / "gateway.sh", "reload"]) as reload:
+            try:
+                wait_for(lambda: len(set(workers(gateway)) - set(old)) == 2)
+                # the new workers serve, and one old worker has not heard of it yet
+                with pytest.raises(subprocess.TimeoutExpired):
+                    reload.wait(1)
+                assert gateway.run("state").stdout == "stale\n"
+            finally:
+                old[0].resume()
+            assert reload.wait(30) == 0
+        assert {gateway.ask("GET", "/v1/models", NEW)[0] for _ in range(100)} == {200}
+
+
+@needs_nginx
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/models HTTP/1.1\r\nHost: a\r\n"], ids=["nothing", "half"])
+def test_a_revoked_key_is_refused_on_a_connection_from_before(gateway: Gateway, sent: bytes) -> None:
+    """An old worker keeps a connection whose request it has begun to read, and answers it."""
+    trusted = ssl.create_default_context(cafile=str(gateway.folder / "certificate.pem"))
+    streaming, answer = gateway.stream(BOB)
+    with ExitStack() as stack:
+        early = []
+        for _ in range(8):  # some with each worker
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 60))
+            early.append(stack.enter_context(trusted.wrap_socket(plain, server_hostname="127.0.0.1")))
+            early[-1].sendall(sent)
+        gateway.upstream.seen.clear()
+        with keys_of(gateway, {"bob": BOB, "default": SLOW, "new": NEW}):
+            assert gateway.run("reload").returncode == 0
+            statuses = []
+            for connection in early:
+                rest = f"Authorization: Bearer {ALICE}\r\nConnection: close\r\n\r\n".encode()
+                with suppress(OSError):  # closed by the old worker
+                    connection.sendall((b"" if sent else b"GET /v1/models HTTP/1.1\r\nHost: a\r\n") + rest)
+                    statuses.append(connection.recv(12))
+        assert set(statuses) <= {b"HTTP/1.1 401", b""}
+        assert b"HTTP/1.1 401" in statuses
+        assert gateway.upstream.seen == []
+    for number in range(3):
+        gateway.upstream.lines.release()
+        assert answer.readline() == f"data: {number}\n".encode()
+    streaming.close()
+
+
+@needs_nginx
+def test_a_key_of_the_same_name_is_another_key(gateway: Gateway) -> None:
+    """Refused by workers that have not reloaded yet, and the others' keys are not."""
+    with keys_of(gateway, {"alice": NEW, "bob": BOB, "default": SLOW}):
+        assert (gateway.ask("GET", "/v1/models", ALICE)[0], gateway.ask("GET", "/v1/models", BOB)[0]) == (
+            401,
+            200,
+        )
+        basic = base64.b64encode(f"alice:{ALICE}".encode()).decode()
+        (gateway.folder / "status").mkdir(exist_ok=True)
+        assert gateway.ask("GET", "/status/", Authorization=f"Basic {basic}")[0] == 401
+        (gateway.folder / "status").rmdir()
 
 
 @needs_nginx
