@@ -9,8 +9,10 @@ import contextlib
 import copy
 import importlib
 import json
-import runpy
+import os
 import resource
+import runpy
+import shutil
 import time
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,6 +25,7 @@ from typer.testing import CliRunner
 from lowmem.cli import main
 from lowmem.files import parse_json
 from lowmem.measure import engine_log
+from lowmem.service.gateway_health import text_of
 from lowmem.status.metrics import parse
 
 from .command import ROOT
@@ -42,6 +45,8 @@ SAMPLE = parse(METRICS, time.time() - 60).model_dump_json() + "\n"
 _DOCTOR = runpy.run_path(str(ROOT / "tests/hosts/conftest.py"))
 DOCTOR = json.dumps({"gpu": _DOCTOR["GPU"], "memory": _DOCTOR["MEMORY"], "plan": _DOCTOR["PLAN"]})
 
+ABLATIONS = (ROOT / "docs/measurements/ablations.yml").read_text()
+
 NOWHERE = ("--url", "http://127.0.0.1:9")
 
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -49,8 +54,9 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "plan profile": ((ROOT / "profiles/low_mem.yml").read_text(), ("plan", "--profile", "{}")),
     "explain profile": ((ROOT / "profiles/low_mem.yml").read_text(), ("explain", "{}")),
     "fleet receipt": (RECEIPT, ("fleet", "--qps", "1", "--at-most", "2", "--receipt", "{}")),
-    "receipt receipt": (RECEIPT, ("receipt", "{}")),
+    "receipt measurement": (RECEIPT, ("receipt", "{}")),
     "receipt checks": (CHECKS, ("receipt", "{receipt}", "--checks", "{}")),
+    "explain measurements": (ABLATIONS, ("explain", "low_mem", "--measurements", "{folder}")),
     "report receipts": (RECEIPT, ("report", "{}", "--out", "{out}")),
     "report plan": (PLAN, ("report", "--live", "--plan", "{}", "--out", "{out}")),
     "report samples": (
@@ -84,7 +90,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 WRITTEN = {
-    "frontier out", "measure out", "report out", "gateway-health socket",
+    "frontier out", "measure out", "receipt out", "report out", "gateway-health socket",
 }  # fmt: skip
 """Paths that a command writes."""
 
@@ -182,7 +188,8 @@ def run(words: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -
     def sleep(_: float) -> None:
         raise Ended
 
-    names = {"{}": "it", "{out}": "out", "{socket}": "s"}
+    shutil.copyfile(folder / "it", folder / "ablations.yml")
+    names = {"{folder}": "", "{}": "it", "{out}": "out", "{socket}": "s"}
     given = [str(folder / names.get(word, word[1:-1])) if word.startswith("{") else word for word in words]
     with monkeypatch.context() as patch:
         patch.setattr(time, "sleep", sleep)
@@ -205,7 +212,7 @@ def test_a_command_answers_a_mutated_file_in_one_line(
     (folder / "it").write_text(text)
     run(words, folder, monkeypatch)  # imports the command
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
     @given(mutated(text))
     def any_change(content: bytes) -> None:
         (folder / "it").write_bytes(content)
@@ -214,7 +221,14 @@ def test_a_command_answers_a_mutated_file_in_one_line(
     any_change()
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@pytest.mark.parametrize("content", [b"\xff", None], ids=["bytes", "fifo"])
+def test_figures_that_are_no_text_are_left_out(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "figures.prom"
+    path.write_bytes(content) if content else os.mkfifo(path)
+    assert text_of(path) == ""
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(mutated(METRICS))
 def test_metrics_of_any_text_are_read_or_refused(content: bytes) -> None:
     before = time.process_time()
