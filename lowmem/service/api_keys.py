@@ -72,6 +72,7 @@ class KeyFile:
         self.path = path
         self.hashes: tuple[bytes, ...] = ()
         self._seen: object = None
+        self._failed: object = None
 
     def current(self) -> tuple[bytes, ...]:
         """Return the SHA-256 of each key, after reading the file again if it changed."""
@@ -81,18 +82,24 @@ class KeyFile:
         except OSError as error:
             mark = type(error).__name__
         if mark != self._seen:
-            self._seen = mark
-            self._read()
+            self._read(mark)
         return self.hashes
 
-    def _read(self) -> None:
+    def _read(self, mark: object) -> None:
         try:
             keys = read_keys(_regular_text(self.path))
         except (OSError, ValueError) as error:
-            log.error(
-                "API keys: %s cannot be read (%s); those known before stay", self.path, type(error).__name__
-            )
+            # A server that is short of descriptors tries again at the next request: a revoked key does not stay.
+            self._seen = mark if isinstance(error, ValueError) else None
+            if self._failed != mark:
+                self._failed = mark
+                log.error(
+                    "API keys: %s cannot be read (%s); those known before stay",
+                    self.path,
+                    type(error).__name__,
+                )
             return
+        self._seen, self._failed = mark, None
         if not keys:
             log.error("API keys: %s holds none; those known before stay", self.path)
             return
