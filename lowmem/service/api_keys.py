@@ -89,7 +89,7 @@ class KeyFile:
         try:
             keys = read_keys(_regular_text(self.path))
         except (OSError, ValueError) as error:
-            # A server that is short of descriptors tries again at the next request: a revoked key does not stay.
+            # What passes, as a want of descriptors, is tried again: a revoked key does not stay.
             self._seen = mark if isinstance(error, ValueError) else None
             if self._failed != mark:
                 self._failed = mark
