@@ -497,9 +497,10 @@ def test_a_reload_ends_after_the_old_workers_took_their_last_connection(
 
 
 @needs_nginx
+@pytest.mark.fault("revoked-key-old-worker")
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/models HTTP/1.1\r\nHost: a\r\n"], ids=["nothing", "half"])
 def test_a_revoked_key_is_refused_on_a_connection_from_before(
-    gateway: Gateway, rotated: Rotated, sent: bytes
+    gateway: Gateway, rotated: Rotated, sent: bytes, fault: Any
 ) -> None:
     """An old worker keeps a connection whose request it has begun to read, and answers it."""
     trusted = ssl.create_default_context(cafile=str(gateway.folder / "certificate.pem"))
@@ -526,6 +527,49 @@ def test_a_revoked_key_is_refused_on_a_connection_from_before(
         gateway.upstream.lines.release()
         assert answer.readline() == f"data: {number}\n".encode()
     streaming.close()
+    fault.saw(
+        f"{statuses.count(b'HTTP/1.1 401')} of 8 refused by the old worker, the others closed; the stream was whole"
+    )
+
+
+@needs_nginx
+@pytest.mark.fault("slow-tls-clients")
+def test_clients_that_begin_and_send_nothing_more(gateway: Gateway, fault: Any) -> None:
+    trusted = ssl.create_default_context(cafile=str(gateway.folder / "certificate.pem"))
+    header = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+    body = header + f"Authorization: Bearer {ALICE}\r\nContent-Length: 9\r\n\r\n{{".encode()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        kinds: dict[str, list[socket.socket]] = {"handshake": [], "header": [], "body": []}
+        for number in range(400):
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 60))
+            if number % 4:
+                kinds["handshake"].append(plain)
+                continue
+            tls = stack.enter_context(trusted.wrap_socket(plain, server_hostname="127.0.0.1"))
+            kind = "body" if number % 100 == 0 else "header"
+            tls.sendall(body if kind == "body" else header)
+            kinds[kind].append(tls)
+        polite = []
+        for _ in range(20):
+            asked = time.monotonic()
+            assert gateway.ask("GET", "/v1/models", BOB)[0] == 200
+            polite.append(time.monotonic() - asked)
+        closed = {}
+        for kind, connections in kinds.items():
+            for connection in connections:
+                connection.settimeout(120)
+                with suppress(OSError):  # reset
+                    while connection.recv(4096):
+                        pass
+            closed[kind] = time.monotonic() - began
+    assert gateway.ask("GET", "/v1/models", ALICE)[0] == 200
+    # the configuration's limits are 15, 15 and 30 s from the last byte
+    assert max(closed.values()) < 120
+    fault.saw(
+        f"20 polite requests beside 400 slow connections: the slowest took {max(polite):.1f} s; closed after "
+        + ", ".join(f"{seconds:.0f} s ({kind})" for kind, seconds in closed.items())
+    )
 
 
 @needs_nginx
