@@ -114,6 +114,52 @@ def test_a_link_that_waits_under_a_temporary_name(
     fault.saw(f"links under {len(names)} names lead nowhere; a link under the very name stops the write")
 
 
+@needs_root
+@pytest.mark.fault("log-replaced-by-link")
+def test_a_log_that_the_services_user_has_replaced_by_a_link(tmp_path: Path, fault: Any) -> None:
+    """The role's own tasks, over a folder that an older release gave to the user."""
+    victim, log = tmp_path / "shadow", tmp_path / "host/log"
+    victim.write_text("root's own")
+    victim.chmod(0o640)
+    log.mkdir(parents=True)
+    shutil.chown(log, "nobody", "nogroup")
+
+    def deploy() -> subprocess.CompletedProcess[str]:
+        variables = {
+            "vllm_service_root": str(tmp_path / "host"), "__vllm_service_effective_manager": "systemd",
+            "__vllm_service_owner": "nobody", "__vllm_service_owner_group": "nogroup",
+            "ansible_python_interpreter": sys.executable,
+        }  # fmt: skip
+        command = [Path(sys.executable).with_name("ansible-playbook"), "-i", "localhost,", "-c", "local"]
+        command += ["tests/ansible/files/log.yml", "-e", json.dumps(variables)]
+        return subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, check=False,
+            env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
+        )  # fmt: skip
+
+    for kind in (os.symlink, os.link):
+        kind(victim, log / "vllm.log")
+        said = deploy()
+        assert said.returncode == 2, said.stdout
+        assert f"{log}/vllm.log is no file of its own but a link" in " ".join(said.stdout.split())
+        status = victim.stat()
+        assert (status.st_uid, status.st_mode & 0o777, victim.read_text()) == (0, 0o640, "root's own")
+        (log / "vllm.log").unlink()
+    assert deploy().returncode == 0
+    status = log.stat()
+    assert (log.owner(), log.group(), status.st_mode & 0o777) == ("root", "nogroup", 0o750)
+    assert ((log / "vllm.log").owner(), (log / "vllm.log").stat().st_mode & 0o777) == ("nobody", 0o600)
+    # what was possible: the user of the service names the file that root opens next
+    planted = subprocess.run(
+        ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "ln", "-sf", victim, log / "vllm.log"],
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert planted.returncode == 1
+    fault.saw(
+        "the play refuses the link in one line, root's file is as it was; afterwards the user can plant none"
+    )
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_nothing_but_a_file_is_replaced(kind: str, tmp_path: Path) -> None:
     place = tmp_path / "out"
@@ -242,7 +288,7 @@ def test_a_log_that_is_rotated_while_it_is_written(tmp_path: Path, fault: Any) -
     log = tmp_path / "vllm.log"
     settings = (REPOSITORY / "tests/ansible/golden/vllm.logrotate").read_text()
     for old, new in (
-        ("/srv/vllm-lowmem/log/vllm.log", str(log)), ("20M", "100k"), ("    su vllm vllm\n", ""),
+        ("/srv/vllm-lowmem/log/vllm.log", str(log)), ("20M", "100k"),
         ("rotate 5", "rotate 1000"),
     ):  # fmt: skip
         assert old in settings
