@@ -528,7 +528,7 @@ def test_a_revoked_key_is_refused_on_a_connection_from_before(
         assert answer.readline() == f"data: {number}\n".encode()
     streaming.close()
     fault.saw(
-        f"{statuses.count(b'HTTP/1.1 401')} of 8 refused by the old worker, the others closed; a stream ended whole"
+        f"{statuses.count(b'HTTP/1.1 401')} of 8 refused by the old worker, the rest closed; streams go on"
     )
 
 
