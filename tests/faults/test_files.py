@@ -160,6 +160,12 @@ def test_a_log_that_the_services_user_has_replaced_by_a_link(tmp_path: Path, fau
     )
 
 
+@pytest.mark.parametrize("name", ["playbooks/group_vars/all.yml", "playbooks/reset.yml"])
+def test_root_keeps_its_tasks_in_no_folder_of_others(name: str) -> None:
+    found = re.findall(r"ansible_async_dir: (.+)", (REPOSITORY / name).read_text())
+    assert found in (['"{{ lowmem_root }}/lib/async"'], ["~/.ansible_async"])
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 def test_nothing_but_a_file_is_replaced(kind: str, tmp_path: Path) -> None:
     place = tmp_path / "out"
