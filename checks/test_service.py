@@ -45,12 +45,20 @@ def test_every_process_belongs_to_the_services_user(deployment: Any, owner: str)
         ("etc/vllm.env", "0o600"),
         ("current/low_mem.sh", "0o755"),
         ("current/plan.json", "0o644"),
-        ("log", "0o700"),
         ("cache", "0o700"),
     ],
 )
 def test_modes(deployment: Any, name: str, mode: str) -> None:
     assert oct(deployment.host.file(deployment.path(name)).mode) == mode
+
+
+def test_nobody_but_the_owner_writes_where_the_logs_are_opened(deployment: Any) -> None:
+    """systemd opens the log as root, so the folder is root's; a supervisor opens it as its own user."""
+    log = deployment.host.file(deployment.path("log"))
+    if deployment.host.file(deployment.path("etc/supervisord.conf")).exists:
+        assert oct(log.mode) == "0o700"
+    else:
+        assert (oct(log.mode), log.user) == ("0o750", "root")
 
 
 def test_the_model_is_readable_by_the_service_and_writable_by_its_owner_only(deployment: Any) -> None:

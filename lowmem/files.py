@@ -6,12 +6,14 @@ that is read may come from anybody: every reader here is bounded, and refuses wi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,48 @@ def tree_digest(root: Path, paths: Iterable[Path]) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, with a newline at its end. A missing folder is created."""
+    """Write a file whole, with a newline at its end. A missing folder is created.
+
+    OSError names the file where the disk is full or read-only, and leaves what was there. BadInput for a
+    device, a FIFO or a folder, which nothing may replace.
+    """
+    with _named(path), _beside(path) as beside:
+        beside.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        beside.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise what `write_text` would raise now, before the work whose result it is to hold."""
+    with _named(path), _beside(path):
+        pass
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Yield a new file beside `path`, which is removed unless it was moved into its place.
+
+    It is new and has a name that nobody can guess: in a folder of others a link could wait under any other.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        kind = path.lstat().st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISLNK(kind)):
+            raise BadInput(f"{path} is not a regular file; name a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text.rstrip("\n") + "\n")
-    beside.replace(path)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    beside.touch(exist_ok=False)
+    try:
+        yield beside
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Let an OSError name the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def open_regular(path: Path) -> int:

@@ -1,11 +1,14 @@
-"""Draws bars, sparklines and time spans as text, and makes foreign text fit to print."""
+"""Draws bars, sparklines and time spans, makes foreign text fit to print, and matches foreign patterns."""
 
 from __future__ import annotations
 
 import datetime as dt
+import importlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from lowmem.errors import BadInput
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -93,3 +96,114 @@ def terminal(**options: Any) -> Console:
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     return Terminal(highlight=False, **options)
+
+
+PATTERN_LIMIT = 500
+"""Characters of a pattern, and of the text that it is held against."""
+
+STEPS_LIMIT = 200_000
+"""Places that one match may look at: about a tenth of a second."""
+
+
+def matches(pattern: str, text: str, anywhere: bool = False) -> bool:
+    """Tell whether a pattern from a file matches the text's beginning, as `re.match`, or `anywhere` in it.
+
+    Its time is bounded, whatever the pattern. Each part maps the set of places where it may begin to the set
+    where it may end, so nothing is tried twice. Raises BadInput, one line, for a pattern that is broken,
+    looks back, or passes a limit.
+    """
+    shown = f"pattern {visible(pattern[:80])!r}"
+    if len(pattern) > PATTERN_LIMIT or len(text) > PATTERN_LIMIT:
+        raise BadInput(f"{shown}: it or its text is longer than {PATTERN_LIMIT} characters; shorten it")
+    try:
+        parsed = _parser.parse(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise BadInput(f"{shown} is no regular expression: {visible(str(error))}; correct it") from None
+    if parsed.state.flags & ~re.UNICODE:
+        raise BadInput(f"{shown} sets flags; write it without")
+    starts = set(range(len(text) + 1)) if anywhere else {0}
+    try:
+        return bool(_Match(text, shown).ends(parsed, starts))
+    except RecursionError:
+        raise BadInput(f"{shown} is nested too deep; write it flat") from None
+
+
+_parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
+"""Python's own parser of patterns, so that no pattern means another thing here than to the engine."""
+
+_AT: dict[str, str] = {
+    "AT_BEGINNING": r"\A", "AT_BEGINNING_STRING": r"\A", "AT_END": r"\Z|(?=\n\Z)", "AT_END_STRING": r"\Z",
+    "AT_BOUNDARY": r"\b", "AT_NON_BOUNDARY": r"\B",
+}  # fmt: skip
+
+_CATEGORY: dict[str, str] = {
+    "CATEGORY_DIGIT": r"\d", "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_SPACE": r"\s",
+    "CATEGORY_NOT_SPACE": r"\S", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_WORD": r"\W",
+}  # fmt: skip
+
+
+class _Match:
+    """One match of a parsed pattern, which counts its steps."""
+
+    def __init__(self, text: str, shown: str) -> None:
+        self.text = text
+        self.shown = shown
+        self.left = STEPS_LIMIT
+
+    def ends(self, parts: Any, places: set[int]) -> set[int]:
+        """Return where these parts may end that begin at one of the places."""
+        for operation, argument in parts:
+            self._count(places)
+            places = self._step(str(operation), argument, places)
+        return places
+
+    def _count(self, places: set[int]) -> None:
+        self.left -= len(places) + 1
+        if self.left < 0:
+            raise BadInput(f"{self.shown} takes too long; write it simpler")
+
+    def _step(self, operation: str, argument: Any, places: set[int]) -> set[int]:
+        if operation == "BRANCH":
+            return set().union(*(self.ends(branch, places) for branch in argument[1]))
+        if operation == "SUBPATTERN":
+            return self.ends(argument[3], places)
+        if operation in ("MAX_REPEAT", "MIN_REPEAT"):
+            least, most, part = argument
+            return self._repeated(least, most, part, places)
+        if operation in ("ASSERT", "ASSERT_NOT") and argument[0] == 1:
+            return {at for at in places if bool(self.ends(argument[1], {at})) == (operation == "ASSERT")}
+        if operation == "AT" and str(argument) in _AT:
+            here = re.compile(_AT[str(argument)])
+            return {at for at in places if here.match(self.text, at)}
+        inside = (at for at in places if at < len(self.text))
+        return {at + 1 for at in inside if self._is(operation, argument, self.text[at])}
+
+    def _repeated(self, least: int, most: int, part: Any, places: set[int]) -> set[int]:
+        for _ in range(least):
+            self._count(places)
+            places = self.ends(part, places)
+            if not places:
+                return places
+        found, new = set(places), places
+        for _ in range(min(most, len(self.text)) - least):
+            new = self.ends(part, new) - found
+            if not new:
+                break
+            found |= new
+        return found
+
+    def _is(self, operation: str, argument: Any, character: str) -> bool:
+        if operation == "LITERAL":
+            return bool(ord(character) == argument)
+        if operation == "NOT_LITERAL":
+            return bool(ord(character) != argument)
+        if operation == "ANY":
+            return character != "\n"
+        if operation == "RANGE":
+            return bool(argument[0] <= ord(character) <= argument[1])
+        if operation == "CATEGORY" and str(argument) in _CATEGORY:
+            return bool(re.match(_CATEGORY[str(argument)], character))
+        if operation == "IN":
+            negated = str(argument[0][0]) == "NEGATE"
+            return any(self._is(str(kind), inner, character) for kind, inner in argument[negated:]) != negated
+        raise BadInput(f"{self.shown} holds {operation.lower()}, which is not supported; write it without")

@@ -37,6 +37,8 @@ A request that ends otherwise is lost, and fails the test.
 Rows `unit-` ran the engine as `vllm@main.service` in its sandbox, on a systemd host (scenario `service`).
 Rows `cluster-` ran two such hosts behind the router on a third (scenario `cluster`).
 Rows `two-hosts-` ran one server over two such hosts, half of the layers on each (scenario `two_hosts`).
+Rows `disk-read-only` to `revoked-key-old-worker` ran without an engine.
+They had the real commands, tasks, nginx and logrotate, in a mount, a namespace or a limit of their own.
 
 **Recovery** is the time from the fault to the next complete answer; most of it is vLLM's own start.
 Beside it stand the day and the machine's load (mean of a minute, when the test ended).

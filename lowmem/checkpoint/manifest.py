@@ -15,7 +15,7 @@ import argparse
 import errno
 import hashlib
 import json
-import os
+import secrets
 import struct
 import sys
 from collections.abc import Iterable
@@ -85,9 +85,14 @@ def scan(folder: Path) -> list[File]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside its place and then move it there, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    # a name that nobody can guess: in a folder of another user a link could wait under any other
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read(manifest: Path) -> dict[str, Any]:

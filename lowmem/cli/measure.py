@@ -138,10 +138,14 @@ def _refuse_url(url: str) -> None:
         raise BadInput(f"--url {url}: give http://HOST:PORT, such as http://127.0.0.1:8000")
 
 
+LARGEST_PID = 2**22
+"""Of Linux on 64 bits."""
+
+
 def _pid_of(file: Path) -> int:
     """Read the number of a process."""
     text = read_text(file, 64).strip()
-    if not text.isdecimal():
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= LARGEST_PID):
         raise BadInput(f"--pid-file {file}: a process number is wanted")
     return int(text)
 

@@ -28,13 +28,20 @@ _STOPPING = re.compile(
     r"\[shutdown\] API server: shutdown triggered"
 )  # an EngineDeadError that follows is not a failure
 
-_NUMBER = r"(-?\d+(?:\.\d+)?)"
+_NUMBER = r"(-?\d{1,15}(?:\.\d{1,9})?)"
+"""A longer one is no figure of the engine's."""
+
+_LINE_LIMIT = 4000
+"""Characters of a line that are looked at; the engine's own lines are shorter."""
+
+_KEPT_LIMIT = 1000
+"""Entries of each list that a log may fill."""
 
 _VALUES: tuple[tuple[str, re.Pattern[str], float], ...] = tuple(
     (name, re.compile(pattern), scale)
     for name, pattern, scale in (
         ("weights", rf"Model loading took {_NUMBER} GiB", GIB),  # v1/worker/gpu/model_runner.py
-        ("load_s", rf"Model loading took .* and {_NUMBER} seconds", 1),
+        ("load_s", rf"Model loading took .{{0,200}} and {_NUMBER} seconds", 1),
         ("kv_cache", rf"Available KV cache memory: {_NUMBER} GiB", GIB),  # v1/worker/gpu_worker.py
         ("kv_cache", rf"reserved {_NUMBER} GiB memory for KV Cache", GIB),
         (
@@ -42,8 +49,8 @@ _VALUES: tuple[tuple[str, re.Pattern[str], float], ...] = tuple(
             rf"(?:Explicitly|Auto) set \({_NUMBER}/[\d.]+\) GiB for KV cache",
             GIB,
         ),  # v1/worker/cpu_worker.py
-        ("kv_tokens", r"KV cache size: ([\d,]+) tokens", 1),  # v1/core/kv_cache_utils.py
-        ("graphs", rf"Graph capturing finished in .* took {_NUMBER} GiB", GIB),
+        ("kv_tokens", r"KV cache size: (\d[\d,]{0,19}) tokens", 1),  # v1/core/kv_cache_utils.py
+        ("graphs", rf"Graph capturing finished in .{{0,200}} took {_NUMBER} GiB", GIB),
         (
             "cpu_offload",
             rf"Total CPU offloaded parameters: {_NUMBER}",
@@ -51,10 +58,14 @@ _VALUES: tuple[tuple[str, re.Pattern[str], float], ...] = tuple(
         ),  # model_executor/offloader/uva.py
         (
             "prefetch_offload",
-            rf"\[PrefetchOffloader\] Initialized .*Total GPU memory saved: {_NUMBER} GB",
+            rf"\[PrefetchOffloader\] Initialized .{{0,200}}Total GPU memory saved: {_NUMBER} GB",
             GB,
         ),
-        ("prefetch_buffers", rf"\[PrefetchOffloader\] Initialized .*Static buffer pool: {_NUMBER} GB", GB),
+        (
+            "prefetch_buffers",
+            rf"\[PrefetchOffloader\] Initialized .{{0,200}}Static buffer pool: {_NUMBER} GB",
+            GB,
+        ),
         (
             "activations",
             rf"GiB for consumed memory \(weights \+ non-torch\), {_NUMBER} GiB for peak activation",
@@ -70,7 +81,7 @@ _VALUES: tuple[tuple[str, re.Pattern[str], float], ...] = tuple(
         ("consumed", rf"total consumed \(from mem_get_info\): {_NUMBER}GiB", GIB),
         ("free_before", rf"Initial free memory:? {_NUMBER} GiB", GIB),
         ("compile_s", rf"torch\.compile took {_NUMBER} s", 1),  # compilation/monitor.py
-        ("init_s", rf"init engine \(.*\) took {_NUMBER} s", 1),  # v1/engine/core.py
+        ("init_s", rf"init engine \(.{{0,200}}\) took {_NUMBER} s", 1),  # v1/engine/core.py
     )
 )
 
@@ -228,14 +239,14 @@ def advise(text: str) -> str | None:
 def read(lines: Iterable[str]) -> EngineLog:
     """Read the last start in a log, which follows its banner. A log file outlives restarts."""
     values: dict[str, list[float]] = {}
-    words: dict[str, list[str]] = {}
-    kept: list[str] = []
+    words: dict[str, dict[str, None]] = {}  # as sets that keep their order
+    kept: dict[str, None] = {}
     errors: list[str] = []
     had_values = stopping = False
     for raw in lines:
-        line = strip(raw)
+        line = strip(raw[:_LINE_LIMIT])
         if _RUN_BEGINS.search(line) and had_values:
-            values, words, kept, errors, had_values, stopping = {}, {}, [], [], False, False
+            values, words, kept, errors, had_values, stopping = {}, {}, {}, [], False, False
         matched = False
         for name, pattern, scale in _VALUES:
             if match := pattern.search(line):
@@ -243,15 +254,15 @@ def read(lines: Iterable[str]) -> EngineLog:
                 matched = had_values = True
         for name, pattern in _WORDS:
             if match := pattern.search(line):
-                if match[1] not in words.setdefault(name, []):
-                    words[name].append(match[1])
+                _keep(words.setdefault(name, {}), match[1])
                 matched = True
         stopping = stopping or bool(_STOPPING.search(line))
         if (match := _ERROR.search(line)) and not stopping:
-            errors.append(match[1][:400])
+            if len(errors) < _KEPT_LIMIT:
+                errors.append(match[1][:400])
             matched = had_values = True
-        if matched and line[:400] not in kept:
-            kept.append(line[:400])
+        if matched:
+            _keep(kept, line[:400])
     error = _root_cause(errors)
     return EngineLog(
         values={k: tuple(v) for k, v in values.items()},
@@ -260,6 +271,11 @@ def read(lines: Iterable[str]) -> EngineLog:
         error=error,
         advice=advise(error) if error else None,
     )
+
+
+def _keep(seen: dict[str, None], text: str) -> None:
+    if len(seen) < _KEPT_LIMIT:
+        seen[text] = None
 
 
 def _root_cause(errors: list[str]) -> str | None:

@@ -15,9 +15,15 @@ from typing import Any
 
 import typer
 
+from lowmem.errors import BadInput
+from lowmem.files import parse_json, read_json_object
 from lowmem.schema import Load, LoadResult, Percentiles
+from lowmem.service.call import ANSWER_LIMIT_BYTES
 from lowmem.service.process import vllm_command
 from lowmem.text import visible
+
+RESULT_LIMIT_BYTES = 512 * 2**20
+"""`--save-detailed` writes a time for each token of each request."""
 
 
 class Api:
@@ -39,12 +45,28 @@ class Api:
         if self.key:
             request.add_header("Authorization", f"Bearer {self.key}")
         with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
-            return json.loads(response.read())
+            text = response.read(ANSWER_LIMIT_BYTES + 1)
+        if len(text) > ANSWER_LIMIT_BYTES:
+            raise OSError(f"the answer of {path} is larger than {ANSWER_LIMIT_BYTES} bytes")
+        try:
+            return parse_json(text, f"the answer of {path}")
+        except BadInput as error:
+            raise OSError(str(error)) from None
 
     def model(self) -> tuple[str, str]:
-        """Return the served name, and the folder or name that it was loaded from."""
-        card = self.call("/v1/models", timeout_s=10)["data"][0]
-        return card["id"], card.get("root") or card["id"]
+        """Return the served name, and the folder or name that it was loaded from.
+
+        Raises OSError if the service names none.
+        """
+        answer = self.call("/v1/models", timeout_s=10)
+        try:
+            card = answer["data"][0]
+            name, root = card["id"], card.get("root") or card["id"]
+        except (LookupError, TypeError, AttributeError):
+            raise OSError("/v1/models names no model") from None
+        if not (isinstance(name, str) and isinstance(root, str)):
+            raise OSError("/v1/models names no model")
+        return name, root
 
     def complete(self, model: str, prompt: str | list[int], max_tokens: int, timeout_s: float = 600) -> int:
         """Return the number of tokens generated.
@@ -52,7 +74,11 @@ class Api:
         Raises OSError if the service does not answer with a completion.
         """
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
-        return int(self.call("/v1/completions", body, timeout_s)["usage"]["completion_tokens"])
+        answer = self.call("/v1/completions", body, timeout_s)
+        try:
+            return int(answer["usage"]["completion_tokens"])
+        except (LookupError, TypeError, ValueError):
+            raise OSError("/v1/completions counts no tokens") from None
 
 
 def warm_up(api: Api, model: str, load: Load) -> None:
@@ -159,7 +185,10 @@ def drive(
         if done.returncode or not result.exists():
             tail = "\n".join(output.read_text(errors="replace").splitlines()[-15:])
             raise RuntimeError(f"vllm bench serve gave no result (exit {done.returncode}):\n{tail}")
-        raw = json.loads(result.read_text())
+        try:
+            raw = read_json_object(result, RESULT_LIMIT_BYTES, "the result of vllm bench serve")
+        except BadInput as error:
+            raise RuntimeError(str(error)) from None
     for text in {e for e in raw.get("errors", []) if e}:
         say(f"  a request failed: {text.strip().splitlines()[-1][:300]}")
     return load_result(raw, load, requests)

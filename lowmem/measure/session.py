@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from lowmem.errors import BadInput
-from lowmem.files import write_text
+from lowmem.files import check_writable, write_text
 from lowmem.measure import engine_log, judge
 from lowmem.measure.facts import host_facts, versions
 from lowmem.measure.load import Api, drive, say, warm_up
@@ -280,8 +280,9 @@ class Session:
 def run(options: Options) -> Receipt:
     """Measure and write the receipt, also for a service that does not start.
 
-    Raises BadInput when there is nothing to measure.
+    Raises BadInput when there is nothing to measure, and OSError when the receipt could not be written.
     """
+    check_writable(options.out)
     session = Session(options)
     seen = session.observe()
     receipt = judge.receipt(options.plan, seen)

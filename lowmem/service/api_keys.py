@@ -20,6 +20,7 @@ import hmac
 import logging
 import os
 import shlex
+import stat
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ path needs a key, even an unknown one.
 VARIABLE = "VLLM_API_KEY"
 
 FILE = "LOWMEM_API_KEYS"
+
+LIMIT_BYTES = 2**20
 
 # A child of vLLM's own logger writes to the server's log.
 log = logging.getLogger("vllm.lowmem.api_keys")
@@ -69,32 +72,48 @@ class KeyFile:
         self.path = path
         self.hashes: tuple[bytes, ...] = ()
         self._seen: object = None
+        self._failed: object = None
 
     def current(self) -> tuple[bytes, ...]:
         """Return the SHA-256 of each key, after reading the file again if it changed."""
         try:
-            stat = self.path.stat()
-            mark: object = (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+            now = self.path.stat()
+            mark: object = (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
         except OSError as error:
             mark = type(error).__name__
         if mark != self._seen:
-            self._seen = mark
-            self._read()
+            self._read(mark)
         return self.hashes
 
-    def _read(self) -> None:
+    def _read(self, mark: object) -> None:
         try:
-            keys = read_keys(self.path.read_text())
+            keys = read_keys(_regular_text(self.path))
         except (OSError, ValueError) as error:
-            log.error(
-                "API keys: %s cannot be read (%s); those known before stay", self.path, type(error).__name__
-            )
+            # What passes, as a want of descriptors, is tried again: a revoked key does not stay.
+            self._seen = mark if isinstance(error, ValueError) else None
+            if self._failed != mark:
+                self._failed = mark
+                log.error(
+                    "API keys: %s cannot be read (%s); those known before stay",
+                    self.path,
+                    type(error).__name__,
+                )
             return
+        self._seen, self._failed = mark, None
         if not keys:
             log.error("API keys: %s holds none; those known before stay", self.path)
             return
         self.hashes = tuple({hashlib.sha256(key.encode()).digest() for key in keys.values()})
         log.info("API keys: %s", ", ".join(sorted(name for name in keys if name)) or "one without a name")
+
+
+def _regular_text(path: Path) -> str:
+    """Return the text of a key file. OSError for what would block this server, or never end."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), encoding="utf-8") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LIMIT_BYTES:
+            raise OSError(f"{path} is no file of at most {LIMIT_BYTES} bytes")
+        return file.read()
 
 
 class ApiKeys:

@@ -19,6 +19,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from lowmem.errors import BadInput
+from lowmem.files import read_text
 from lowmem.service.server import Server
 from lowmem.service.watchdog import Watch
 
@@ -71,10 +73,10 @@ def metrics(health: Health, now: float, more: str) -> str:
 
 
 def text_of(path: Path | None) -> str:
-    """Read a file; empty if there is none yet."""
+    """Read a file; empty if there is none yet, or another thing than a text in its place."""
     try:
-        return path.read_text() if path else ""
-    except OSError:  # not written yet
+        return read_text(path) if path else ""
+    except BadInput:
         return ""
 
 
@@ -85,6 +87,9 @@ def serve(health: Health, path: Path, figures: Path | None = None) -> socketserv
     """
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 10
+        """Seconds that a client may be silent. Any user of this host may connect, and each takes a thread."""
+
         def do_GET(self) -> None:
             now = time.monotonic()
             if self.path == "/healthz":

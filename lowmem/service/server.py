@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import http.client
+import http
 import json
 import re
 import signal
-import urllib.request
 from pathlib import Path
 from typing import Literal, Protocol
 
 import psutil
 
+from lowmem.errors import BadInput
+from lowmem.files import parse_json, read_text
 from lowmem.schema import DeployedPlan
 from lowmem.service.api_keys import read_keys
+from lowmem.service.call import call
 
 # The engine's scheduler statistics set these. What the API server counts by itself proves nothing.
 _ENGINE_METRICS = re.compile(
@@ -58,41 +60,40 @@ class VllmServer:
         self.model = plan.deploy.served_model_name
         self.argv = plan.argv
         self.env_file = env_file
-        self._running = 0.0
-        # no proxy: the server is on this host
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._running = False
 
     def figures(self, timeout_s: float) -> tuple[str, ...] | None:
         try:
-            with self._opener.open(f"{self.url}/metrics", timeout=timeout_s) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError:
+            status, body = call(f"{self.url}/metrics", timeout_s)
+        except ConnectionRefusedError:
+            return None
+        except OSError:
             return ()
-        except urllib.error.URLError as error:
-            return None if isinstance(error.reason, ConnectionRefusedError) else ()
-        except (OSError, http.client.HTTPException):
-            return ()
-        self._running = sum(float(value) for value in _RUNNING.findall(text))
+        text = body.decode(errors="replace") if status == http.HTTPStatus.OK else ""
+        self._running = any(_above_zero(value) for value in _RUNNING.findall(text))
         return tuple(_ENGINE_METRICS.findall(text))
 
     def busy(self) -> bool:
-        return self._running > 0
+        return self._running
 
     def complete(self, timeout_s: float) -> Answer:
-        body = json.dumps(
-            {"model": self.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
-        ).encode()
+        body = {"model": self.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
         headers = {"Content-Type": "application/json"}
-        key = read_keys(self.env_file.read_text()).get("")
+        try:
+            key = read_keys(read_text(self.env_file)).get("")
+        except ValueError:  # no such file, or no key file: the server says what it thinks of no key
+            key = None
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(f"{self.url}/v1/completions", data=body, headers=headers)  # noqa: S310 - the plan's own address
         try:
-            with self._opener.open(request, timeout=timeout_s) as answer:
-                return "tokens" if json.load(answer)["usage"]["completion_tokens"] else "nothing"
-        except urllib.error.HTTPError as error:
-            return "refused" if error.code < 500 else "nothing"
-        except (OSError, ValueError, KeyError, http.client.HTTPException):
+            status, said = call(f"{self.url}/v1/completions", timeout_s, json.dumps(body).encode(), headers)
+        except OSError:
+            return "nothing"
+        if status != http.HTTPStatus.OK:
+            return "refused" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "nothing"
+        try:
+            return "tokens" if parse_json(said, "the answer")["usage"]["completion_tokens"] else "nothing"
+        except (BadInput, LookupError, TypeError):
             return "nothing"
 
     def processes(self) -> list[psutil.Process]:
@@ -128,6 +129,13 @@ class VllmServer:
         if not workers or psutil.wait_procs([server], timeout=report_s)[1]:
             _kill(server)
         return names
+
+
+def _above_zero(value: str) -> bool:
+    try:
+        return float(value) > 0
+    except ValueError:
+        return False
 
 
 def _name(process: psutil.Process) -> str:

@@ -11,14 +11,18 @@ highest bound.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lowmem.schema import Strict
+
+LARGEST = 1e15
+"""Beyond any count, time or size that a server can mean; sums of such numbers are exact."""
 
 
 class Histogram(Strict):
@@ -30,6 +34,12 @@ class Histogram(Strict):
 
     bounds: tuple[float, ...] = ()
     counts: tuple[float, ...] = (0.0,)
+
+    @model_validator(mode="after")
+    def _one_more(self) -> Histogram:
+        if len(self.counts) != len(self.bounds) + 1:
+            raise ValueError(f"{len(self.counts)} counts for {len(self.bounds)} bounds; one more is wanted")
+        return self
 
     @property
     def total(self) -> float:
@@ -168,7 +178,7 @@ def parse(text: str, at: float) -> Sample:
     Several engines of one server are taken together: counters, requests and histograms are summed, and KV use
     is their mean. Raises ValueError for text that is not a vLLM server's.
     """
-    families = {family.name: family for family in text_string_to_metric_families(text)}
+    families = _families(text)
     if "vllm:num_requests_running" not in families:
         raise ValueError(
             "no vllm:num_requests_running among the metrics: not a vLLM server, or one with"
@@ -202,11 +212,26 @@ def parse(text: str, at: float) -> Sample:
     )
 
 
+def _families(text: str) -> dict[str, Metric]:
+    """Return the families by name, those of vLLM with figures that can be counted with."""
+    try:
+        families = {family.name: family for family in text_string_to_metric_families(text)}
+    except (LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"not the text format of Prometheus ({type(error).__name__})") from None
+    for family in families.values():
+        for sample in family.samples if family.name.startswith(("vllm:", "process_start_time")) else ():
+            if not abs(sample.value) <= LARGEST and not sample.name.endswith("_sum"):
+                raise ValueError(f"{sample.name} is {sample.value}, not a number up to {LARGEST:g}")
+    return families
+
+
 def _buckets(family: Metric | None) -> Histogram:
     counts: dict[float, float] = {}
     for sample in family.samples if family else ():
         if sample.name.endswith("_bucket"):
-            bound = float(sample.labels["le"])
+            bound = float(sample.labels.get("le", "nan"))
+            if math.isnan(bound):
+                raise ValueError(f"a bucket of {sample.name} has no bound")
             counts[bound] = counts.get(bound, 0.0) + sample.value
     ordered = sorted(counts)
     return (
@@ -220,16 +245,18 @@ def _by_label(family: Metric | None, label: str) -> dict[str, float]:
     sums: dict[str, float] = {}
     for sample in family.samples if family else ():
         if sample.name.endswith("_total"):
-            sums[sample.labels[label]] = sums.get(sample.labels[label], 0.0) + sample.value
+            reason = sample.labels.get(label, "")
+            sums[reason] = sums.get(reason, 0.0) + sample.value
     return sums
 
 
 def _kv_tokens(family: Metric | None) -> int | None:
     try:
-        return (
+        tokens = (
             sum(int(s.labels["num_gpu_blocks"]) * int(s.labels["block_size"]) for s in family.samples)
             if family
             else None
         )
     except (KeyError, ValueError):
         return None
+    return tokens if tokens is not None and 0 <= tokens <= LARGEST else None

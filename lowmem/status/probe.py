@@ -5,9 +5,8 @@ This module holds input and output only; `metrics` and `status` beside it interp
 
 from __future__ import annotations
 
-import http.client
+import http
 import time
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,10 @@ from pydantic import ValidationError
 
 from lowmem.artefacts import read_deployed_plan
 from lowmem.errors import BadInput
-from lowmem.files import read_text, write_text
+from lowmem.files import parse_json, read_text, write_text
 from lowmem.probes import Gpus, ProcessTree
 from lowmem.schema import DeployedPlan
+from lowmem.service.call import call
 from lowmem.service.server import VllmServer
 from lowmem.status.metrics import Sample, parse
 from lowmem.status.status import Look, State
@@ -38,7 +38,6 @@ class Host:
     def __init__(self, plan: DeployedPlan) -> None:
         self.plan = plan
         self.server = VllmServer(plan, Path())
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self._gpus: Gpus | None = None
         self._tree: ProcessTree | None = None
 
@@ -49,21 +48,14 @@ class Host:
         state: State = "serving"
         trouble = ""
         try:
-            sample = parse(self._get("/metrics"), at)
+            sample = self._sample(at)
             self._get("/health")
-        except urllib.error.HTTPError as error:
-            # 503 on /health is vLLM's EngineDeadError
-            state, trouble = (
-                "failing",
-                f"{error.url} answers {error.code}{': its engine is dead' if error.code == 503 else ''}",
-            )
         except ValueError as error:
-            state, trouble = "failing", f"{self.server.url}/metrics: {error}"
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", error)
-            refused = isinstance(cause, ConnectionRefusedError)
-            state = "down" if refused else "silent"
-            trouble = f"{self.server.url}: connection refused" if refused else f"{self.server.url}: {cause}"
+            state, trouble = "failing", str(error)
+        except ConnectionRefusedError:
+            state, trouble = "down", f"{self.server.url}: connection refused"
+        except OSError as error:
+            state, trouble = "silent", f"{self.server.url}: {error}"
         process = self._process()
         if state == "down" and process is not None:
             state, trouble = (
@@ -86,9 +78,25 @@ class Host:
             memory_source=source,
         )
 
+    def _sample(self, at: float) -> Sample:
+        text = self._get("/metrics")
+        try:
+            return parse(text, at)
+        except ValueError as error:
+            raise ValueError(f"{self.server.url}/metrics: {error}") from None
+
     def _get(self, path: str) -> str:
-        with self._opener.open(self.server.url + path, timeout=TIMEOUT_S) as answer:
-            return str(answer.read().decode())
+        """Return the text of an answer. Raises ValueError for a bad one, OSError for none."""
+        url = self.server.url + path
+        status, body = call(url, TIMEOUT_S)
+        if status != http.HTTPStatus.OK:
+            # 503 on /health is vLLM's EngineDeadError
+            dead = ": its engine is dead" if status == http.HTTPStatus.SERVICE_UNAVAILABLE else ""
+            raise ValueError(f"{url} answers {status}{dead}")
+        try:
+            return body.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{url} is not UTF-8 at byte {error.start}") from None
 
     def _process(self) -> psutil.Process | None:
         processes = self.server.processes()
@@ -134,8 +142,9 @@ def read_samples(path: Path) -> list[Sample]:
         return []
     for line in lines:
         try:
+            parse_json(line, str(path))  # pydantic's own parser has other bounds
             samples.append(Sample.model_validate_json(line))
-        except ValidationError:
+        except (BadInput, ValidationError):
             continue
     return samples
 

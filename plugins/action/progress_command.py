@@ -27,7 +27,8 @@ display = Display()
 POLL_S = 1.5
 LAST_LINES = 20
 # shell: the two files are made by the command's own user; "$0" is the log
-WRAPPER = 'exec "$@" >"$0.progress" 2>"$0.log"'
+# New files: where another user has the folder, a link could wait; with -C the shell follows none.
+WRAPPER = 'rm -f -- "$0.progress" "$0.log" && set -C && exec "$@" >"$0.progress" 2>"$0.log"'
 
 
 class ActionModule(ActionBase):

@@ -18,13 +18,14 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lowmem.service import gateway_health
@@ -435,6 +436,155 @@ def test_a_reload_takes_new_keys_and_leaves_a_stream(gateway: Gateway) -> None:
     (gateway.tree / "keys.conf").write_text(before)
     gateway.variables["__gateway_key_file"] = key_file(KEYS)
     assert gateway.run("reload").returncode == 0
+
+
+def workers(gateway: Gateway) -> list[psutil.Process]:
+    main = psutil.Process(int((gateway.folder / "run/nginx.pid").read_text()))
+    return main.children()
+
+
+Rotated = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture(scope="module")
+def rotated(gateway: Gateway) -> Rotated:
+    """Return what puts alice's next key in place, as the role does before it reloads, and then the old one.
+
+    Both were rendered before, since a play takes longer than a connection may be silent.
+    """
+    links = (gateway.tree, gateway.tree.with_name("main-keys"))
+    assert gateway.put(__gateway_key_file=key_file({**KEYS, "alice": NEW})).returncode == 0
+    later = [Path(shutil.copytree(link, gateway.folder / "rotated" / link.name)) for link in links]
+    assert gateway.put(__gateway_key_file=key_file(KEYS)).returncode == 0
+    assert gateway.run("reload").returncode == 0
+    before = [link.resolve() for link in links]
+
+    def point(targets: list[Path]) -> None:
+        for link, target in zip(links, targets, strict=True):
+            link.with_suffix(".new").symlink_to(target)
+            link.with_suffix(".new").replace(link)
+
+    @contextmanager
+    def rotation() -> Iterator[None]:
+        point(later)
+        try:
+            yield
+        finally:
+            point(before)
+            assert gateway.run("reload").returncode == 0
+
+    return rotation
+
+
+@needs_nginx
+def test_a_reload_ends_after_the_old_workers_took_their_last_connection(
+    gateway: Gateway, rotated: Rotated
+) -> None:
+    old = workers(gateway)
+    with rotated():
+        old[0].suspend()
+        with subprocess.Popen([gateway.tree / "gateway.sh", "reload"]) as reload:
+            try:
+                wait_for(lambda: len(set(workers(gateway)) - set(old)) == 2)
+                # the new workers serve, and one old worker has not heard of it yet
+                with pytest.raises(subprocess.TimeoutExpired):
+                    reload.wait(1)
+                assert gateway.run("state").stdout == "stale\n"
+            finally:
+                old[0].resume()
+            assert reload.wait(30) == 0
+        # 429 where it is asked too often
+        assert {gateway.ask("GET", "/v1/models", NEW)[0] for _ in range(100)} <= {200, 429}
+
+
+@needs_nginx
+@pytest.mark.fault("revoked-key-old-worker")
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/models HTTP/1.1\r\nHost: a\r\n"], ids=["nothing", "half"])
+def test_a_revoked_key_is_refused_on_a_connection_from_before(
+    gateway: Gateway, rotated: Rotated, sent: bytes, fault: Any
+) -> None:
+    """An old worker keeps a connection whose request it has begun to read, and answers it."""
+    trusted = ssl.create_default_context(cafile=str(gateway.folder / "certificate.pem"))
+    streaming, answer = gateway.stream(BOB)
+    with ExitStack() as stack:
+        early = []
+        for _ in range(8):  # some with each worker
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 60))
+            early.append(stack.enter_context(trusted.wrap_socket(plain, server_hostname="127.0.0.1")))
+            early[-1].sendall(sent)
+        gateway.upstream.seen.clear()
+        with rotated():
+            assert gateway.run("reload").returncode == 0
+            statuses = []
+            for connection in early:
+                rest = f"Authorization: Bearer {ALICE}\r\nConnection: close\r\n\r\n".encode()
+                with suppress(OSError):  # closed by the old worker
+                    connection.sendall((b"" if sent else b"GET /v1/models HTTP/1.1\r\nHost: a\r\n") + rest)
+                    statuses.append(connection.recv(12))
+        assert set(statuses) <= {b"HTTP/1.1 401", b""}
+        assert (b"HTTP/1.1 401" in statuses) or not sent
+        assert gateway.upstream.seen == []
+    for number in range(3):
+        gateway.upstream.lines.release()
+        assert answer.readline() == f"data: {number}\n".encode()
+    streaming.close()
+    fault.saw(
+        f"{statuses.count(b'HTTP/1.1 401')} of 8 refused by the old worker, the rest closed; streams go on"
+    )
+
+
+@needs_nginx
+@pytest.mark.fault("slow-tls-clients")
+def test_clients_that_begin_and_send_nothing_more(gateway: Gateway, fault: Any) -> None:
+    trusted = ssl.create_default_context(cafile=str(gateway.folder / "certificate.pem"))
+    header = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+    body = header + f"Authorization: Bearer {ALICE}\r\nContent-Length: 9\r\n\r\n{{".encode()
+    began = time.monotonic()
+    with ExitStack() as stack:
+        kinds: dict[str, list[socket.socket]] = {"handshake": [], "header": [], "body": []}
+        for number in range(400):
+            plain = stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 60))
+            if number % 4:
+                kinds["handshake"].append(plain)
+                continue
+            tls = stack.enter_context(trusted.wrap_socket(plain, server_hostname="127.0.0.1"))
+            kind = "body" if number % 100 == 0 else "header"
+            tls.sendall(body if kind == "body" else header)
+            kinds[kind].append(tls)
+        polite = []
+        for _ in range(20):
+            asked = time.monotonic()
+            assert gateway.ask("GET", "/v1/models", BOB)[0] == 200
+            polite.append(time.monotonic() - asked)
+        closed = {}
+        for kind, connections in kinds.items():
+            for connection in connections:
+                connection.settimeout(120)
+                with suppress(OSError):  # reset
+                    while connection.recv(4096):
+                        pass
+            closed[kind] = time.monotonic() - began
+    assert gateway.ask("GET", "/v1/models", ALICE)[0] == 200
+    # the configuration's limits are 15, 15 and 30 s from the last byte
+    assert max(closed.values()) < 120
+    fault.saw(
+        f"20 polite requests beside 400 slow connections: the slowest took {max(polite):.1f} s; closed after "
+        + ", ".join(f"{seconds:.0f} s ({kind})" for kind, seconds in closed.items())
+    )
+
+
+@needs_nginx
+def test_a_key_of_the_same_name_is_another_key(gateway: Gateway, rotated: Rotated) -> None:
+    """Refused by workers that have not reloaded yet, and the others' keys are not."""
+    with rotated():
+        assert (gateway.ask("GET", "/v1/models", ALICE)[0], gateway.ask("GET", "/v1/models", BOB)[0]) == (
+            401,
+            200,
+        )
+        basic = base64.b64encode(f"alice:{ALICE}".encode()).decode()
+        (gateway.folder / "status").mkdir(exist_ok=True)
+        assert gateway.ask("GET", "/status/", Authorization=f"Basic {basic}")[0] == 401
+        (gateway.folder / "status").rmdir()
 
 
 @needs_nginx

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
+from .hold import Hold
 from .ledger import Client
 from .node import UNIT, WATCHDOG, Node, connect, run_there
 
@@ -85,6 +86,17 @@ def arguments(root: Path) -> list[str]:
     return [*playbook_command(root, "site.yml"), "--skip-tags", "verify"]
 
 
+def kill_before(task: str, command: list[str], folder: Path) -> None:
+    """Run a play and kill it before this task; `folder` is empty."""
+    hold = Hold(task, folder)
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, env=os.environ | hold.environment, stdout=subprocess.DEVNULL, text=True,
+        start_new_session=True,
+    ) as play:  # fmt: skip
+        hold.wait(play)
+        os.killpg(play.pid, signal.SIGKILL)
+
+
 @pytest.fixture(scope="session")
 def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Yield the root of a second deployment beside the demo's, with a copy of its checkpoint.
@@ -114,16 +126,11 @@ def root(deployed: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 
 
 @pytest.fixture(scope="session")
-def killed_play(root: Path) -> dict[str, str]:
+def killed_play(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The first play on this root, killed with SIGKILL when its release was whole and not yet the current
     one.
     """
-    with subprocess.Popen(
-        arguments(root), cwd=REPOSITORY, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as play:
-        for line in play.stdout or ():
-            if line.startswith("TASK [vllm_service : Switch to the release]"):
-                os.killpg(play.pid, signal.SIGKILL)
+    kill_before("vllm_service : Switch to the release", arguments(root), tmp_path_factory.mktemp("hold"))
     return {path.name: path.read_text() for path in (root / "etc").iterdir()}
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .hold import Hold
 from .node import INVENTORY
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -16,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SETTINGS = {"lowmem_verify_kill": False, "lowmem_verify_requests": 4}
 
 
-def start(name: str, *arguments: str, **variables: Any) -> subprocess.Popen[str]:
+def start(name: str, *arguments: str, hold: Hold | None = None, **variables: Any) -> subprocess.Popen[str]:
     """As an operator runs it, with the repository's settings and Molecule's inventory; stdout has stderr as
     well.
     """
@@ -37,6 +38,7 @@ def start(name: str, *arguments: str, **variables: Any) -> subprocess.Popen[str]
             "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"),
             "ANSIBLE_HOST_KEY_CHECKING": "false",
             "ANSIBLE_NOCOLOR": "1",
+            **(hold.environment if hold else {}),
         },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from .hold import Hold
 from .ledger import Entry, streaming
 from .node import ROOT, UNIT, WATCHDOG, Node, needs_host
 from .plays import play, start
@@ -56,18 +57,18 @@ def serves(node: Node) -> str:
 
 
 @pytest.mark.fault("unit-network-cut")
-def test_a_network_that_is_cut_in_an_upgrade(node: Node, first: str, fault: Any) -> None:
+def test_a_network_that_is_cut_in_an_upgrade(node: Node, first: str, tmp_path: Path, fault: Any) -> None:
+    """The play is held before the task, so nothing of it has reached the host when the network is cut."""
     pid = node.show("MainPID")
+    hold = Hold("vllm_service : Write the key file", tmp_path)
     with streaming(node.client) as ledger:
-        with start("upgrade", **SMALLER) as process:
-            said = ""
-            for line in process.stdout or ():
-                said += line
-                if line.startswith("TASK [vllm_service : Write the key file]"):
-                    break
+        with start("upgrade", hold=hold, **SMALLER) as process, ThreadPoolExecutor(1) as pool:
+            all_said = pool.submit(process.communicate)  # a full pipe would hold the play too
+            hold.wait(process)
             began = time.monotonic()
             with cut(node):
-                said += process.communicate()[0]
+                hold.release()
+                said = all_said.result()[0]
             took_s = time.monotonic() - began
         assert (serves(node), node.show("MainPID")) == (first, pid)
     assert "UNREACHABLE!" in said, said

@@ -78,7 +78,7 @@ def test_a_hung_engine(node: Node, dropin: Callable[[str, str], None], fault: An
     with under_load(node.client) as ledger:
         began = time.monotonic()
         node.sh(f"kill -STOP {before['engine']}")
-        time.sleep(3)
+        node.until(lambda: node.sh(f"ps -o state= -p {before['engine']}").strip() == "T")
         # why a watchdog is needed at all
         assert node.client.get("/health")[0] == 200
     ledger.nothing_lost()

@@ -12,7 +12,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ import pytest
 
 from lowmem.checkpoint import manifest
 
-from .conftest import PORT, REPOSITORY, Service, playbook_command
+from .conftest import PORT, REPOSITORY, Service, kill_before, playbook_command
 from .ledger import streaming
 
 pytestmark = [
@@ -75,20 +74,15 @@ def first(second: Service) -> str:
     return current(second)
 
 
-def test_a_good_upgrade_over_a_play_killed_in_the_switch(second: Service, first: str) -> None:
+def test_a_good_upgrade_over_a_play_killed_in_the_switch(second: Service, first: str, tmp_path: Path) -> None:
     change = {"lowmem_overrides": {"max_num_seqs": 4}}
     before = second.family()
-    with subprocess.Popen(
+    # the link is switched, nothing is restarted yet
+    kill_before(
+        "vllm_service : Hand the launcher to the service manager",
         command(second, "playbooks/upgrade.yml", change),
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as killed:
-        for line in killed.stdout or ():
-            # the link is switched, nothing is restarted yet
-            if line.startswith("TASK [vllm_service : Hand the launcher to the service manager]"):
-                os.killpg(killed.pid, signal.SIGKILL)
+        tmp_path,
+    )
     new = current(second)
     assert new != first
     assert (running(second), second.family()) == (first, before)

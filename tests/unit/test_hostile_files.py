@@ -178,7 +178,7 @@ COMMANDS = {
     "watch": ("watch", "--plan", "{}", "--env-file", "{}"),
     "ready": ("ready", "--plan", "{}", "--env-file", "{}"),
     "start_check": ("start-check", "--plan", "{}"),
-    "measure": ("measure", "--plan", "{}", "--out", "/dev/null", "--serve"),
+    "measure": ("measure", "--plan", "{}", "--out", "/tmp/receipt.json", "--serve"),
     "gateway_health": ("gateway-health", "--plan", "{}", "--env-file", "{}", "--socket", "/nonexistent/s"),
 }
 

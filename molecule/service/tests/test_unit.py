@@ -131,8 +131,10 @@ def test_the_sandbox_holds(host, instance):
 def test_another_user_cannot_read_the_key_or_the_cache(host, instance):
     root, _ = INSTANCES[instance]
     assert (host.file(f"{root}/etc/vllm.env").mode, host.file(f"{root}/etc/vllm.env").user) == (0o600, "vllm")
-    for name in ("cache", "log"):
-        assert (host.file(f"{root}/{name}").mode, host.file(f"{root}/{name}").user) == (0o700, "vllm")
+    assert (host.file(f"{root}/cache").mode, host.file(f"{root}/cache").user) == (0o700, "vllm")
+    # nobody but root can put a link in the place of a log that root opens
+    log = host.file(f"{root}/log")
+    assert (log.mode, log.user, log.group) == (0o750, "root", "vllm")
     # systemd would make it as root's own, whom nobody measures as
     assert (host.file(f"{root}/log/vllm.log").mode, host.file(f"{root}/log/vllm.log").user) == (0o600, "vllm")
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import re
+import secrets
 import ssl
 import sys
 from collections.abc import Iterator
@@ -160,11 +161,16 @@ def main() -> None:
     )
     options = parser.parse_args()
     samples = [*cards(), *watchdog(), *service_memory(), *certificates(options.certificate)]
-    beside = options.out.with_name(options.out.name + ".new")
-    beside.write_text(text(samples), encoding="utf-8")
-    # the exporter has a user of its own
-    beside.chmod(0o644)
-    beside.replace(options.out)
+    # new, under a name that nobody can guess: the collector's folder may be another user's
+    beside = options.out.with_name(f"{options.out.name}.{secrets.token_hex(8)}")
+    try:
+        with beside.open("x", encoding="utf-8") as file:
+            file.write(text(samples))
+        # the exporter has a user of its own
+        beside.chmod(0o644)
+        beside.replace(options.out)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # Ansible managed
 # gateway.sh note     write down what nginx is about to load
 # gateway.sh state    whether that is what lies on the disk: loaded or stale
-# gateway.sh reload   make nginx load what lies there; ends well only when it did. Streams go on in the old workers.
+# gateway.sh reload   make nginx load what lies there; ends well only when it did and the old workers take nothing new. Streams go on in them.
 # gateway.sh look     reload where a certificate or a configuration was renewed, and write figures for /metrics
 set -euo pipefail
 
@@ -28,23 +28,32 @@ accepted() {
     nginx -t -q -c "$tree/nginx.conf"
 }
 
+# Whether a worker still takes connections. Its title changes just before it closes its listeners, and nothing between the two can sleep: one that sleeps
+# after the change has closed them.
+accepts() { # accepts PID
+    local title stat
+    { title=$(tr '\0' ' ' <"/proc/$1/cmdline") && stat=$(<"/proc/$1/stat"); } 2>/dev/null || return 1
+    stat=${stat##*) }
+    [[ $stat != Z* && ($title != *"is shutting down"* || $stat != S*) ]]
+}
+
 reload() {
-    local main before seen worker
+    local main before seen new old
     accepted
     seen=$(sum)
     main=$(<"$run/nginx.pid")
-    before=" $(pgrep --parent "$main" | tr '\n' ' ')"
+    before=$(pgrep --parent "$main" || true)
     kill -HUP "$main"
-    for _ in {1..100}; do
-        for worker in $(pgrep --parent "$main"); do
-            if [[ $before != *" $worker "* ]]; then
-                note "$seen"
-                return
-            fi
-        done
+    for _ in {1..300}; do
+        new=$(pgrep --parent "$main" | grep --invert-match --line-regexp --fixed-strings "$before" || true)
+        old=$(for worker in $before; do accepts "$worker" && echo "$worker"; done || true)
+        if [[ -n $new && -z $old ]]; then
+            note "$seen"
+            return
+        fi
         sleep 0.1
     done
-    echo "nginx goes on with what it had loaded before: see /var/log/vllm-gateway/main/error.log" >&2
+    echo "nginx goes on with what it had loaded before, in the processes ${old//$'\n'/ }: see /var/log/vllm-gateway/main/error.log" >&2
     return 1
 }
 
