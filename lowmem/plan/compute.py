@@ -9,7 +9,7 @@ from dataclasses import replace
 from lowmem.errors import BadInput
 from lowmem.plan import support
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.latency import idle_share, latency, link_needs
+from lowmem.plan.latency import idle_share, latency, link_needs, needed_acceptance
 from lowmem.plan.launch import arguments_of, environment_of, nodes_of, service_limits
 from lowmem.plan.memory import (
     CardMemory,
@@ -22,6 +22,7 @@ from lowmem.plan.memory import (
 )
 from lowmem.plan.request import Inputs
 from lowmem.plan.resolve import resolve
+from lowmem.plan.speculation import acceptance_of
 from lowmem.plan.stages import Part, hop_bytes_per_token
 from lowmem.plan.steps import StepModel
 from lowmem.plan.verdict import (
@@ -30,11 +31,12 @@ from lowmem.plan.verdict import (
     network_reasons,
     pipeline_notes,
     slow_reasons,
+    speculation_notes,
     stage_reasons,
     start_notes,
 )
 from lowmem.plan.weights import stored_bytes
-from lowmem.schema import Device, Limits, Pipeline, Plan, Stage, Verdict
+from lowmem.schema import Device, Limits, Pipeline, Plan, SpeculationPlan, Stage, Verdict
 from lowmem.units import mib
 
 
@@ -90,17 +92,20 @@ def compute(inputs: Inputs) -> Plan:
     """
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     engine = engine_of(inputs)
-    request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
+    # the drafts of a request's last step have room in the pool too, up to the longest sequence
+    longest = min(load.input_tokens + load.output_tokens + engine.rows - 1, engine.max_model_len)
+    request = math.ceil(longest / engine.block_tokens) * engine.block_tokens
     held = min(load.clients, engine.max_num_seqs) * request
     stages = stage_memories(card, engine, device, ceiling(device, limits), held)
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
     requests = usable_kv_tokens(memory.kv_tokens, engine) // request
-    pipeline = pipeline_of(steps, limits)
+    pipeline, drafts = pipeline_of(steps, limits), speculation_of(steps, limits)
     blocked = blocking_reasons(inputs, steps, pipeline, requests)
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
+    beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     pool_bytes = max(
         m.terms["kv_cache"] for _, m in stages
@@ -131,7 +136,7 @@ def compute(inputs: Inputs) -> Plan:
         load=load,
         limits=limits,
         verdict=verdict,
-        reasons=tuple(blocked or [*(slow or notes), *start_notes(card, engine, device, memory, limits)]),
+        reasons=tuple(blocked or [*(slow or notes), *beside]),
         limit_bytes=limits.memory_bytes,
         per_gpu={**memory.terms, "total": memory.total},
         weight_terms=weight_terms(memory),
@@ -151,6 +156,7 @@ def compute(inputs: Inputs) -> Plan:
         deploy=inputs.deploy,
         stages=stages_of(engine, device, stages),
         pipeline=pipeline,
+        speculation=drafts,
         nodes=nodes,
     )
 
@@ -212,4 +218,21 @@ def pipeline_of(steps: StepModel, limits: Limits) -> Pipeline | None:
         idle_share=round(idle_share(steps), 4),
         least_gb_per_s=needs[0],
         most_round_trip_us=needs[1],
+    )
+
+
+def speculation_of(steps: StepModel, limits: Limits) -> SpeculationPlan | None:
+    """Compute what speculative decoding needs to pay and to meet the limit of a token; None without it."""
+    speculation = steps.engine.speculation
+    if speculation is None:
+        return None
+    accepted, source = acceptance_of(steps.load, speculation)
+    even, needed = needed_acceptance(steps, limits.tpot_p99_ms)
+    return SpeculationPlan(
+        method=speculation.method,
+        drafts=speculation.drafts,
+        accepted_tokens=accepted,
+        accepted_source=source,
+        break_even_tokens=round(even, 2),
+        needed_tokens=None if needed is None else math.ceil(needed * 100) / 100,
     )

@@ -20,6 +20,7 @@ VERDICT = {
     "long_context": "fits",
     "extreme": "fits",
     "offload": "slow",
+    "offload_speculative": "slow",
     "low_latency": "fits",
     "demo_cpu": "fits",
     "article": "impossible",
@@ -27,7 +28,7 @@ VERDICT = {
 }
 
 
-def test_the_eight_profiles():
+def test_the_profiles():
     assert profiles.names() == sorted(VERDICT)
 
 
