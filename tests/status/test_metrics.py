@@ -152,8 +152,8 @@ def test_a_step_gives_a_request_its_own_token_and_the_accepted_drafts() -> None:
     """300 tokens of which 200 were drafts took 100 turns of a request: 3 a step."""
     text = (
         "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 1\n"
-        "# TYPE vllm:generation_tokens counter\nvllm:generation_tokens_total {tokens}\n"
-        "# TYPE vllm:spec_decode_num_accepted_tokens counter\nvllm:spec_decode_num_accepted_tokens_total {drafts}\n"
+        "# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total {tokens}\n"
+        "# TYPE vllm:spec_decode_num_accepted_tokens_total counter\nvllm:spec_decode_num_accepted_tokens_total {drafts}\n"
     )
     earlier = parse(text.format(tokens=100, drafts=10), 0)
     now = parse(text.format(tokens=400, drafts=210), 60)
