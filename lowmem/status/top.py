@@ -110,7 +110,8 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
         if plan.speculation:
             most = plan.speculation.drafts + 1
             said = f"of {most}, plan {plan.speculation.accepted_tokens:.2f}"
-            gauge("tokens/step", number(seen.tokens_per_step), bar(seen.tokens_per_step or 0, most, bars), said)
+            drawn = bar(seen.tokens_per_step or 0, most, bars)
+            gauge("tokens/step", number(seen.tokens_per_step), drawn, said)
     lines += [Text(), gauges]
     if seen.running is not None:
         lines += [Text(), _latencies(seen, since, narrow)]

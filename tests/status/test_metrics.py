@@ -153,7 +153,8 @@ def test_a_step_gives_a_request_its_own_token_and_the_accepted_drafts() -> None:
     text = (
         "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 1\n"
         "# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total {tokens}\n"
-        "# TYPE vllm:spec_decode_num_accepted_tokens_total counter\nvllm:spec_decode_num_accepted_tokens_total {drafts}\n"
+        "# TYPE vllm:spec_decode_num_accepted_tokens_total counter\n"
+        "vllm:spec_decode_num_accepted_tokens_total {drafts}\n"
     )
     earlier = parse(text.format(tokens=100, drafts=10), 0)
     now = parse(text.format(tokens=400, drafts=210), 60)
