@@ -68,6 +68,14 @@ class Load(Strict):
     clients: int = Field(8, ge=1, le=100_000)
     input_tokens: int = Field(1024, ge=1)
     output_tokens: int = Field(256, ge=1)
+    accepted_tokens: float | None = Field(
+        None,
+        ge=1,
+        le=65,
+        allow_inf_nan=False,
+        description="with speculative decoding: mean tokens that a step gives a request, its own included",
+    )
+    accepted_source: str = Field("", description="where accepted_tokens comes from")
 
 
 class Limits(Strict):
@@ -337,6 +345,19 @@ class KvCache(Strict):
     groups: tuple[KvCacheGroup, ...]
 
 
+class SpeculationPlan(Strict):
+    """What speculative decoding gives a request at an acceptance, and which acceptance it needs."""
+
+    method: str = Field(description="where the drafts come from; ngram: the request's own text")
+    drafts: int = Field(description="draft tokens that a step verifies for each request")
+    accepted_tokens: float = Field(description="mean tokens that a step gives a request, its own included")
+    accepted_source: str = Field(description="where accepted_tokens comes from; a plan measures no text")
+    break_even_tokens: float = Field(description="accepted_tokens below which the engine is faster without")
+    needed_tokens: float | None = Field(
+        None, description="accepted_tokens that meet the limit of a token; None: no acceptance does"
+    )
+
+
 class Node(Strict):
     """Start parameters of one host of a multi-host server."""
 
@@ -423,6 +444,7 @@ class Plan(Strict):
     nearest: str | None = None
     stages: tuple[Stage, ...] = Field((), description="pipeline stages in order; empty: one")
     pipeline: Pipeline | None = None
+    speculation: SpeculationPlan | None = Field(None, description="None: a step gives a request one token")
     nodes: tuple[Node, ...] = Field(
         (),
         description=(

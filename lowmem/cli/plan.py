@@ -51,6 +51,10 @@ def plan(
     clients: Annotated[int | None, typer.Option(help="closed-loop clients of the load")] = None,
     input_tokens: Annotated[int | None, typer.Option(help="tokens of a prompt")] = None,
     output_tokens: Annotated[int | None, typer.Option(help="tokens of an answer")] = None,
+    accepted_tokens: Annotated[
+        float | None,
+        typer.Option(help="with drafts: mean tokens that a step gives, on your text"),
+    ] = None,
     memory_limit: Annotated[
         str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
     ] = None,
@@ -110,6 +114,7 @@ def plan(
             clients=clients,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
+            accepted_tokens=accepted_tokens,
             memory_limit_bytes=limit,
             environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
             vllm_version=vllm_version,

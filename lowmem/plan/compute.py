@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from lowmem.errors import BadInput
 from lowmem.plan import support
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.kv_layout import group_rows
-from lowmem.plan.latency import idle_share, latency, link_needs
+from lowmem.plan.latency import idle_share, latency, link_needs, needed_acceptance
 from lowmem.plan.launch import arguments_of, environment_of, nodes_of, service_limits
 from lowmem.plan.memory import (
     CardMemory,
@@ -22,6 +23,7 @@ from lowmem.plan.memory import (
 )
 from lowmem.plan.request import Inputs
 from lowmem.plan.resolve import resolve
+from lowmem.plan.speculation import acceptance_of
 from lowmem.plan.stages import Part, hop_bytes_per_token
 from lowmem.plan.steps import StepModel
 from lowmem.plan.verdict import (
@@ -30,11 +32,22 @@ from lowmem.plan.verdict import (
     network_reasons,
     pipeline_notes,
     slow_reasons,
+    speculation_notes,
     stage_reasons,
     start_notes,
 )
 from lowmem.plan.weights import stored_bytes
-from lowmem.schema import Device, KvCache, KvCacheGroup, Limits, Pipeline, Plan, Stage, Verdict
+from lowmem.schema import (
+    Device,
+    KvCache,
+    KvCacheGroup,
+    Limits,
+    Pipeline,
+    Plan,
+    SpeculationPlan,
+    Stage,
+    Verdict,
+)
 from lowmem.units import mib
 
 
@@ -83,7 +96,7 @@ def load_blocks(inputs: Inputs, engine: EngineConfig) -> int:
     """Count the blocks that the load's requests hold, as many of them as run together."""
     together = min(inputs.load.clients, engine.max_num_seqs)
     layout = kv_layout_of(inputs.card, engine)
-    return together * layout.blocks_of(inputs.load.input_tokens + inputs.load.output_tokens)
+    return together * layout.blocks_of(engine.held_tokens(inputs.load))
 
 
 def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
@@ -102,11 +115,12 @@ def compute(inputs: Inputs) -> Plan:
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
-    requests = memory.kv.requests_of(load.input_tokens + load.output_tokens)
-    pipeline = pipeline_of(steps, limits)
+    requests = memory.kv.requests_of(engine.held_tokens(load))
+    pipeline, drafts = pipeline_of(steps, limits), speculation_of(steps, limits)
     blocked = blocking_reasons(inputs, steps, pipeline, requests)
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
+    beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     pool_bytes = max(
         m.terms["kv_cache"] for _, m in stages
@@ -137,7 +151,7 @@ def compute(inputs: Inputs) -> Plan:
         load=load,
         limits=limits,
         verdict=verdict,
-        reasons=tuple(blocked or [*(slow or notes), *start_notes(card, engine, device, memory, limits)]),
+        reasons=tuple(blocked or [*(slow or notes), *beside]),
         limit_bytes=limits.memory_bytes,
         per_gpu={**memory.terms, "total": memory.total},
         weight_terms=weight_terms(memory),
@@ -158,6 +172,7 @@ def compute(inputs: Inputs) -> Plan:
         deploy=inputs.deploy,
         stages=stages_of(engine, device, stages),
         pipeline=pipeline,
+        speculation=drafts,
         nodes=nodes,
     )
 
@@ -229,4 +244,21 @@ def pipeline_of(steps: StepModel, limits: Limits) -> Pipeline | None:
         idle_share=round(idle_share(steps), 4),
         least_gb_per_s=needs[0],
         most_round_trip_us=needs[1],
+    )
+
+
+def speculation_of(steps: StepModel, limits: Limits) -> SpeculationPlan | None:
+    """Compute what speculative decoding needs to pay and to meet the limit of a token; None without it."""
+    speculation = steps.engine.speculation
+    if speculation is None:
+        return None
+    accepted, source = acceptance_of(steps.load, speculation)
+    even, needed = needed_acceptance(steps, limits.tpot_p99_ms)
+    return SpeculationPlan(
+        method=speculation.method,
+        drafts=speculation.drafts,
+        accepted_tokens=accepted,
+        accepted_source=source,
+        break_even_tokens=round(even, 2),
+        needed_tokens=None if needed is None else math.ceil(needed * 100) / 100,
     )

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from lowmem.errors import BadInput
 from lowmem.plan.knobs import _capability
-from lowmem.schema import Device, ModelCard, Scalar
+from lowmem.plan.speculation import Speculation
+from lowmem.schema import Device, Load, ModelCard, Scalar
 
 # Each KV type with the CUDA compute capability and the vLLM version that it needs. FlashAttention takes fp8
 # on 9.0 and 10.0 only, and Triton's fp8 needs 8.9. The per-token-head integer types and TurboQuant's integer
@@ -76,6 +77,16 @@ class EngineConfig:
     environment: Mapping[str, str] = field(default_factory=dict)
     hosts: int = 1
     partition: tuple[int, ...] = ()  # decoder layers of each pipeline stage; empty: one stage
+    speculation: Speculation | None = None
+
+    @property
+    def rows(self) -> int:
+        """Count the tokens of one request in a decode step: its next one and its drafts."""
+        return self.speculation.rows if self.speculation else 1
+
+    def held_tokens(self, load: Load) -> int:
+        """Count the tokens of a request of the load in the KV pool, with the drafts of its last step."""
+        return min(load.input_tokens + load.output_tokens + self.rows - 1, self.max_model_len)
 
     @property
     def pp(self) -> int:
@@ -88,15 +99,22 @@ class EngineConfig:
 
 
 def graph_sizes(
-    max_num_seqs: int, batched: int, wanted: Scalar | None, largest: Scalar | None
+    max_num_seqs: int, batched: int, wanted: Scalar | None, largest: Scalar | None, rows: int = 1
 ) -> tuple[int, ...]:
-    """Choose the batch sizes to capture, as vLLM 0.32.0 does (config/vllm.py, _set_cudagraph_sizes)."""
+    """Choose the batch sizes to capture, as vLLM 0.32.0 does (config/vllm.py, _set_cudagraph_sizes).
+
+    `rows` is the number of tokens of one request in a decode step. With drafts the sizes that whole requests
+    fill are captured too.
+    """
     if wanted:
         return tuple(sorted({int(x) for x in str(wanted).split()}))
-    top = int(largest) if largest is not None else min(max_num_seqs * 2, 512)
+    top = int(largest) if largest is not None else min(max_num_seqs * rows * 2, 512)
     top = min(top, batched)
-    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
-    return tuple(s for s in sizes if s <= top)
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)}
+    if rows > 1 and largest is None:
+        requests = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), max_num_seqs)
+        sizes |= {n * rows for n in requests if n <= max_num_seqs}
+    return tuple(sorted(s for s in sizes if s <= top))
 
 
 def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ...]:

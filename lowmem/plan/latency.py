@@ -13,13 +13,15 @@ from lowmem.schema import Latency, Limits, Link
 def latency(steps: StepModel) -> Latency:
     """Compute decode time per token at the load's concurrency, and prefill time per prompt, in milliseconds.
 
+    With speculation a step gives a request several tokens; what its neighbours' prompts cost stays.
     The prefill time is the time to the first token of a lone request. With pipeline stages a token passes all
     of them in a row, and a request's next token waits for its last. So a pipeline adds room and no speed. The
     expectation has all decoding requests in one step. The floor takes the better of that and an even split
     between the steps in flight.
     """
     engine, load, together = steps.engine, steps.load, steps.together
-    steady, mixed = steps.slot(together), steps.slot(steps.mixed_tokens)
+    tokens = steps.decode_tokens
+    steady, mixed = steps.slot(tokens), steps.slot(steps.mixed_tokens)
     # While a request decodes, each other client's prompt passes once: those steps take as long as a chunk.
     interference = (
         constant("latency", "interference_share")
@@ -28,13 +30,13 @@ def latency(steps: StepModel) -> Latency:
         * max(0.0, mixed - steady)
         / load.output_tokens
     )
-    first, last = steps.through(together), steps.through(steps.mixed_tokens)
-    decode, prefill = first + interference, (steps.chunks - 1) * mixed + last
+    first, last = steps.through(tokens), steps.through(steps.mixed_tokens)
+    decode, prefill = first / steps.accepted + interference, (steps.chunks - 1) * mixed + last
     queue = math.ceil(load.clients / together) - 1  # rounds that the last client waits for others to end
-    work = [steps.work(s, together, together) for s in steps.stages]
+    work = [steps.work(s, tokens, together) for s in steps.stages]
     terms = {
         **{key: sum(t[key] for t in work) for key in work[0]},
-        "all_reduce": sum(steps.all_reduces(s, together) for s in steps.stages),
+        "all_reduce": sum(steps.all_reduces(s, tokens) for s in steps.stages),
         "launches": sum(steps.launches(s) for s in steps.stages),
         "step": steps.fixed,
         "prefill_interference": interference,
@@ -44,6 +46,8 @@ def latency(steps: StepModel) -> Latency:
             (steps.chunks * together - 1) * mixed + last + queue * decode * load.output_tokens
         ),
     }
+    if engine.speculation:
+        terms["accepted_tokens"] = steps.accepted
     if engine.pp > 1:
         terms |= {"network": steps.hops(together).expected, "slot_step": steady}
     splits = range(1, min(engine.pp, together) + 1)
@@ -54,6 +58,19 @@ def latency(steps: StepModel) -> Latency:
         prefill_expected=round(prefill, 4),
         terms={k: round(v, 4) for k, v in terms.items()},
     )
+
+
+def needed_acceptance(steps: StepModel, limit_ms: float) -> tuple[float, float | None]:
+    """Return the acceptance below which speculation loses, and the one that meets a limit of ms a token.
+
+    Both are mean tokens a step. The second is None if even every draft accepted would not do.
+    """
+    speed = latency(steps).terms
+    plain = replace(steps, engine=replace(steps.engine, speculation=None))
+    even = speed["steady_step"] / latency(plain).terms["steady_step"]
+    room = limit_ms - speed["prefill_interference"]
+    needed = speed["steady_step"] / room if room > 0 else math.inf
+    return even, max(1.0, needed) if needed <= steps.engine.rows else None
 
 
 def idle_share(steps: StepModel) -> float:

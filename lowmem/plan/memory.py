@@ -63,7 +63,7 @@ def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True
     copies = (
         8 if engine.vllm >= (0, 28, 0) else 20
     )  # 32-bit copies; the older sampler also sorts, with 64-bit indices
-    logits = min(engine.max_num_seqs, tokens) * card.vocab_size * (e + copies) if samples else 0
+    logits = min(engine.max_num_seqs * engine.rows, tokens) * card.vocab_size * (e + copies) if samples else 0
     return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
 
 

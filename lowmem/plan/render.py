@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 
 from rich.console import Console
 from rich.markup import escape
@@ -58,7 +59,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     for start in plan.nodes or (plan,):
         if isinstance(start, Node):
             out.print(f"[bold]on {start.address}[/]")
-        out.print("vllm serve " + " ".join(start.argv), markup=False, soft_wrap=True)
+        out.print("vllm serve " + shlex.join(start.argv), markup=False, soft_wrap=True)
         for variable in start.environment:
             out.print(f"  {variable.name}={variable.value}", markup=False)
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, links, model_cards, profiles
 from lowmem.plan import engine_config, knobs
+from lowmem.plan.speculation import KNOB, MOST_DRAFTS
 from lowmem.schema import (
     VLLM_VERSION,
     Deploy,
@@ -45,6 +46,7 @@ class PlanRequest:
     clients: int | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    accepted_tokens: float | None = None  # that a step with drafts gives a request
     memory_limit_bytes: int | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     vllm_version: str = VLLM_VERSION
@@ -81,6 +83,7 @@ def gather(request: PlanRequest) -> Inputs:
     n = _count(request, p, d)
     given = _knobs(request, p)
     environment = _environment(request.environment)
+    _refuse_acceptance(request.accepted_tokens, given)
     load, limits = _load(request, p), _limits(request, p)
     quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
     place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
@@ -154,7 +157,23 @@ def _load(request: PlanRequest, profile: Profile) -> Load:
             raise BadInput(f"{name}={value} is not from 1 to 10,000,000; correct it")
     if request.clients is not None and request.clients > 100_000:
         raise BadInput(f"clients={request.clients} is more than 100,000; correct it")
-    return profile.load.model_copy(update={k: v for k, v in asked.items() if v is not None})
+    changed: dict[str, object] = {k: v for k, v in asked.items() if v is not None}
+    if request.accepted_tokens is not None:
+        changed |= {"accepted_tokens": request.accepted_tokens, "accepted_source": "given by the operator"}
+    return profile.load.model_copy(update=changed)
+
+
+def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> None:
+    """Raise BadInput for an acceptance that no step can give."""
+    if accepted is None:
+        return
+    if not 1 <= accepted <= MOST_DRAFTS + 1:
+        raise BadInput(f"accepted_tokens={accepted:g} is not from 1 to {MOST_DRAFTS + 1}; correct it")
+    if KNOB not in given:
+        raise BadInput(
+            f"accepted_tokens={accepted:g} without {KNOB}: a step gives a request one token; set {KNOB} or"
+            " leave accepted_tokens out"
+        )
 
 
 def _limits(request: PlanRequest, profile: Profile) -> Limits:

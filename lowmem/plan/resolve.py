@@ -15,6 +15,7 @@ from lowmem.plan.engine_config import (
 )
 from lowmem.plan.knobs import version
 from lowmem.plan.kv_types import stored_kv_dtype
+from lowmem.plan.speculation import Speculation, speculation_of
 from lowmem.schema import Device, Knob, ModelCard
 from lowmem.units import GIB
 
@@ -43,6 +44,8 @@ def resolve(
     max_len = _max_model_len(v, card)
     seqs, batched = _batch(v, device, max_len)
     support.refuse_batch(v, seqs, batched, max_len)
+    speculation = speculation_of(v)
+    support.refuse_drafts(v, speculation, seqs, batched)
     kv_dtype, kv = _kv_dtype(v, card), v.get("kv_cache_memory_bytes")
     block = v.get("block_size", None if device.kind == "cuda" else 128)
     support.refuse_kv(kv_dtype, block)
@@ -57,15 +60,17 @@ def resolve(
         auto_len=_auto_len(v),
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
-        # vLLM 0.32.0 turns it on by default, and off on a CPU (platforms/cpu.py)
-        async_scheduling=device.kind == "cuda" and bool(v.get("async_scheduling", True)),
+        # vLLM 0.32.0 turns it on by default, and off on a CPU (platforms/cpu.py) and with n-gram drafts
+        async_scheduling=device.kind == "cuda"
+        and speculation is None
+        and bool(v.get("async_scheduling", True)),
         utilization=float(v.get("gpu_memory_utilization", 0.92)),
         kv_bytes=int(kv) if kv is not None and kv != "auto" else None,
         kv_auto=kv == "auto",
         kv_blocks_override=int(v["num_gpu_blocks_override"]) if "num_gpu_blocks_override" in v else None,
         kv_dtype=kv_dtype,
         block_tokens=None if block is None else int(block),
-        **_graphs(v, device, seqs, batched),
+        **_graphs(v, device, seqs, batched, speculation),
         custom_all_reduce=not v.get("disable_custom_all_reduce", False),
         **_offload(v),
         kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
@@ -75,6 +80,7 @@ def resolve(
         environment=dict(environment),
         hosts=hosts,
         partition=layer_partition(card.layers, pp, wanted_partition) if pp > 1 else (),
+        speculation=speculation,
     )
 
 
@@ -124,11 +130,15 @@ def _batch(v: Mapping[str, Any], device: Device, max_len: int) -> tuple[int, int
     return seqs, batched
 
 
-def _graphs(v: Mapping[str, Any], device: Device, seqs: int, batched: int) -> dict[str, Any]:
+def _graphs(
+    v: Mapping[str, Any], device: Device, seqs: int, batched: int, speculation: Speculation | None
+) -> dict[str, Any]:
     """Return whether steps run without captured graphs, and the batch sizes to capture."""
     eager = bool(v.get("enforce_eager", False)) or device.kind == "cpu" or v.get("optimization_level") == 0
     wanted, largest = v.get("cudagraph_capture_sizes"), v.get("max_cudagraph_capture_size")
-    return {"eager": eager, "graph_sizes": () if eager else graph_sizes(seqs, batched, wanted, largest)}
+    rows = speculation.rows if speculation else 1
+    sizes = () if eager else graph_sizes(seqs, batched, wanted, largest, rows)
+    return {"eager": eager, "graph_sizes": sizes}
 
 
 def _offload(v: Mapping[str, Any]) -> dict[str, Any]:

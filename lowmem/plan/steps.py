@@ -14,6 +14,7 @@ from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory
+from lowmem.plan.speculation import acceptance_of
 from lowmem.plan.stages import Part, hop_bytes_per_token
 from lowmem.plan.weights import streamed_layers
 from lowmem.schema import Device, Link, Load, ModelCard
@@ -123,9 +124,18 @@ class StepModel:
     @cached_property
     def together(self) -> int:
         """Count the requests that decode in one step."""
-        request = self.load.input_tokens + self.load.output_tokens
-        held = self.stages[0][1].kv.requests_of(request)
+        held = self.stages[0][1].kv.requests_of(self.engine.held_tokens(self.load))
         return min(self.load.clients, self.engine.max_num_seqs, held or self.load.clients)
+
+    @cached_property
+    def accepted(self) -> float:
+        """Return the mean tokens that a step gives a request: 1 without speculation."""
+        return acceptance_of(self.load, self.engine.speculation)[0]
+
+    @property
+    def decode_tokens(self) -> int:
+        """Count the tokens of a step that has only decoding requests, with their drafts."""
+        return self.together * self.engine.rows
 
     @property
     def chunk_tokens(self) -> int:
@@ -140,12 +150,16 @@ class StepModel:
     @property
     def mixed_tokens(self) -> int:
         """Count the tokens of a step that has a chunk of a prompt beside the decoding requests."""
-        return min(self.chunk_tokens + self.together, self.engine.max_num_batched_tokens)
+        return min(self.chunk_tokens + self.decode_tokens, self.engine.max_num_batched_tokens)
 
     @property
     def fixed(self) -> float:
-        """Return the time that a step takes whatever its size."""
-        return float(constant("latency", "step_ms"))
+        """Return the time that a step takes whatever its size.
+
+        With n-gram drafts the host makes them between two steps, and schedules the next one only then.
+        """
+        between = float(constant("latency", "draft_ms")["step"]) if self.engine.speculation else 0.0
+        return float(constant("latency", "step_ms")) + between
 
     @property
     def flops_per_ms(self) -> float:
@@ -216,6 +230,11 @@ class StepModel:
         few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(kv_dtype, 0.0)) / 1e3
         return layers * (float(constant("latency", "graph_ms_per_layer")) + few_bits)
 
+    def _drafts(self, layers: int) -> float:
+        """Return the time that the draft rows of the decoding requests take beside their matrix products."""
+        rows = self.decode_tokens - self.together
+        return rows * layers * float(constant("latency", "draft_ms")["row_and_layer"]) if self._cuda else 0.0
+
     def _attention(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return the time of a prompt's products with keys and values.
 
@@ -230,14 +249,15 @@ class StepModel:
     def expected(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return one stage's expected time for a step of `tokens` tokens.
 
-        Tokens beyond those that decode together belong to a prompt.
+        Tokens beyond those of the decoding requests belong to a prompt.
         """
         name, layers = self.engine.kernel, stage[0].card.layers
         t = self.work(stage, tokens, self.together)
-        prompt = max(0, tokens - self.together)
+        prompt = max(0, tokens - self.decode_tokens)
         rows = max(tokens, int(constant("latency", "least_prompt_rows").get(name, 0))) if prompt else tokens
         gpu = (
             self._beside(layers, tokens)
+            + self._drafts(layers)
             + self._attention(stage, prompt)
             + max(
                 t["hbm_weights"] / _efficiency("hbm_efficiency", name, self.device) + t["hbm_kv"],
@@ -274,8 +294,9 @@ class StepModel:
         flight.
         """
         share = self.together / batches
-        each = [self.floor(s, share, share) for s in self.stages]
-        return max(sum(each) + self.hops(share).floor, batches * max(each))
+        tokens = share * self.engine.rows
+        each = [self.floor(s, tokens, share) for s in self.stages]
+        return max(sum(each) + self.hops(tokens).floor, batches * max(each)) / self.accepted
 
     def prefill_floor(self, stage: tuple[Part, CardMemory]) -> float:
         """Return the least time of one prompt on one stage."""

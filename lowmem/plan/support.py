@@ -9,6 +9,7 @@ from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan.engine_config import FORMATS, KV_DTYPES, EngineConfig
 from lowmem.plan.knobs import _capability, flag_of, version_tuple
+from lowmem.plan.speculation import Speculation
 from lowmem.schema import Device, Knob, ModelCard
 
 
@@ -184,6 +185,25 @@ def refuse_batch(v: Mapping[str, Any], seqs: int, batched: int, max_len: int) ->
         raise BadInput(
             f"max_num_batched_tokens={batched} is smaller than max_model_len={max_len} and"
             " enable_chunked_prefill is false; raise it or leave chunked prefill on"
+        )
+
+
+def refuse_drafts(v: Mapping[str, Any], speculation: Speculation | None, seqs: int, batched: int) -> None:
+    """Raise BadInput if draft tokens contradict other knobs or have no room in a step."""
+    if speculation is None:
+        return
+    if v.get("async_scheduling"):
+        raise BadInput(
+            "async_scheduling=true with n-gram drafts: vLLM makes these between two steps, and refuses both"
+            " together; leave async_scheduling out"
+        )
+    if int(v.get("pipeline_parallel_size", 1)) > 1:
+        raise BadInput("speculative_config is not modelled with pipeline stages; leave one of them out")
+    if seqs * speculation.rows > batched:
+        raise BadInput(
+            f"max_num_batched_tokens={batched} is less than the {seqs * speculation.rows} tokens of a step of"
+            f" max_num_seqs={seqs} requests with {speculation.drafts} drafts each; raise it or lower"
+            " num_speculative_tokens"
         )
 
 

@@ -9,7 +9,7 @@ from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory, loading, start_peak, start_room
 from lowmem.plan.stages import Part
 from lowmem.plan.weights import ignores_offload
-from lowmem.schema import Device, Latency, Limits, Load, ModelCard, Pipeline
+from lowmem.schema import Device, Latency, Limits, Load, ModelCard, Pipeline, SpeculationPlan
 from lowmem.units import MIB, gib, mib
 
 
@@ -157,6 +157,22 @@ def pipeline_notes(pipeline: Pipeline | None, speed: Latency) -> list[str]:
         f" ({link.gb_per_s:g} GB/s, round trip {link.round_trip_us:g} us); {pipeline.bytes_per_token:,} bytes"
         f" a token and hop. The limits hold down to {pipeline.least_gb_per_s or 0:g} GB/s, or to a round trip"
         f" of {pipeline.most_round_trip_us or 0:,.0f} us. Expected, not measured"
+    ]
+
+
+def speculation_notes(plan: SpeculationPlan | None, limits: Limits) -> list[str]:
+    """Say which acceptance was taken, from where, and which one the limit needs."""
+    if plan is None:
+        return []
+    limit = f"{limits.tpot_p99_ms:g} ms a token"
+    needs = (
+        f"{limit} needs {plan.needed_tokens:.2f}"
+        if plan.needed_tokens is not None
+        else f"{limit} is out of reach even if each draft is accepted"
+    )
+    return [
+        f"speculation: {plan.accepted_tokens:.2f} tokens a step taken ({plan.accepted_source}); {needs};"
+        f" below {plan.break_even_tokens:.2f} it is slower than without. Text decides it: measure your own"
     ]
 
 

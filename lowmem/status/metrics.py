@@ -93,6 +93,9 @@ class Sample(Strict):
     kv_tokens: int | None = Field(None, description="what the KV cache holds; None: the server does not say")
     prompt_tokens: float = 0
     generation_tokens: float = 0
+    accepted_tokens: float | None = Field(
+        None, description="draft tokens of speculative decoding that became output; None: there are no drafts"
+    )
     preemptions: float = 0
     finished: dict[str, float] = Field(
         default_factory=dict, description="finished requests by reason: stop, length, abort, error, ..."
@@ -119,6 +122,7 @@ class Window(Strict):
     output_tokens: float
     prompt_tokens: float
     requests: float
+    accepted_tokens: float | None = None
     preemptions: float
     ttft: Histogram
     tpot: Histogram
@@ -127,6 +131,16 @@ class Window(Strict):
     @property
     def output_tokens_per_s(self) -> float | None:
         return self.output_tokens / self.seconds if self.seconds else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Return the mean tokens that a step gave a request; None without drafts or without output.
+
+        Each step gives a request one token of its own, and the drafts that were accepted.
+        """
+        if self.accepted_tokens is None or self.output_tokens <= self.accepted_tokens:
+            return None
+        return self.output_tokens / (self.output_tokens - self.accepted_tokens)
 
     @property
     def prompt_tokens_per_s(self) -> float | None:
@@ -141,11 +155,13 @@ def window(now: Sample, earlier: Sample | None) -> Window:
     if earlier is None or not now.same_server(earlier):
         earlier = Sample(at=now.started if now.started is not None else now.at)
     seconds = now.at - earlier.at
+    accepted = now.accepted_tokens
     return Window(
         seconds=seconds if seconds > 0 else None,
         output_tokens=now.generation_tokens - earlier.generation_tokens,
         prompt_tokens=now.prompt_tokens - earlier.prompt_tokens,
         requests=sum(now.finished.values()) - sum(earlier.finished.values()),
+        accepted_tokens=None if accepted is None else accepted - (earlier.accepted_tokens or 0),
         preemptions=now.preemptions - earlier.preemptions,
         ttft=now.ttft.since(earlier.ttft),
         tpot=now.tpot.since(earlier.tpot),
@@ -190,6 +206,7 @@ def parse(text: str, at: float) -> Sample:
         return [sample.value for sample in family.samples if sample.name == name + suffix] if family else []
 
     usage = values("vllm:kv_cache_usage_perc")
+    accepted = values("vllm:spec_decode_num_accepted_tokens", "_total")
     started = values("process_start_time_seconds")
     short = _buckets(families.get("vllm:request_generation_tokens"))
     single = short.counts[short.bounds.index(1.0)] if 1.0 in short.bounds else 0.0
@@ -202,6 +219,7 @@ def parse(text: str, at: float) -> Sample:
         kv_tokens=_kv_tokens(families.get("vllm:cache_config_info")),
         prompt_tokens=sum(values("vllm:prompt_tokens", "_total")),
         generation_tokens=sum(values("vllm:generation_tokens", "_total")),
+        accepted_tokens=sum(accepted) if accepted else None,
         preemptions=sum(values("vllm:num_preemptions", "_total")),
         finished=_by_label(families.get("vllm:request_success"), "finished_reason"),
         ttft=_buckets(families.get("vllm:time_to_first_token_seconds")),

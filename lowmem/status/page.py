@@ -187,7 +187,8 @@ def tiles(live: Live, seen: Status) -> list[Tile]:
             "Throughput",
             number(seen.output_tokens_per_s),
             "tokens/s out",
-            f"{number(seen.prompt_tokens_per_s)} tokens/s in; {seen.requests:,.0f} requests finished",
+            f"{number(seen.prompt_tokens_per_s)} tokens/s in; {seen.requests:,.0f} requests finished"
+            + (f"; {seen.tokens_per_step:.2f} tokens a step" if seen.tokens_per_step is not None else ""),
             curve=curves.between(lambda w: w.output_tokens_per_s, least=1),
             curve_says=f"tokens/s out, at most {number(curves.most(lambda w: w.output_tokens_per_s))}",
         ),

@@ -80,6 +80,9 @@ class Status(Strict):
     output_tokens_per_s: float | None
     prompt_tokens_per_s: float | None
     requests: float
+    tokens_per_step: float | None = Field(
+        None, description="with speculative decoding: mean tokens that a step gave a request"
+    )
     preemptions: float
     ttft_ms: Quantiles
     tpot_ms: Quantiles
@@ -145,6 +148,7 @@ def status(plan: Plan, look: Look, earlier: Sequence[Sample] = (), window_s: flo
         output_tokens_per_s=recent.output_tokens_per_s,
         prompt_tokens_per_s=recent.prompt_tokens_per_s,
         requests=recent.requests,
+        tokens_per_step=recent.tokens_per_step,
         preemptions=recent.preemptions,
         ttft_ms=quantiles(recent.ttft),
         tpot_ms=quantiles(recent.tpot),
@@ -189,6 +193,12 @@ def _findings(plan: Plan, seen: Status, stuck_s: float) -> list[str]:
                 f"latency: {name} {quantile.p99:,.1f} ms over {quantile.count:,} requests, limit"
                 f" {limit:,.1f} ms"
             )
+    even = plan.speculation.break_even_tokens if plan.speculation else 0
+    if seen.tokens_per_step is not None and seen.requests >= FEWEST and seen.tokens_per_step < even:
+        found.append(
+            f"speculation: {seen.tokens_per_step:.2f} tokens a step, and below {even:.2f} it is slower than"
+            " without; see docs/runbooks/low-acceptance.md"
+        )
     if seen.preemptions > 0:
         found.append(
             f"KV cache: {seen.preemptions:,.0f} preemptions: it was full, and requests were computed again"

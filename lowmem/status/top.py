@@ -107,6 +107,11 @@ def screen(plan: Plan, seen: Status, since: Status, rates: Sequence[float], widt
             "" if rates else "next look",
         )
         gauge("tokens/s in", number(seen.prompt_tokens_per_s), "", "")
+        if plan.speculation:
+            most = plan.speculation.drafts + 1
+            said = f"of {most}, plan {plan.speculation.accepted_tokens:.2f}"
+            drawn = bar(seen.tokens_per_step or 0, most, bars)
+            gauge("tokens/step", number(seen.tokens_per_step), drawn, said)
     lines += [Text(), gauges]
     if seen.running is not None:
         lines += [Text(), _latencies(seen, since, narrow)]
@@ -181,6 +186,7 @@ def line(seen: Status) -> str:
         f" in={_plain(seen.prompt_tokens_per_s)}/s tpot_p99={_plain(seen.tpot_ms.p99)}ms"
         f" ttft_p99={_plain(seen.ttft_ms.p99)}ms memory={memory}MiB"
         f" limit={seen.memory_limit_bytes / MIB:.0f}MiB"
+        + (f" tokens_per_step={seen.tokens_per_step:.2f}" if seen.tokens_per_step is not None else "")
         + (f" over_plan={over / MIB:.0f}MiB" if over >= MIB else "")
     )
 

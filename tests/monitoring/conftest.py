@@ -23,6 +23,7 @@ CARDS = {
     "device_count": 2,
     "limits": {"memory_bytes": 20 * 2**30, "tpot_p99_ms": 200.0, "ttft_p99_ms": 2000.0},
     "peak_bytes": 20452 * 2**20,
+    "speculation": {"break_even_tokens": 1.5},
 }
 """What a plan for two cards says otherwise."""
 

@@ -146,3 +146,18 @@ def test_an_engine_that_hangs_shows_running_requests_and_no_token() -> None:
     assert idle_since([look(0, 9, 0), look(60, 9, 0)]) is None
     assert idle_since([look(0, 9, 0), look(60, 9, 1)]) is None
     assert idle_since([]) is None
+
+
+def test_a_step_gives_a_request_its_own_token_and_the_accepted_drafts() -> None:
+    """300 tokens of which 200 were drafts took 100 turns of a request: 3 a step."""
+    text = (
+        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 1\n"
+        "# TYPE vllm:generation_tokens_total counter\nvllm:generation_tokens_total {tokens}\n"
+        "# TYPE vllm:spec_decode_num_accepted_tokens_total counter\n"
+        "vllm:spec_decode_num_accepted_tokens_total {drafts}\n"
+    )
+    earlier = parse(text.format(tokens=100, drafts=10), 0)
+    now = parse(text.format(tokens=400, drafts=210), 60)
+    assert window(now, earlier).tokens_per_step == 3.0
+    assert window(now.model_copy(update={"accepted_tokens": None}), earlier).tokens_per_step is None
+    assert window(now, now).tokens_per_step is None
