@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
@@ -16,11 +17,18 @@ test_loader.get("match")
 
 # At the top for the same reason: the import takes longer than a plan.
 try:
+    from pydantic import ValidationError
+
     from lowmem.errors import BadInput
+    from lowmem.inputs.devices import load_device
+    from lowmem.inputs.model_cards import load_card
     from lowmem.inputs.profiles import load_profile
+    from lowmem.plan.knobs import checked
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
     from lowmem.plan.request import BadPlace, PlanRequest
+    from lowmem.schema import Deploy
+    from lowmem.text import visible
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
 else:
@@ -51,6 +59,38 @@ options:
 """
 
 
+def input_problems(wanted: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with each variable by itself, one line each; `make_plan` ends at the first."""
+    found = []
+
+    def attempt(name: str, value: Any, read: Callable[[Any], object]) -> None:
+        try:
+            read(value)
+        except BadInput as error:
+            found.append(f"lowmem_{name} is {visible(str(value))}: {error}")
+
+    attempt("profile", wanted["profile"], load_profile)
+    for name, read in (("device", load_device), ("model", load_card)):
+        if wanted[name]:
+            attempt(name, wanted[name], read)
+    if not 0 <= wanted["count"] <= 64:
+        found.append(f"lowmem_device_count is {wanted['count']}: it must be 1 to 64, or 0 for the profile's.")
+    for knob, value in wanted["overrides"].items():
+        if not isinstance(value, (str, int, float)):
+            found.append(
+                f"lowmem_overrides.{knob} is {visible(str(value))}: it must be one value; correct it."
+            )
+            continue
+        attempt(f"overrides.{knob}", value, lambda value, knob=knob: checked(knob, value))
+    try:
+        Deploy.model_validate(wanted["deploy"])
+    except ValidationError as error:
+        for part in error.errors():
+            name = ".".join(map(str, part["loc"]))
+            found.append(f"lowmem_{name} is {visible(str(part['input']))}: {part['msg']}; correct it.")
+    return found
+
+
 class ActionModule(ActionBase):
     _requires_connection = False
     _supports_check_mode = True
@@ -72,6 +112,9 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(
                 f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook"
             ) from missing
+        problems = input_problems(wanted)
+        if problems:
+            raise AnsibleActionFail("\n".join(problems))
         try:
             hosts = load_profile(wanted["profile"]).hosts
             nodes = wanted["members"].get("nodes", [])
@@ -97,8 +140,9 @@ class ActionModule(ActionBase):
         except BadInput as error:
             raise AnsibleActionFail(str(error)) from error
         self._display.display(plan_text(plan))
-        if plan.verdict == "impossible":
-            raise AnsibleActionFail(
-                f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed."
-            )
-        return {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        result = {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        if plan.verdict != "impossible":
+            return result
+        # with the plan: preflight looks for the other problems with it
+        reasons = "; ".join(plan.reasons)
+        return result | {"failed": True, "msg": f"impossible: {reasons}. Nothing on the host was changed."}
