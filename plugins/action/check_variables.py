@@ -33,8 +33,6 @@ description:
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST_SHOWN = 60
 SECRET = re.compile(r"token|password|passphrase|secret|api_key|environment$")
-# A play needs these before its first task: with a wrong one no other problem can be found.
-KEYWORDS = frozenset({"lowmem_become", "lowmem_environment"})
 UNDEFINED = re.compile(r"'(\w+)' is undefined")
 
 
@@ -220,7 +218,7 @@ class ActionModule(ActionBase):
         problems = name_problems(variables, KNOWN) | roots(self._value_problems(variables), variables)
         if not problems:
             return {"changed": False}
-        if variables.get("__preflight_collects") and not problems.keys() & KEYWORDS:
+        if variables.get("__preflight_collects"):
             return {
                 "changed": False,
                 "ansible_facts": {f"lowmem_problem {k}": v for k, v in problems.items()},

@@ -142,7 +142,7 @@ def test_a_value_of_a_wrong_kind_is_one_line(name: str, value: Any, said: str | 
 
 def test_the_default_of_every_option_is_a_value_that_it_takes() -> None:
     for name, option in check.KNOWN.options.items():
-        if "default" in option and "{{" not in str(option["default"]):
+        if option.get("default") is not None and "{{" not in str(option["default"]):
             assert check.value_problem(name, option["default"], option) is None
 
 
