@@ -92,7 +92,9 @@ def name_problems(names: Iterable[Any], known: Known) -> dict[str, str]:
     settable, problems = sorted(known.options), {}
     for name in sorted(name for name in names if isinstance(name, str)):
         if is_unknown(name, known.names):
-            near = difflib.get_close_matches(name.lower().replace("-", "_"), settable, n=1, cutoff=0.75)
+            folded = name.lower().replace("-", "_")
+            near = [other for other in settable if one_edit_apart(folded, other)]
+            near = near or difflib.get_close_matches(folded, settable, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}? Correct it" if near else "correct it (docs/variables.md)"
             problems[name] = f"{visible(name)} is not a variable of this project: {hint}, or take it out."
     return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -59,6 +60,25 @@ options:
 """
 
 
+PLACES = {
+    "model_path": "a path without line breaks",
+    "served_model_name": "a name without line breaks",
+    "host": "an IP address or a host name",
+    "port": "a port, 1 to 65535",
+}
+
+
+def one_line(value: Any) -> str:
+    """Return a value as a line may show it."""
+    text = visible(str(value)).replace("\n", "\\n").replace("\t", "\\t")
+    return (text if len(text) <= 60 else f"{text[:60]}…") or "empty"
+
+
+def of_the_inventory(message: str) -> str:
+    """Name the inventory's variables in a message that names the options of the command line."""
+    return re.sub(r"--count\b|\bcount(?==)", "lowmem_device_count", message)
+
+
 def input_problems(wanted: Mapping[str, Any]) -> list[str]:
     """Say what is wrong with each variable by itself, one line each; `make_plan` ends at the first."""
     found = []
@@ -67,7 +87,7 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
         try:
             read(value)
         except BadInput as error:
-            found.append(f"lowmem_{name} is {visible(str(value))}: {error}")
+            found.append(f"lowmem_{name} is {one_line(value)}: {error}")
 
     attempt("profile", wanted["profile"], load_profile)
     for name, read in (("device", load_device), ("model", load_card)):
@@ -77,17 +97,16 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
         found.append(f"lowmem_device_count is {wanted['count']}: it must be 1 to 64, or 0 for the profile's.")
     for knob, value in wanted["overrides"].items():
         if not isinstance(value, (str, int, float)):
-            found.append(
-                f"lowmem_overrides.{knob} is {visible(str(value))}: it must be one value; correct it."
-            )
+            found.append(f"lowmem_overrides.{knob} is {one_line(value)}: it must be one value; correct it.")
             continue
         attempt(f"overrides.{knob}", value, lambda value, knob=knob: checked(knob, value))
     try:
         Deploy.model_validate(wanted["deploy"])
     except ValidationError as error:
         for part in error.errors():
-            name = ".".join(map(str, part["loc"]))
-            found.append(f"lowmem_{name} is {visible(str(part['input']))}: {part['msg']}; correct it.")
+            name = str(part["loc"][0])
+            limit = f"it must be {PLACES[name]}" if name in PLACES else part["msg"]
+            found.append(f"lowmem_{name} is {one_line(part['input'])}: {limit}; correct it.")
     return found
 
 
@@ -136,9 +155,9 @@ class ActionModule(ActionBase):
             )
         except BadPlace as error:
             # what it names is in the inventory under the same name
-            raise AnsibleActionFail(f"lowmem_{error}") from error
+            raise AnsibleActionFail(f"lowmem_{error}") from None
         except BadInput as error:
-            raise AnsibleActionFail(str(error)) from error
+            raise AnsibleActionFail(of_the_inventory(str(error))) from None
         self._display.display(plan_text(plan))
         result = {"changed": False, "plan": json.loads(plan.model_dump_json())}
         if plan.verdict != "impossible":

@@ -17,7 +17,7 @@ from ansible.errors import AnsibleError
 Assert: Any = importlib.import_module("ansible.plugins.action.assert").ActionModule
 
 FACT = "lowmem_problem "
-SUBJECT = re.compile(r"[a-z]+(?:_[a-z0-9]+)+")
+SUBJECT = re.compile(r"[a-z]+(?:_[a-z0-9]+)+(?:\.\w+)*")
 
 
 def subject(line: str) -> str:
