@@ -20,7 +20,7 @@ DEFAULTS = REPOSITORY / "playbooks/group_vars/all.yml"
 TABLE = ["| variable | type | default | |", "|---|---|---|---|"]
 HEAD = """# Variables
 
-`make docs` writes this page from the `meta/argument_specs.yml` of each role and `playbooks/vars/variables.yml`.
+`make docs` writes this page from each role's `meta/argument_specs.yml` and `playbooks/vars/variables.yml`.
 A test compares the page with them.
 
 Set these in your inventory: in `group_vars/vllm.yml`, in `host_vars/`, or for one run with `-e`.
