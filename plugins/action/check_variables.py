@@ -41,6 +41,7 @@ class Known(NamedTuple):
 
     options: Mapping[str, Mapping[str, Any]]  # name -> its entry of an argument spec
     facts: frozenset[str]  # what a run sets itself
+    renamed: Mapping[str, str]  # name of an earlier release -> name
 
     @property
     def names(self) -> frozenset[str]:
@@ -59,7 +60,7 @@ def read_known(repository: Path) -> Known:
     for path in sorted(repository.glob("roles/*/meta/argument_specs.yml")):
         for entry in read(path)["argument_specs"].values():
             options |= entry.get("options", {})
-    return Known(options, frozenset(own["facts"]))
+    return Known(options, frozenset(own["facts"]), own["renamed"])
 
 
 # Ansible reads this file once, in its main process; then it forks a process for each task of each host.
@@ -91,7 +92,9 @@ def name_problems(names: Iterable[Any], known: Known) -> dict[str, str]:
     """Return unknown name -> a line. The value is not shown: it may be a secret."""
     settable, problems = sorted(known.options), {}
     for name in sorted(name for name in names if isinstance(name, str)):
-        if is_unknown(name, known.names):
+        if name in known.renamed:
+            problems[name] = f"{name} was renamed: set {known.renamed[name]} in its place."
+        elif is_unknown(name, known.names):
             folded = name.lower().replace("-", "_")
             near = [other for other in settable if one_edit_apart(folded, other)]
             near = near or difflib.get_close_matches(folded, settable, n=1, cutoff=0.75)

@@ -40,6 +40,13 @@ def test_a_mistyped_name_is_one_line_that_says_what_was_meant(name: str, meant: 
     }
 
 
+def test_a_name_of_an_earlier_release_is_refused_with_the_new_one() -> None:
+    assert check.name_problems(["as_deployed_more"], check.KNOWN) == {
+        "as_deployed_more": "as_deployed_more was renamed: set skip_unchanged_more in its place."
+    }
+    assert set(check.KNOWN.renamed.values()) <= check.KNOWN.options.keys()
+
+
 def test_a_name_like_no_other_is_refused_too() -> None:
     assert check.name_problems(["lowmem_zzzzzzzzzzz"], check.KNOWN) == {
         "lowmem_zzzzzzzzzzz": "lowmem_zzzzzzzzzzz is not a variable of this project: correct it"
