@@ -83,7 +83,13 @@ def test_there_are_sixty() -> None:
 
 @pytest.mark.parametrize(("part", "case"), [(part, case) for part, cases in CASES.items() for case in cases])
 def test_each_problem_is_one_line(answers: dict[str, list[str]], part: str, case: str) -> None:
-    assert sorted(answers[name(part, case)]) == sorted(CASES[part][case][1:])
+    said, wanted = sorted(answers[name(part, case)]), sorted(CASES[part][case][1:])
+    # a line that ends in … goes on with names of a table
+    cut = [
+        line[: len(want) - 1] + "…" if want[-1] == "…" else line
+        for line, want in zip(said, wanted, strict=False)
+    ]
+    assert cut + said[len(wanted) :] == wanted
 
 
 @pytest.mark.parametrize("part", CASES)
