@@ -74,7 +74,7 @@ molecule: setup $(DEVTOOLS) ## the roles on real systemd hosts (root); one scena
 	@"$(BIN)/python" molecule/run $(SCENARIO)
 
 .PHONY: docs
-docs: setup ## write docs/variables.md again from the roles' argument specs
+docs: setup ## write docs/variables.md again from the argument specs and the variables of the playbooks
 	@"$(BIN)/python" scripts/variables_doc.py
 
 .PHONY: dashboards

@@ -162,6 +162,11 @@ KINDS: dict[str, Kind] = {
         rf"{_PATH_END}(/+[A-Za-z0-9_.+@,-]+)+/*",
         "an absolute path of letters, digits and _ . / + @ , -, without '..'",
     ),
+    # of this repository, or of a site's own beside its inventory
+    "profile": pattern(
+        rf"{_NO_PARENT}[A-Za-z0-9_./+@,-]{{1,4096}}",
+        "the name of a profile or the path of its file, of letters, digits and _ . / + @ , -, without '..'",
+    ),
     "relative_path": pattern(
         rf"{_NO_PARENT}[A-Za-z0-9_.+@-]+(/[A-Za-z0-9_.+@-]+)*",
         "a relative path of letters, digits and _ . / + @ -, without '..'",

@@ -23,9 +23,13 @@ short_description: Refuse values of a wrong kind
 description:
   - Each variable of a wrong kind is one line that names it, its value, and what it must be.
   - A secret is not shown.
+  - In a play that collects problems (V(__preflight_collects)) the task succeeds, and each line becomes a fact
+    as those of C(require) do.
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options: {}
 """
+
+FACT = "lowmem_problem "  # as in require.py: plugins of one kind cannot import one another
 
 # Ansible reads this file once, in its main process; then it forks a process for each task of each host.
 KINDS: dict[str, str] = read_yaml(Path(data.__file__).with_name("variables.yml"))
@@ -38,20 +42,28 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
         self.validate_argument_spec({})
+        variables = task_vars or {}
+        collects = variables.get("__preflight_collects")
+        listed = variables.get("ansible_facts", {}) if collects else {}
         own = f"{self._task._role.get_name()}_" if self._task._role else ""
-        lines: list[str] = []
-        told: list[str] = []
+        problems: dict[str, str] = {}
+        # what takes its value from a variable that is listed is told by that one's name
+        told = [str(self._resolved(variables.get(name))) for name in KINDS if f"{FACT}{name}" in listed]
         # The few `lowmem_*` come first, since others are made of them: a fault is told by the name that
         # is set.
         names = [name for name in KINDS if name.startswith(own)]
         for name in sorted(names, key=lambda name: not name.startswith("lowmem_")):
-            value = self._resolved((task_vars or {}).get(name))
+            if f"{FACT}{name}" in listed:  # its type is wrong already
+                continue
+            value = self._resolved(variables.get(name))
             line = refusal(name, KINDS[name], value) if value is not None else ""
             if line and not any(known in str(value) for known in told):
-                lines.append(line)
+                problems[f"{FACT}{name}"] = line
                 told += [str(value)] if name.startswith("lowmem_") and value else []
-        if lines:
-            raise AnsibleActionFail("\n".join(lines))
+        if collects:
+            return {"changed": False, "ansible_facts": problems} if problems else {"changed": False}
+        if problems:
+            raise AnsibleActionFail("\n".join(problems.values()))
         return {"changed": False}
 
     def _resolved(self, value: Any) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
@@ -16,11 +18,18 @@ test_loader.get("match")
 
 # At the top for the same reason: the import takes longer than a plan.
 try:
+    from pydantic import ValidationError
+
     from lowmem.errors import BadInput
+    from lowmem.inputs.devices import load_device
+    from lowmem.inputs.model_cards import load_card
     from lowmem.inputs.profiles import load_profile
+    from lowmem.plan.knobs import checked
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
     from lowmem.plan.request import BadPlace, PlanRequest
+    from lowmem.schema import Deploy
+    from lowmem.text import visible
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
 else:
@@ -51,6 +60,56 @@ options:
 """
 
 
+PLACES = {
+    "model_path": "a path without line breaks",
+    "served_model_name": "a name without line breaks",
+    "host": "an IP address or a host name",
+    "port": "a port, 1 to 65535",
+}
+
+
+def one_line(value: Any) -> str:
+    """Return a value as a line may show it."""
+    text = visible(str(value)).replace("\n", "\\n").replace("\t", "\\t")
+    return (text if len(text) <= 60 else f"{text[:60]}…") or "empty"
+
+
+def of_the_inventory(message: str) -> str:
+    """Name the inventory's variables in a message that names the options of the command line."""
+    return re.sub(r"--count\b|\bcount(?==)", "lowmem_device_count", message)
+
+
+def input_problems(wanted: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with each variable by itself, one line each; `make_plan` ends at the first."""
+    found = []
+
+    def attempt(name: str, value: Any, read: Callable[[Any], object]) -> None:
+        try:
+            read(value)
+        except BadInput as error:
+            found.append(f"lowmem_{name} is {one_line(value)}: {error}")
+
+    attempt("profile", wanted["profile"], load_profile)
+    for name, read in (("device", load_device), ("model", load_card)):
+        if wanted[name]:
+            attempt(name, wanted[name], read)
+    if not 0 <= wanted["count"] <= 64:
+        found.append(f"lowmem_device_count is {wanted['count']}: it must be 1 to 64, or 0 for the profile's.")
+    for knob, value in wanted["overrides"].items():
+        if not isinstance(value, (str, int, float)):
+            found.append(f"lowmem_overrides.{knob} is {one_line(value)}: it must be one value; correct it.")
+            continue
+        attempt(f"overrides.{knob}", value, lambda value, knob=knob: checked(knob, value))
+    try:
+        Deploy.model_validate(wanted["deploy"])
+    except ValidationError as error:
+        for part in error.errors():
+            name = str(part["loc"][0])
+            limit = f"it must be {PLACES[name]}" if name in PLACES else part["msg"]
+            found.append(f"lowmem_{name} is {one_line(part['input'])}: {limit}; correct it.")
+    return found
+
+
 class ActionModule(ActionBase):
     _requires_connection = False
     _supports_check_mode = True
@@ -72,6 +131,9 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(
                 f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook"
             ) from missing
+        problems = input_problems(wanted)
+        if problems:
+            raise AnsibleActionFail("\n".join(problems))
         try:
             hosts = load_profile(wanted["profile"]).hosts
             nodes = wanted["members"].get("nodes", [])
@@ -93,12 +155,13 @@ class ActionModule(ActionBase):
             )
         except BadPlace as error:
             # what it names is in the inventory under the same name
-            raise AnsibleActionFail(f"lowmem_{error}") from error
+            raise AnsibleActionFail(f"lowmem_{error}") from None
         except BadInput as error:
-            raise AnsibleActionFail(str(error)) from error
+            raise AnsibleActionFail(of_the_inventory(str(error))) from None
         self._display.display(plan_text(plan))
-        if plan.verdict == "impossible":
-            raise AnsibleActionFail(
-                f"impossible: {'; '.join(plan.reasons)}. Nothing on the host was changed."
-            )
-        return {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        result = {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        if plan.verdict != "impossible":
+            return result
+        # with the plan: preflight looks for the other problems with it
+        reasons = "; ".join(plan.reasons)
+        return result | {"failed": True, "msg": f"impossible: {reasons}. Nothing on the host was changed."}

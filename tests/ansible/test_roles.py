@@ -103,3 +103,14 @@ def test_the_controllers_ansible_is_the_pinned_one() -> None:
     assert "ansible==12.3.0 ; python_full_version < '3.12'" in lock
     assert "ansible==14.5.0 ; python_full_version >= '3.12'" in lock
     assert lock.count("--hash=sha256:") > 100
+
+
+def test_the_reference_has_each_variable_once() -> None:
+    page = (REPOSITORY / "docs/variables.md").read_text()
+    own = yaml.safe_load((REPOSITORY / "playbooks/vars/variables.yml").read_text())
+    names = {name for role in ROLES for name in specs(role)["main"]["options"]} | set(own["options"])
+    rows = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted(names)
+    # those of the playbooks are all an operator's, and come first
+    first = re.findall(r"^\| `(\w+)` \|", page.partition("# Other variables, by role")[0], re.MULTILINE)
+    assert set(own["options"]) | {"lowmem_profile", "lowmem_model", "lowmem_port"} <= set(first)
