@@ -82,6 +82,13 @@ def test_other_families_are_those_of_vllm_too(name):
     assert layout.bytes_per_request() == oracle["bytes_per_request"]
 
 
+@pytest.mark.parametrize(("name", "tp", "gib", "tokens", "config"), ORACLES["runs"])
+def test_tokens_are_those_that_the_engine_logged_on_a_card(name, tp, gib, tokens, config):
+    given = KvSettings(max_model_len=4096, max_num_batched_tokens=2048, tp=tp)
+    # the log rounds the pool to 0.01 GiB
+    assert kv_layout(config, given).tokens_of(round(gib * GIB)) == pytest.approx(tokens, rel=0.0002)
+
+
 def test_the_oracles_hold_every_kind_of_layer():
     kinds = Counter(group[1] for model in MEASURED.values() for group in model["groups"])
     assert {*SPECS, "UniformTypeKVCacheSpecs"} == set(kinds)
