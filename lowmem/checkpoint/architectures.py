@@ -124,25 +124,21 @@ def _resolved(name: str) -> Mapping[str, Any] | None:
             raise ValueError(f"architectures.yml: {name} is like itself")
         seen.append(base_name)
         base = entries[base_name]
-        merged = {**base, **{k: v for k, v in entry.items() if k != "like"}}
-        for key in ("let", "layer_let", "defaults"):
-            merged[key] = {**base.get(key, {}), **entry.get(key, {})}
-        if "like" in base:
-            merged["like"] = base["like"]
-        entry = merged
+        entry = _over(base, entry) | ({"like": base["like"]} if "like" in base else {})
     return dict(entry)
 
 
 class Part:
     """Names that the expressions of one part of a model may use."""
 
-    def __init__(self, top: Mapping[str, Any], config: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-        """Bind the whole config.json, this part's own one and the part's entry."""
+    def __init__(self, top: Mapping[str, Any], config: Mapping[str, Any], entry: Mapping[str, Any],
+                 tp: int) -> None:  # fmt: skip
+        """Bind the whole config.json, this part's own one, the part's entry and the GPUs."""
         self._config = config
         self._lets: Mapping[str, Any] = entry.get("let", MAPPING)
         self._defaults: Mapping[str, Any] = entry.get("defaults", MAPPING)
         self._layer_lets: Mapping[str, Any] = entry.get("layer_let", MAPPING)
-        self._known: dict[str, Any] = {"top": top, "config": config}
+        self._known: dict[str, Any] = {"top": top, "config": config, "tp": tp}
         self._open: set[str] = set()
 
     def scope(self, name: str) -> Any:
@@ -179,17 +175,17 @@ def modules(architecture: Architecture, config: Mapping[str, Any], tp: int) -> I
     entry = architecture.entry
     for part in entry.get("parts", (entry,)):
         whole = _family(part)
-        base = Part(config, config, {"let": MAPPING}).scope
+        base = Part(config, config, MAPPING, tp).scope
         source = whole.get("config", "config")
         own = evaluate(source, base)
-        if own is None and whole.get("optional"):
-            continue
+        if own is None and part.get("defaults"):
+            own = MAPPING  # transformers fills the whole part with the defaults of its class
         if not isinstance(own, Mapping):
             raise BadInput(
                 f"config.json: {source} is missing though architectures names {architecture.name}; download"
                 " the checkpoint's config.json again"
             )
-        names = Part(config, own, whole)
+        names = Part(config, own, whole, tp)
         context = _Context(str(whole.get("at", "")), str(whole.get("use", "")), tp)
         yield from _expanded(whole["modules"], names, names.scope, context)
 
@@ -198,10 +194,21 @@ def _family(part: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a part with its family merged in."""
     if "family" not in part:
         return part
-    family = table()["families"][part["family"]]
-    merged = {**family, **part}
+    family = _known_family(part["family"])
+    return _over(family, part)
+
+
+def _known_family(name: str) -> Mapping[str, Any]:
+    """Return a family, with the one that it is like merged in."""
+    family = table()["families"][name]
+    return _over(_known_family(family["like"]), family) if "like" in family else family
+
+
+def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry with another one below it; names are merged one by one."""
+    merged = {**base, **{k: v for k, v in own.items() if k != "like"}}
     for key in ("let", "layer_let", "defaults"):
-        merged[key] = {**family.get(key, {}), **part.get(key, {})}
+        merged[key] = {**base.get(key, {}), **own.get(key, {})}
     return merged
 
 
@@ -361,7 +368,7 @@ def _attention(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dic
 
 def _rope(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dict[str, Any]:
     """Size the cache of cosines and sines: positions by rotary dimension."""
-    scaling = evaluate(item.get("scaling", "rope_parameters or rope_scaling"), scope)
+    scaling = evaluate(item["scaling"], scope) if "scaling" in item else scope("rope_parameters") or scope("rope_scaling")
     scaling = scaling if isinstance(scaling, Mapping) else MAPPING
     positions = evaluate_size(item.get("positions", "max_position_embeddings"), scope)
     share = evaluate(item.get("share", "rope_parameters.partial_rotary_factor or partial_rotary_factor or 1"),
@@ -382,7 +389,7 @@ def _rope(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dict[str
     elif kind in ("longrope", "su"):
         positions += int(original or positions)
     if scaling.get("mrope_section") and kind in ("default", "mrope"):
-        positions *= int(item.get("mrope", 4))
+        positions *= evaluate_size(item.get("mrope", 4), scope)
     return {"shape": (positions, dim)}
 
 

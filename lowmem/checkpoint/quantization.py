@@ -79,13 +79,24 @@ def _raw_recipe(
                 raise BadInput(
                     f"config.json: {key} is not an object; download the checkpoint's config.json again"
                 )
-            recipe = {"quant_method": "compressed-tensors"} | dict(value) if key[0] == "c" else dict(value)
-            return recipe if recipe.get("quant_method") else None
-    if hf_quant_config:
-        quantization = hf_quant_config.get("quantization")
-        if isinstance(quantization, Mapping) and quantization.get("quant_algo"):
-            return {**hf_quant_config, "quant_method": "modelopt"}
-    return None
+            return _with_method(value)
+    return _with_method(hf_quant_config) if hf_quant_config else None
+
+
+def _with_method(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return a recipe with the method that vLLM gives it, or None where it has none and is passed over."""
+    producer, inner = recipe.get("producer"), recipe.get("quantization")
+    inner = inner if isinstance(inner, Mapping) else {}
+    made_by_modelopt = isinstance(producer, Mapping) and producer.get("name") == "modelopt"
+    if (made_by_modelopt or "modelopt_quant_config" in inner) and inner.get("quant_algo") is not None:
+        algorithm = str(inner["quant_algo"]).upper()
+        if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4"):
+            raise BadInput(
+                f"vLLM 0.32.0 refuses this checkpoint (unknown ModelOpt quant algo: {algorithm[:40]}); use one"
+                " whose config.json holds the quantization_config"
+            )
+        return {**recipe, "quant_method": "modelopt"}
+    return recipe if recipe.get("quant_method") else None
 
 
 @dataclass(frozen=True)
@@ -202,7 +213,11 @@ def _fp8(recipe: Mapping[str, Any], names: _Names) -> Recipe:
         scheme = Scheme("fp8", 8, -1, static=static)
     skipped = _exact_skip(names.listed(recipe, "ignored_layers", "modules_to_not_convert"))
     deepseek_v4 = names.architecture.entry.get("quantization") == "deepseek_v4"
-    experts = Scheme("mx", 4, 32) if deepseek_v4 else scheme
+    experts = scheme
+    if deepseek_v4:
+        nvfp4 = str(recipe.get("moe_quant_algo") or "").upper() == "NVFP4"
+        fp4 = names.architecture.text.get("expert_dtype", "fp4") == "fp4"
+        experts = _MODELOPT["NVFP4"] if nvfp4 else Scheme("mx", 4, 32) if fp4 else scheme
     scales = replace(scheme, scale="float8") if deepseek_v4 and recipe.get("scale_fmt") == "ue8m0" else scheme
 
     def choose(module: Module) -> Scheme | None:
