@@ -132,13 +132,13 @@ class Part:
     """Names that the expressions of one part of a model may use."""
 
     def __init__(self, top: Mapping[str, Any], config: Mapping[str, Any], entry: Mapping[str, Any],
-                 tp: int) -> None:  # fmt: skip
-        """Bind the whole config.json, this part's own one, the part's entry and the GPUs."""
+                 known: Mapping[str, Any]) -> None:  # fmt: skip
+        """Bind the whole config.json, this part's own one, the part's entry and other names."""
         self._config = config
         self._lets: Mapping[str, Any] = entry.get("let", MAPPING)
         self._defaults: Mapping[str, Any] = entry.get("defaults", MAPPING)
         self._layer_lets: Mapping[str, Any] = entry.get("layer_let", MAPPING)
-        self._known: dict[str, Any] = {"top": top, "config": config, "tp": tp}
+        self._known: dict[str, Any] = {"top": top, "config": config, **known}
         self._open: set[str] = set()
 
     def scope(self, name: str) -> Any:
@@ -170,12 +170,14 @@ class Part:
         return scope
 
 
-def modules(architecture: Architecture, config: Mapping[str, Any], tp: int) -> Iterator[Module]:
+def modules(
+    architecture: Architecture, config: Mapping[str, Any], tp: int, method: str = "none"
+) -> Iterator[Module]:
     """Yield the modules on one of `tp` GPUs in the order of the table. BadInput where they cannot be cut."""
     entry = architecture.entry
     for part in entry.get("parts", (entry,)):
         whole = _family(part)
-        base = Part(config, config, MAPPING, tp).scope
+        base = Part(config, config, MAPPING, {}).scope
         source = whole.get("config", "config")
         own = evaluate(source, base)
         if own is None and part.get("defaults"):
@@ -185,7 +187,7 @@ def modules(architecture: Architecture, config: Mapping[str, Any], tp: int) -> I
                 f"config.json: {source} is missing though architectures names {architecture.name}; download"
                 " the checkpoint's config.json again"
             )
-        names = Part(config, own, whole, tp)
+        names = Part(config, own, whole, {"tp": tp, "method": method})
         context = _Context(str(whole.get("at", "")), str(whole.get("use", "")), tp)
         yield from _expanded(whole["modules"], names, names.scope, context)
 

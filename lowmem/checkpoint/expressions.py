@@ -50,7 +50,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "starts": lambda text, *prefixes: isinstance(text, str) and text.startswith(prefixes),
     "ends": lambda text, *suffixes: isinstance(text, str) and text.endswith(suffixes),
     "short": lambda values, n: list(values or ())[:n],
-    "items": lambda value: list(value) if isinstance(value, list | tuple | str) else [],
+    "items": lambda value: list(value) if isinstance(value, list | tuple | str | dict) else [],
 }  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def inventory_of(
     recipe = recipe_of(config, hf_quant_config, architecture, stored)
     engine_dtype = engine_dtype_of(config, architecture, dtype, stored)
     ledger = _Ledger(recipe, engine_dtype)
-    for module in modules(architecture, config, tp):
+    for module in modules(architecture, config, tp, recipe.method):
         ledger.add(module)
     return ledger.inventory(architecture.name)
 
