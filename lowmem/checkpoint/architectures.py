@@ -370,7 +370,11 @@ def _attention(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dic
 
 def _rope(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dict[str, Any]:
     """Size the cache of cosines and sines: positions by rotary dimension."""
-    scaling = evaluate(item["scaling"], scope) if "scaling" in item else scope("rope_parameters") or scope("rope_scaling")
+    scaling = (
+        evaluate(item["scaling"], scope)
+        if "scaling" in item
+        else scope("rope_parameters") or scope("rope_scaling")
+    )
     scaling = scaling if isinstance(scaling, Mapping) else MAPPING
     positions = evaluate_size(item.get("positions", "max_position_embeddings"), scope)
     share = evaluate(item.get("share", "rope_parameters.partial_rotary_factor or partial_rotary_factor or 1"),

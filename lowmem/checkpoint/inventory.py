@@ -210,5 +210,3 @@ class _Ledger:
         experts = tuple(Experts(n, c, k, b) for (c, k), (n, b) in self._experts.items())
         return Inventory(architecture, self._dtype, self._recipe.method, sum(by_use.values()),
                          self.buffer_bytes, by_use, tuple(groups), experts)  # fmt: skip
-
-

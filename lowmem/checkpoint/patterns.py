@@ -59,7 +59,9 @@ def matches(pattern: str, name: str, anywhere: bool = False) -> bool:
     try:
         return bool(_ends(_parsed(pattern), name, starts))
     except RecursionError:
-        raise BadInput(f"config.json: the quantization's pattern {pattern[:60]!r} is nested too deep") from None
+        raise BadInput(
+            f"config.json: the quantization's pattern {pattern[:60]!r} is nested too deep"
+        ) from None
 
 
 def matches_target(target: str, name: str) -> bool:

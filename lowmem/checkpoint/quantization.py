@@ -162,7 +162,9 @@ def _whole(recipe: Mapping[str, Any], keys: tuple[str, ...], default: int, allow
 
 
 def _said(allowed: Iterable[int]) -> str:
-    return f"-1 or 1 to {GROUP_SIZE_LIMIT}" if isinstance(allowed, _GroupSizes) else ", ".join(map(str, allowed))
+    return (
+        f"-1 or 1 to {GROUP_SIZE_LIMIT}" if isinstance(allowed, _GroupSizes) else ", ".join(map(str, allowed))
+    )
 
 
 class _GroupSizes:
@@ -567,7 +569,9 @@ def _modelopt_mixed(own: Mapping[str, Any], names: _Names, skipped: Callable[[Mo
     found = {names.mapped(k): str(v.get("quant_algo") or "").upper() for k, v in layers.items()
              if isinstance(k, str) and isinstance(v, Mapping)}  # fmt: skip
     groups = [v.get("group_size") for v in layers.values() if isinstance(v, Mapping)]
-    group = _whole({"g": next((g for g in groups if g is not None), own.get("group_size"))}, ("g",), 16, GROUP_SIZES)
+    group = _whole(
+        {"g": next((g for g in groups if g is not None), own.get("group_size"))}, ("g",), 16, GROUP_SIZES
+    )
     parents = _parents(found)
 
     def algorithm(module: Module) -> str | None:
@@ -653,9 +657,13 @@ def _quark_scheme(own: Any) -> Scheme:
         if dtype == "fp8_e4m3" and isinstance(inputs, Mapping):
             if scheme == "per_block":
                 return Scheme("fp8", 8, -1, strategy="block", block=_block(weight.get("block_size")))
-            return Scheme("fp8", 8, -1, strategy="channel" if scheme == "per_channel" else "tensor", static=static)
+            return Scheme(
+                "fp8", 8, -1, strategy="channel" if scheme == "per_channel" else "tensor", static=static
+            )
         if dtype == "int8" and isinstance(inputs, Mapping):
-            return Scheme("int8", 8, -1, strategy="channel" if scheme == "per_channel" else "tensor", static=static)
+            return Scheme(
+                "int8", 8, -1, strategy="channel" if scheme == "per_channel" else "tensor", static=static
+            )
         if dtype == "fp4" and scheme == "per_group":
             return Scheme("mx", 4, 32)
         if dtype in ("int4", "uint4") and inputs is None:
@@ -693,5 +701,7 @@ _READERS: Mapping[str, Callable[[Mapping[str, Any], _Names], Recipe]] = {
     "mxfp4": _mxfp4,
     "fbgemm_fp8": _refused("it is deprecated; use an fp8 or compressed-tensors checkpoint"),
     "fp_quant": _refused("it is deprecated; use a compressed-tensors checkpoint"),
-    "torchao": _refused("its locked environment has no torchao; use an awq, gptq or compressed-tensors checkpoint"),
+    "torchao": _refused(
+        "its locked environment has no torchao; use an awq, gptq or compressed-tensors checkpoint"
+    ),
 }

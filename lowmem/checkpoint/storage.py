@@ -213,7 +213,9 @@ def _expert_fp8(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
                 f"fp8 blocks of {n} rows do not divide the {inner} rows of {module.name} on one GPU; vLLM"
                 " refuses it: use fewer GPUs or expert parallelism"
             )
-        yield Stored("w13_weight_scale", (count, shards * math.ceil(inner / n), math.ceil(hidden / k)), "float32")
+        yield Stored(
+            "w13_weight_scale", (count, shards * math.ceil(inner / n), math.ceil(hidden / k)), "float32"
+        )
         yield Stored("w2_weight_scale", (count, math.ceil(hidden / n), math.ceil(inner / k)), "float32")
     elif scheme.strategy == "channel":
         yield Stored("w13_weight_scale", (count, sum(module.out)), "float32")

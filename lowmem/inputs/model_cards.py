@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowmem.checkpoint.headers import _header_size, _read_json, read_header
+from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.schema import ModelCard, Quantization, WeightGroup
@@ -210,7 +210,7 @@ def card_from_config(
     header_bytes = None
     if header:
         groups = _refined(groups, header, config)
-        header_bytes = sum(_header_size(t, n) for n, t in header.items())
+        header_bytes = sum(tensor_bytes(t, n) for n, t in header.items())
     return ModelCard(
         name=name,
         source=source,
@@ -303,18 +303,8 @@ def card_from_directory(folder: Path) -> ModelCard:
 
     config.json is enough; the headers of `*.safetensors` refine it. No weight is read.
     """
-    config = _read_json(folder / "config.json")
-    header: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        header.update(read_header(file))
-    index = folder / "model.safetensors.index.json"
-    if header and index.exists():
-        missing = set(map(str, _read_json(index).get("weight_map", {}))) - set(header)
-        if missing:
-            raise BadInput(
-                f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first:"
-                f" {min(missing)}); the download is incomplete"
-            )
+    config = read_config(folder / "config.json")
+    header = checkpoint_headers(folder)
     return card_from_config(config, folder.resolve().name, str(folder), header or None)
 
 
@@ -340,7 +330,7 @@ def card_from_hub(repo: str) -> ModelCard:
         except OSError:
             offline = True  # the local cache may still have it, without seconds of retries
         path = hf_hub_download(repo, "config.json", local_files_only=offline)
-        config = _read_json(Path(path))
+        config = read_config(Path(path))
         try:
             if offline:
                 raise OSError("offline")
