@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lowmem.checkpoint.expressions import Scope, evaluate, evaluate_size
+from lowmem.checkpoint.expressions import ALIAS, Scope, evaluate, evaluate_size
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 
@@ -145,6 +145,8 @@ class Part:
         """Return the value of a name: a `let`, a field of config.json, a default of its class, or None."""
         if name in self._known:
             return self._known[name]
+        if name.startswith(ALIAS):
+            return self._lets.get(name.removeprefix(ALIAS))
         if name in self._lets and name not in self._open:
             self._open.add(name)  # within its own `let` a name means the field of config.json
             value = evaluate(self._lets[name], self.scope)

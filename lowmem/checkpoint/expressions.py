@@ -22,6 +22,9 @@ Scope = Callable[[str], Any]
 
 Compiled = Callable[[Scope], Any]
 
+ALIAS = "alias of "
+"""A scope that is asked for this and a name says which expression the name stands for, for a message."""
+
 LARGEST = 2**48
 """No dimension, count or byte size of a model comes near it; a larger number is damage."""
 
@@ -74,8 +77,11 @@ def evaluate_size(expression: Any, scope: Scope) -> int:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= LARGEST:
+        field = scope(f"{ALIAS}{expression}") or expression
+        if value is None:
+            raise _missing(field)
         raise BadInput(
-            f"config.json: {expression} is {value!r}; it must be a whole number from 0 to 2**48; check the"
+            f"config.json: {field} is {str(value)[:60]!r}; it must be a whole number from 0 to 2**48; check the"
             " checkpoint's config.json"
         )
     return value
@@ -196,10 +202,14 @@ def _compile_call(node: ast.Call) -> Compiled:
 def _not_a_number(side: ast.expr, value: Any) -> BadInput:
     name = ast.unparse(side)
     if value is None:
-        return BadInput(
-            f"config.json: {name} is missing; download the checkpoint's config.json again, or name a"
-            " directory that has the whole one"
-        )
+        return _missing(name)
     return BadInput(
         f"config.json: {name} is {str(value)[:60]!r}; it must be a number; check the checkpoint's config.json"
+    )
+
+
+def _missing(field: str) -> BadInput:
+    return BadInput(
+        f"config.json: {field} is missing; download the checkpoint's config.json again, or name a directory"
+        " that has the whole one"
     )

@@ -70,12 +70,13 @@ def _unusable(name: str, what: str) -> BadInput:
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json or another small JSON file of a checkpoint. BadInput in one line where it is damaged."""
     try:
-        if path.stat().st_size == 0:
-            raise BadInput(f"{path} is empty; download it again")
+        size = path.stat().st_size
     except FileNotFoundError:
         raise BadInput(f"{path} does not exist; a model directory needs at least its config.json") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read ({type(error).__name__}); download it again") from None
+    if size == 0:
+        raise BadInput(f"{path} is empty; download it again")
     try:
         return read_json_object(path)
     except BadInput as error:
