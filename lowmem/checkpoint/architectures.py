@@ -190,8 +190,36 @@ def modules(
                 " the checkpoint's config.json again"
             )
         names = Part(config, own, whole, {"tp": tp, "method": method})
-        context = _Context(str(whole.get("at", "")), str(whole.get("use", "")), tp)
+        context = _Context(
+            str(whole.get("at", "")), str(whole.get("use", "")), tp, plain=bool(whole.get("plain"))
+        )
         yield from _expanded(whole["modules"], names, names.scope, context)
+
+
+_DIMENSIONS = {
+    "layers": "layers or num_hidden_layers or num_layers or len(items(layers_block_type))",
+    "hidden": "hidden or hidden_size",
+    "heads": "heads or num_attention_heads",
+    "kv_heads": "kv_heads or num_key_value_heads or heads or num_attention_heads",
+    "head": "head or head_dim or (hidden or hidden_size) // (heads or num_attention_heads or 1)",
+    "inner": "inner or intermediate_size or moe_intermediate_size",
+    "vocab": "vocab or vocab_size",
+    "positions": "positions or max_position_embeddings or seq_length or 2048",
+}  # fmt: skip
+
+
+def dimensions(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes of the text model by name: layers, hidden, heads, kv_heads, head, inner, vocab, positions.
+
+    A model without attention has one head of its hidden size.
+    """
+    part = architecture.entry.get("parts", (architecture.entry,))[-1]
+    whole = _family(part)
+    own = evaluate(whole.get("config", "config"), Part(config, config, MAPPING, {}).scope)
+    names = Part(config, own if isinstance(own, Mapping) else MAPPING, whole, {"tp": 1, "method": "none"})
+    scope = names.layer(0, MAPPING)
+    return {name: max(1, evaluate_size(e, scope)) if evaluate(e, scope) is not None else 1
+            for name, e in _DIMENSIONS.items()}  # fmt: skip
 
 
 def _family(part: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -224,6 +252,7 @@ class _Context:
     use: str
     tp: int
     layer: int = -1
+    plain: bool = False
 
     def path(self, name: str) -> str:
         return f"{self.prefix}.{name}" if self.prefix and name else self.prefix or name
@@ -241,7 +270,7 @@ def _expanded(items: Any, part: Part, scope: Scope, context: _Context) -> Iterat
                 raise BadInput(f"config.json: {item['layers']} is {count}; the limit is {LAYERS_LIMIT}")
             for i in range(count):
                 inside = _Context(context.path(f"{item['at']}.{i}"), item.get("use", context.use),
-                                  context.tp, i)  # fmt: skip
+                                  context.tp, i, context.plain)  # fmt: skip
                 layer = part.layer(i, item.get("let", MAPPING))
                 yield from _expanded(item["modules"], part, layer, inside)
         else:
@@ -280,7 +309,7 @@ def _module(item: Mapping[str, Any], scope: Scope, context: _Context) -> Module:
     dtype = dtype if dtype in DTYPES else evaluate(dtype, scope) if dtype else ""
     fields.setdefault("kind", kind)
     return Module(name=name, use=use, parts=parts, dtype=dtype, layer=context.layer,
-                  plain=bool(evaluate(item.get("plain", False), scope)), **fields)  # fmt: skip
+                  plain=context.plain or bool(evaluate(item.get("plain", False), scope)), **fields)  # fmt: skip
 
 
 _USES = {"embedding": "embedding", "lm_head": "lm_head", "norm": "norm", "experts": "experts", "rope": "buffer",

@@ -149,7 +149,9 @@ def checkpoint_files(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
         names = sorted(set(weights.values()))
         for name in names:
             if "/" in name or name.startswith("."):
-                raise BadInput(f"{index} names {name[:80]!r}, which is no file of its folder; download it again")
+                raise BadInput(
+                    f"{index} names {name[:80]!r}, which is no file of its folder; download it again"
+                )
         files = [folder / name for name in names if (folder / name).exists()]
     else:
         weights, files = {}, sorted(folder.glob("*.safetensors"))

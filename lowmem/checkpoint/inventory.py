@@ -16,7 +16,7 @@ from lowmem.checkpoint.architectures import (
     text_config,
 )
 from lowmem.checkpoint.quantization import Recipe, recipe_of
-from lowmem.checkpoint.storage import Stored, tensors
+from lowmem.checkpoint.storage import Scheme, Stored, tensors
 from lowmem.errors import BadInput
 
 ENGINE_DTYPES = {"float16": "float16", "half": "float16", "bfloat16": "bfloat16", "float32": "float32",
@@ -72,6 +72,10 @@ class Inventory:
     bytes_by_use: Mapping[str, int]
     tensors: tuple[TensorGroup, ...]
     experts: tuple[Experts, ...]
+    layers: tuple[tuple[tuple[str, int], ...], ...]
+    """Of each decoder layer the parameters' names inside it and their bytes, in the table's order."""
+    schemes: Mapping[str, frozenset[Scheme | None]]
+    """Formats of each linear module; `*` stands for the layer in the name."""
 
     @property
     def active_bytes(self) -> int:
@@ -157,6 +161,8 @@ class _Ledger:
         self._groups: dict[tuple[Any, ...], int] = {}
         self._experts: dict[tuple[int, int], list[int]] = {}
         self._cache: dict[tuple[Any, ...], tuple[Stored, ...]] = {}
+        self._layers: dict[int, dict[str, int]] = {}
+        self._schemes: dict[str, set[Scheme | None]] = {}
         self.buffer_bytes = 0
 
     def add(self, module: Module) -> None:
@@ -169,6 +175,8 @@ class _Ledger:
             self._add_attention(module)
             return
         scheme = self._recipe.choose(module) if module.is_linear else None
+        if module.is_linear:
+            self._schemes.setdefault(_starred(module.name), set()).add(scheme)
         key = (module.kind, module.out, module.inp, module.whole_inp, module.bias, module.shape, module.dtype,
                module.experts, module.bias_rows, scheme)  # fmt: skip
         if key not in self._cache:
@@ -194,7 +202,11 @@ class _Ledger:
 
     def _count(self, module: Module, stored: Stored) -> None:
         name = f"{module.name}.{stored.suffix}" if stored.suffix else module.name
-        pattern = re.sub(r"\.\d+\.", ".*.", name)
+        pattern = _starred(name)
+        if module.layer >= 0 and module.use != "vision":
+            layer = self._layers.setdefault(module.layer, {})
+            inside = pattern.split(".*.", 1)[-1]
+            layer[inside] = layer.get(inside, 0) + stored.bytes
         use = "attention" if module.use == "latent" else module.use
         key = (pattern, use, stored.shape, stored.dtype)
         self._groups[key] = self._groups.get(key, 0) + 1
@@ -208,5 +220,12 @@ class _Ledger:
             groups.append(TensorGroup(name, use, shape, dtype, count, size))
             by_use[use] = by_use.get(use, 0) + size
         experts = tuple(Experts(n, c, k, b) for (c, k), (n, b) in self._experts.items())
+        layers = tuple(tuple(self._layers[n].items()) for n in sorted(self._layers))
+        schemes = {name: frozenset(found) for name, found in self._schemes.items()}
         return Inventory(architecture, self._dtype, self._recipe.method, sum(by_use.values()),
-                         self.buffer_bytes, by_use, tuple(groups), experts)  # fmt: skip
+                         self.buffer_bytes, by_use, tuple(groups), experts, layers, schemes)  # fmt: skip
+
+
+def _starred(name: str) -> str:
+    """Return a name with `*` for the layer."""
+    return re.sub(r"\.\d+\.", ".*.", name)

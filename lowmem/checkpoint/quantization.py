@@ -373,7 +373,9 @@ def _auto_round_scheme(recipe: Mapping[str, Any], bits: int, group: Any, symmetr
         if bits != 4:
             raise BadInput(f"vLLM 0.32.0 refuses AutoRound packed as AWQ with bits={bits}; it takes 4")
         return Scheme("awq", bits, group)
-    return _gptq_scheme({"bits": bits, "group_size": group, "sym": symmetric}, {})
+    if not 2 <= bits <= 8:
+        raise BadInput(f"vLLM 0.32.0 refuses AutoRound with bits={bits}; it takes 2 to 8")
+    return Scheme("gptq", bits, group)
 
 
 # --- compressed-tensors ---

@@ -97,18 +97,16 @@ def _groups(module: Module, scheme: Scheme, inp: int) -> int:
 
 
 def _gptq(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
-    rows, factor = sum(module.out), 32 // scheme.bits
-    groups = _groups(module, scheme, module.inp)
-    yield Stored("qweight", (module.inp // factor, rows), "int32")
+    rows, groups = sum(module.out), _groups(module, scheme, module.inp)
+    yield Stored("qweight", (_packed(module.inp, scheme.bits), rows), "int32")
     yield Stored("scales", (groups, rows), dtype)
-    yield Stored("qzeros", (groups, rows // factor), "int32")
+    yield Stored("qzeros", (groups, _packed(rows, scheme.bits)), "int32")
 
 
 def _awq(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
-    rows, factor = sum(module.out), 32 // scheme.bits
-    groups = _groups(module, scheme, module.inp)
-    yield Stored("qweight", (module.inp, rows // factor), "int32")
-    yield Stored("qzeros", (groups, rows // factor), "int32")
+    rows, groups = sum(module.out), _groups(module, scheme, module.inp)
+    yield Stored("qweight", (module.inp, _packed(rows, scheme.bits)), "int32")
+    yield Stored("qzeros", (groups, _packed(rows, scheme.bits)), "int32")
     yield Stored("scales", (groups, rows), dtype)
 
 

@@ -12,10 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lowmem.checkpoint.architectures import Module, architecture_of, dimensions, modules
 from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
+from lowmem.checkpoint.inventory import Inventory, inventory_of
+from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
-from lowmem.schema import ModelCard, Quantization, WeightGroup
+from lowmem.schema import ModelCard, Published, Quantization, WeightGroup
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
@@ -177,19 +180,130 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
 
 
 def card_from_config(
-    config: Mapping[str, Any], name: str, source: str, header: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    name: str,
+    source: str,
+    header: Mapping[str, Any] | None = None,
+    hf_quant_config: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Make a card from the fields of config.json.
+    """Make a card from the fields of config.json and, if it lies beside it, hf_quant_config.json.
 
     `header` holds {dtype, shape} of the safetensors headers by tensor name. Raises BadInput for anything
     unknown.
     """
+    published = Published(config, hf_quant_config, header)
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise BadInput(
-            f"{source}: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}; only these are counted"
-            " exactly"
-        )
+    plain_names = kind in MODEL_TYPES and (config.get("architectures") or [_CLASSES[str(kind)]])[0] in (
+        _CLASSES.values()
+    )
+    if not plain_names:
+        return _counted_card(published, name, source)
+    try:
+        inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
+    except BadInput:  # said by the plan: the engine refuses it, or the fields are damaged
+        return _named_card(published, name, source)
+    return (_named_card if _is_uniform(inventory) else _counted_card)(published, name, source)
+
+
+def _is_uniform(inventory: Inventory) -> bool:
+    """Tell whether every layer stores its weights alike and in one format that `_groups` can say."""
+    formats = {s for found in inventory.schemes.values() for s in found if s is not None}
+    alike = all(len(found) == 1 for found in inventory.schemes.values())
+    head = inventory.schemes.get("lm_head", frozenset({None}))
+    simple = all(s.layout in ("gptq", "awq", "packed") or (s.layout == "fp8" and s.strategy == "tensor")
+                 for s in formats)  # fmt: skip
+    known = inventory.method.split()[0] in ("none", "awq", "gptq", "auto-round", "compressed-tensors", "fp8")
+    return alike and len(formats) <= 1 and simple and known and head == frozenset({None})
+
+
+_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
+
+
+def _counted_card(published: Published, name: str, source: str) -> ModelCard:
+    """Make the card of any architecture of the table; its groups are the table's modules on one GPU."""
+    config, header = published.config, published.headers
+    inventory = inventory_of(config, 1, "auto", published.hf_quant_config, header)
+    architecture = architecture_of(config)
+    assert architecture is not None  # inventory_of refuses one that is unknown
+    size = dimensions(architecture, config)
+    found: dict[tuple[Any, ...], WeightGroup] = {}
+    for module in modules(architecture, config, 1, inventory.method):
+        for group in _groups_of(module, inventory):
+            key = (group.name, group.out_features, group.in_features)
+            count = group.count + (found[key].count if key in found else 0)
+            found[key] = group.model_copy(update={"count": count})
+    most = max(inventory.experts, key=lambda e: e.bytes, default=None)
+    return ModelCard(
+        name=name,
+        source=source,
+        model_type=str(config.get("model_type") or architecture.name),
+        layers=size["layers"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["inner"],
+        heads=size["heads"],
+        kv_heads=size["kv_heads"],
+        head_dim=size["head"],
+        vocab_size=size["vocab"],
+        max_position_embeddings=size["positions"],
+        experts=most.count if most else 0,
+        experts_per_token=most.per_token if most else 0,
+        tied=not any(g.kind == "lm_head" for g in found.values()),
+        dtype=inventory.dtype,
+        quantization=_quantization_said(inventory),
+        groups=tuple(found.values()),
+        header_bytes=sum(tensor_bytes(t, n) for n, t in header.items()) if header else None,
+        published=published,
+        counted=True,
+    )
+
+
+_KINDS = {"embedding": "embedding", "lm_head": "lm_head", "norm": "norm", "tensor": "norm"}
+
+_SPLITS = {"column": "column", "row": "row", "embedding": "vocab", "lm_head": "vocab"}
+
+
+def _groups_of(module: Module, inventory: Inventory) -> Iterable[WeightGroup]:
+    """Say a module as weight groups of its tensors; a card of such groups takes its bytes from the inventory."""
+    name = re.sub(r"\.\d+\.", ".*.", module.name)
+    quantized = any(scheme is not None for scheme in inventory.schemes.get(name, ()))
+    short, layered = name.split(".*.", 1)[-1], module.layer >= 0
+    if module.kind == "experts":
+        for part, out, inp, split in (("w13", sum(module.out), module.inp, "column"),
+                                      ("w2", module.inp, module.out[0], "row")):  # fmt: skip
+            yield WeightGroup(name=f"{short.removesuffix('.experts')}.experts.{part}", kind="linear",
+                              count=module.experts, out_features=out, in_features=inp, split=split,
+                              quantized=quantized, layered=layered)  # fmt: skip
+    elif module.kind in ("norm", "tensor"):
+        size = 1
+        for n in module.shape:
+            size *= n
+        yield WeightGroup(name=short, kind="norm", count=1, out_features=max(1, size), in_features=1,
+                          split="none", layered=layered)  # fmt: skip
+    elif module.out:
+        yield WeightGroup(name=short, kind=_KINDS.get(module.kind, "router" if module.use == "router" else "linear"),
+                          count=1, out_features=sum(module.out), in_features=module.inp,
+                          split=_SPLITS.get(module.kind, "none"), quantized=quantized, layered=layered)  # fmt: skip
+
+
+def _quantization_said(inventory: Inventory) -> Quantization:
+    """Say the format of most linear modules; the bytes are the inventory's, module by module."""
+    formats: dict[Scheme, int] = {}
+    for found in inventory.schemes.values():
+        for scheme in found:
+            if scheme is not None:
+                formats[scheme] = formats.get(scheme, 0) + 1
+    if not formats:
+        return Quantization()
+    most = max(formats, key=lambda scheme: formats[scheme])
+    return Quantization(method=inventory.method.split()[0], bits=most.bits, group_size=most.group,
+                        zero_point=most.zeros)  # fmt: skip
+
+
+def _named_card(published: Published, name: str, source: str) -> ModelCard:
+    """Make the card of one of MODEL_TYPES whose layers are all stored alike."""
+    config, header = published.config, published.headers
+    kind = config["model_type"]
     quantization = quantization_of(config)
     groups = _groups(config, quantization)
     heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
@@ -230,6 +344,7 @@ def card_from_config(
         quantization=quantization,
         groups=groups,
         header_bytes=header_bytes,
+        published=published,
     )
 
 
@@ -279,7 +394,33 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
         g.model_copy(update={"quantized": g.kind == "linear" and not _ignored(g.name, quantization.ignored)})
         for g in card.groups
     )
-    return card.model_copy(update={"quantization": quantization, "groups": groups, "header_bytes": None})
+    published = card.published and Published({**card.published.config, **_recipe(quantization)})
+    return card.model_copy(
+        update={"quantization": quantization, "groups": groups, "header_bytes": None, "published": published}
+    )
+
+
+def _recipe(q: Quantization) -> dict[str, Any]:
+    """Write the quantization_config that a checkpoint to be made will have."""
+    ignored = [*q.ignored]
+    if q.method == "compressed-tensors":
+        weights = {"type": "int", "num_bits": q.bits, "symmetric": not q.zero_point, "group_size": q.group_size,
+                   "strategy": "channel" if q.group_size == -1 else "group"}  # fmt: skip
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        return {"quantization_config": {"quant_method": q.method, "format": "pack-quantized",
+                                        "config_groups": groups, "ignore": ["lm_head", *ignored]}}  # fmt: skip
+    if q.method == "fp8":
+        return {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ignored}}
+    return {
+        "quantization_config": {
+            "quant_method": q.method,
+            "bits": q.bits,
+            "group_size": q.group_size,
+            "sym": q.method != "gptq" or not q.zero_point,
+            "zero_point": q.zero_point,
+            "modules_to_not_convert": ignored,
+        }
+    }
 
 
 @cache
@@ -305,7 +446,9 @@ def card_from_directory(folder: Path) -> ModelCard:
     """
     config = read_config(folder / "config.json")
     header = checkpoint_headers(folder)
-    return card_from_config(config, folder.resolve().name, str(folder), header or None)
+    beside = folder / "hf_quant_config.json"
+    hf_quant_config = read_config(beside) if beside.exists() else None
+    return card_from_config(config, folder.resolve().name, str(folder), header or None, hf_quant_config)
 
 
 def card_from_hub(repo: str) -> ModelCard:

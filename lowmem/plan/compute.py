@@ -33,8 +33,8 @@ from lowmem.plan.verdict import (
     stage_reasons,
     start_notes,
 )
-from lowmem.plan.weights import stored_bytes
-from lowmem.schema import Device, Limits, Pipeline, Plan, Stage, Verdict
+from lowmem.plan.weights import inventory_of_card, stored_bytes
+from lowmem.schema import VLLM_VERSION, Checkpoint, Device, Limits, Pipeline, Plan, Stage, Verdict
 from lowmem.units import mib
 
 
@@ -78,6 +78,25 @@ def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None
     return blocked
 
 
+def checkpoint_of(inputs: Inputs, engine: EngineConfig) -> tuple[Checkpoint | None, list[str]]:
+    """Return the served checkpoint's tensors on one GPU, or the engine's reason to refuse it."""
+    try:
+        found = inventory_of_card(inputs.card, engine)
+    except BadInput as error:
+        return None, [str(error)] if inputs.vllm_version == VLLM_VERSION else []
+    if found is None:
+        return None, []
+    return Checkpoint(
+        architecture=found.architecture,
+        dtype=found.dtype,
+        format=found.method,
+        parameter_bytes=found.parameter_bytes,
+        buffer_bytes=found.buffer_bytes,
+        bytes_by_use=dict(found.bytes_by_use),
+        active_bytes=found.active_bytes,
+    ), []
+
+
 def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
     """Return the stage whose card is the fullest; the limit is held against it."""
     return max(stages, key=lambda s: s[1].peak)
@@ -98,7 +117,8 @@ def compute(inputs: Inputs) -> Plan:
     speed = latency(steps)
     requests = usable_kv_tokens(memory.kv_tokens, engine) // request
     pipeline = pipeline_of(steps, limits)
-    blocked = blocking_reasons(inputs, steps, pipeline, requests)
+    checkpoint, refused = checkpoint_of(inputs, engine)
+    blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
@@ -117,6 +137,7 @@ def compute(inputs: Inputs) -> Plan:
         parameters=card.parameters,
         weight_bytes=stored_bytes(card),
         quantization=card.quantization,
+        checkpoint=checkpoint,
         device=device.name,
         device_kind=device.kind,
         device_count=inputs.count,
