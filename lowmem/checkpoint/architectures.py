@@ -177,6 +177,12 @@ def modules(
 ) -> Iterator[Module]:
     """Yield the modules on one of `tp` GPUs in the order of the table. BadInput where they cannot be cut."""
     entry = architecture.entry
+    for gap in entry.get("unknown", ()):
+        if evaluate(gap["when"], Part(config, config, MAPPING, {}).scope):
+            raise BadInput(
+                f"config.json: {architecture.name} is counted without {gap['what']}, and this one has it; sizes"
+                " are not guessed: start vLLM with it and read 'Model loading took' in its log"
+            )
     for part in entry.get("parts", (entry,)):
         whole = _family(part)
         base = Part(config, config, MAPPING, {}).scope
