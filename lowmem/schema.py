@@ -350,7 +350,7 @@ class Node(Strict):
 
 
 class Checkpoint(Strict):
-    """Tensors of the served checkpoint on one GPU as the engine registers them, before a kernel repacks them."""
+    """Tensors of the served checkpoint on one GPU, as the engine registers them before a kernel repacks."""
 
     architecture: str
     dtype: str = Field(description="the engine computes in it")

@@ -1,7 +1,7 @@
 """Lists the modules that vLLM builds for a config.json, by the table data/architectures.yml.
 
-The table holds per architecture the modules, their sizes as expressions of config fields, the axis that tensor
-parallelism cuts, and the use. This file knows the kinds of module of the engine, and no architecture.
+The table holds per architecture the modules, their sizes as expressions of config fields, the axis that
+tensor parallelism cuts, and the use. This file knows the kinds of module of the engine, and no architecture.
 """
 
 from __future__ import annotations
@@ -180,8 +180,8 @@ def modules(
     for gap in entry.get("unknown", ()):
         if evaluate(gap["when"], Part(config, config, MAPPING, {}).scope):
             raise BadInput(
-                f"config.json: {architecture.name} is counted without {gap['what']}, and this one has it; sizes"
-                " are not guessed: start vLLM with it and read 'Model loading took' in its log"
+                f"config.json: {architecture.name} is counted without {gap['what']}, and this one has it;"
+                " sizes are not guessed: start vLLM with it and read 'Model loading took' in its log"
             )
     for part in entry.get("parts", (entry,)):
         whole = _family(part)
@@ -215,7 +215,7 @@ _DIMENSIONS = {
 
 
 def dimensions(architecture: Architecture, config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the sizes of the text model by name: layers, hidden, heads, kv_heads, head, inner, vocab, positions.
+    """Return the sizes of the text model by name, as _DIMENSIONS lists them.
 
     A model without attention has one head of its hidden size.
     """
@@ -315,10 +315,12 @@ def _module(item: Mapping[str, Any], scope: Scope, context: _Context) -> Module:
     dtype = dtype if dtype in DTYPES else evaluate(dtype, scope) if dtype else ""
     fields.setdefault("kind", kind)
     return Module(name=name, use=use, parts=parts, dtype=dtype, layer=context.layer,
-                  plain=context.plain or bool(evaluate(item.get("plain", False), scope)), **fields)  # fmt: skip
+                  plain=context.plain or bool(evaluate(item.get("plain", False), scope)),
+                  **fields)  # fmt: skip
 
 
-_USES = {"embedding": "embedding", "lm_head": "lm_head", "norm": "norm", "experts": "experts", "rope": "buffer",
+_USES = {"embedding": "embedding", "lm_head": "lm_head", "norm": "norm", "experts": "experts",
+         "rope": "buffer",
          "buffer": "buffer", "attention": "attention", "qkv": "attention"}  # fmt: skip
 
 
@@ -395,7 +397,8 @@ def _experts(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dict[
     hidden, inner = evaluate_size(item["hidden"], scope), evaluate_size(item["inner"], scope)
     gated = bool(evaluate(item.get("gated", True), scope))
     own = _cut(inner, tp, name)
-    return {"experts": evaluate_size(item["count"], scope), "out": (own,) * (2 if gated else 1), "inp": hidden,
+    return {"experts": evaluate_size(item["count"], scope), "out": (own,) * (2 if gated else 1),
+            "inp": hidden,
             "whole_out": (inner,), "whole_inp": hidden, "gated": gated,
             "per_token": evaluate_size(item["per_token"], scope),
             "bias": bool(evaluate(item.get("bias", False), scope))}  # fmt: skip
@@ -437,7 +440,8 @@ def _rope(item: Mapping[str, Any], scope: Scope, tp: int, name: str) -> dict[str
 
 
 _KINDS = {
-    "embedding": _vocabulary, "lm_head": _vocabulary, "column": _column, "row": _row, "replicated": _replicated,
+    "embedding": _vocabulary, "lm_head": _vocabulary, "column": _column, "row": _row,
+    "replicated": _replicated,
     "qkv": _qkv, "norm": _norm, "tensor": _tensor, "buffer": _tensor, "experts": _experts,
     "attention": _attention, "rope": _rope,
 }  # fmt: skip

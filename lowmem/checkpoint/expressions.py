@@ -1,7 +1,7 @@
 """Evaluates the small expressions of data/architectures.yml over the fields of a config.json.
 
 An expression is a subset of Python: numbers, strings, lists, names, `a.b`, `a[b]`, arithmetic, comparisons,
-`and`, `or`, `not`, `x if c else y` and a few functions. It is parsed into closures and never executed as code.
+`and`, `or`, `not`, `x if c else y` and a few functions. It is parsed into closures and never executed.
 A field that a config does not have is None, so that `num_key_value_heads or num_attention_heads` reads as it
 says. Arithmetic on None names the missing field.
 """
@@ -81,8 +81,8 @@ def evaluate_size(expression: Any, scope: Scope) -> int:
         if value is None:
             raise _missing(field)
         raise BadInput(
-            f"config.json: {field} is {str(value)[:60]!r}; it must be a whole number from 0 to 2**48; check the"
-            " checkpoint's config.json"
+            f"config.json: {field} is {str(value)[:60]!r}; it must be a whole number from 0 to 2**48; check"
+            " the checkpoint's config.json"
         )
     return value
 
@@ -119,7 +119,7 @@ def _compile(node: ast.expr) -> Compiled:
     if isinstance(node, ast.Subscript):
         return _compile_subscript(node)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-        return _compile_call(node)
+        return _compile_call(node.func.id, node)
     raise ValueError(f"architectures.yml: {ast.unparse(node)!r} is outside the subset of expressions")
 
 
@@ -182,9 +182,8 @@ def _compile_subscript(node: ast.Subscript) -> Compiled:
     return pick
 
 
-def _compile_call(node: ast.Call) -> Compiled:
-    assert isinstance(node.func, ast.Name)
-    apply, arguments = _FUNCTIONS[node.func.id], [_compile(argument) for argument in node.args]
+def _compile_call(name: str, node: ast.Call) -> Compiled:
+    apply, arguments = _FUNCTIONS[name], [_compile(argument) for argument in node.args]
 
     def call(scope: Scope) -> Any:
         values = [argument(scope) for argument in arguments]

@@ -36,8 +36,8 @@ _BESIDE = ("adapter_", "consolidated")
 
 _BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16,
-    "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I8": 8,
-    "U8": 8, "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+    "I16": 16, "U16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I8": 8, "U8": 8, "BOOL": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
 Header = dict[str, dict[str, Any]]
@@ -62,13 +62,13 @@ def tensor_bytes(tensor: Any, name: str) -> int:
 
 def _unusable(name: str, what: str) -> BadInput:
     return BadInput(
-        f"safetensors header: tensor {name[:80]!r} has no usable dtype and shape ({what}); the file is damaged,"
-        " download it again"
+        f"safetensors header: tensor {name[:80]!r} has no usable dtype and shape ({what}); the file is"
+        " damaged, download it again"
     )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json or another small JSON file of a checkpoint. BadInput in one line where it is damaged."""
+    """Read a small JSON file of a checkpoint, such as config.json. BadInput where it is damaged."""
     try:
         size = path.stat().st_size
     except FileNotFoundError:
@@ -137,7 +137,7 @@ def _end_of(tensor: Any, name: str, path: Path) -> int:
 
 
 def checkpoint_files(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
-    """Return the safetensors files that vLLM loads from a directory, and the index's weight map if there is one.
+    """Return the safetensors files that vLLM loads from a directory, and the index's weight map if any.
 
     The index decides. Without one, adapters and a second copy of the weights are left aside.
     """
@@ -163,7 +163,7 @@ def checkpoint_files(folder: Path) -> tuple[list[Path], Mapping[str, Any]]:
 
 
 def checkpoint_headers(folder: Path) -> Header:
-    """Read the headers of all files of a checkpoint. BadInput where the index names a tensor that none has."""
+    """Read the headers of all files of a checkpoint. BadInput where they lack a tensor of the index."""
     files, weights = checkpoint_files(folder)
     header: Header = {}
     for file in files:
@@ -171,8 +171,8 @@ def checkpoint_headers(folder: Path) -> Header:
     missing = [name for name in weights if name not in header]
     if missing and (header or weights):
         raise BadInput(
-            f"{folder}: {len(missing)} tensors of {_INDEX} are in none of the files (first: {_first(missing)});"
-            " the download is incomplete"
+            f"{folder}: {len(missing)} tensors of {_INDEX} are in none of the files (first:"
+            f" {_first(missing)}); the download is incomplete"
         )
     return header
 

@@ -92,16 +92,12 @@ def inventory_of(
 ) -> Inventory:
     """Count a checkpoint's tensors on one of `tp` GPUs.
 
-    `headers` holds {dtype, shape} by tensor name. BadInput for an architecture that is not in the table, for a
-    config.json that is damaged, and, with vLLM's reason, for what vLLM refuses.
+    `headers` holds {dtype, shape} by tensor name. BadInput for an architecture that is not in the table, for
+    a config.json that is damaged, and, with vLLM's reason, for what vLLM refuses.
     """
     if isinstance(tp, bool) or not isinstance(tp, int) or not 1 <= tp <= TP_LIMIT:
         raise BadInput(f"tensor_parallel_size is {tp!r}; it must be a whole number from 1 to {TP_LIMIT}")
-    architecture = architecture_of(config)
-    if architecture is None:
-        raise BadInput(_unknown(config, headers))
-    if "refused" in architecture.entry:
-        raise BadInput(f"vLLM 0.32.0 refuses {architecture.name}: {architecture.entry['refused']}")
+    architecture = known_architecture(config, headers)
     stored = {n: str(t.get("dtype")) for n, t in headers.items()} if headers else None
     recipe = recipe_of(config, hf_quant_config, architecture, stored)
     engine_dtype = engine_dtype_of(config, architecture, dtype, stored)
@@ -111,10 +107,28 @@ def inventory_of(
     return ledger.inventory(architecture.name)
 
 
+def known_architecture(
+    config: Mapping[str, Any], headers: Mapping[str, Mapping[str, Any]] | None = None
+) -> Architecture:
+    """Return the entry of a config.json. BadInput where vLLM has removed it or the table does not have it."""
+    architecture = architecture_of(config)
+    if architecture is not None:
+        return architecture
+    names = config.get("architectures")
+    for name in names if isinstance(names, list) else ():
+        last = table()["removed"].get(name) if isinstance(name, str) else None
+        if last:
+            raise BadInput(
+                f"vLLM 0.32.0 refuses {name}: it was supported until {last}, and is not supported anymore; use"
+                f" vLLM {last} or another model"
+            )
+    raise BadInput(_unknown(config, headers))
+
+
 def engine_dtype_of(
     config: Mapping[str, Any], architecture: Architecture, wanted: str, stored: Mapping[str, str] | None
 ) -> str:
-    """Return the dtype that vLLM computes in: the one given, else the checkpoint's, and 16 bits for float32."""
+    """Return the dtype that vLLM computes in: the given one, or the checkpoint's with 16 bits for float32."""
     if wanted != "auto":
         if wanted not in ENGINE_DTYPES:
             raise BadInput(f"dtype is {wanted!r}; it must be one of auto, {', '.join(ENGINE_DTYPES)}")
@@ -138,12 +152,12 @@ def _unknown(config: Mapping[str, Any], headers: Mapping[str, Mapping[str, Any]]
     """Say that an architecture is not in the table, what is known of the checkpoint, and what to do."""
     names = config.get("architectures")
     said = ", ".join(str(n)[:60] for n in names[:3]) if isinstance(names, list) and names else None
-    kind = said or f"model_type {str(config.get('model_type'))[:60]!r}"
+    kind = said or f"model_type {config.get('model_type')!r}"[:80]
     known = f"; its tensors are {_header_bytes(headers):,} bytes on disk" if headers else ""
     return (
         f"config.json: {kind} is not among the {len(table()['architectures'])} architectures that are counted"
-        f" exactly, and sizes are not guessed{known}; plan a model of a known architecture, or measure this one:"
-        " start vLLM with it and read 'Model loading took' in its log"
+        f" exactly, and sizes are not guessed{known}; plan a model of a known architecture, or measure this"
+        " one: start vLLM with it and read 'Model loading took' in its log"
     )
 
 

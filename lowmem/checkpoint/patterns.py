@@ -1,7 +1,7 @@
 """Matches names against the patterns that a quantization recipe brings, in bounded time.
 
-A pattern of a config.json may come from anybody, and Python's own matcher needs exponential time for some. This
-one walks the parsed pattern with sets of positions: time is pattern times name squared, whatever the pattern.
+A pattern of a config.json may come from anybody, and Python's own matcher needs exponential time for some.
+This one walks the parsed pattern with sets of positions. Time is pattern times name squared.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def recipe_of(
     architecture: Architecture,
     stored: Mapping[str, str] | None = None,
 ) -> Recipe:
-    """Read the recipe of a checkpoint; `stored` holds the dtype of each tensor in its headers, if they are read."""
+    """Read the recipe of a checkpoint. `stored` holds the dtype of each tensor of its headers, if read."""
     found = _raw_recipe(config, hf_quant_config)
     if found is None:
         return UNQUANTIZED
@@ -59,8 +59,8 @@ def recipe_of(
     reader = _READERS.get(method) or _READERS.get(method.replace("_", "-"))
     if reader is None:
         raise BadInput(
-            f"config.json: vLLM 0.32.0 has no quantization method {method!r}; it takes {', '.join(sorted(_READERS))}:"
-            " use a checkpoint of one of these"
+            f"config.json: vLLM 0.32.0 has no quantization method {method!r}; it takes"
+            f" {', '.join(sorted(_READERS))}: use a checkpoint of one of these"
         )
     return reader(found, names)
 
@@ -92,8 +92,8 @@ def _with_method(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
         algorithm = str(inner["quant_algo"]).upper()
         if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4"):
             raise BadInput(
-                f"vLLM 0.32.0 refuses this checkpoint (unknown ModelOpt quant algo: {algorithm[:40]}); use one"
-                " whose config.json holds the quantization_config"
+                f"vLLM 0.32.0 refuses this checkpoint (unknown ModelOpt quant algo: {algorithm[:40]}); use"
+                " one whose config.json holds the quantization_config"
             )
         return {**recipe, "quant_method": "modelopt"}
     return recipe if recipe.get("quant_method") else None
@@ -184,7 +184,7 @@ GROUP_SIZES = _GroupSizes()
 
 
 def _exact_skip(ignored: list[str]) -> Callable[[Module], bool]:
-    """Return vLLM's rule of exact names: a merged module follows its parts, experts any name that has theirs."""
+    """Return vLLM's rule of exact names. A merged module follows its parts, and experts names with theirs."""
     exact = set(ignored)
     of_experts = [name for name in ignored if "experts" in name]
 
@@ -298,8 +298,8 @@ def _gptq_modules(recipe: Mapping[str, Any], names: _Names) -> list[str]:
 def _awq(recipe: Mapping[str, Any], names: _Names) -> Recipe:
     bits = recipe.get("w_bit", recipe.get("bits"))
     if bits != 4:
-        raise BadInput(f"vLLM 0.32.0 refuses AWQ with bits={str(bits)[:40]}; it takes 4: use a checkpoint of 4"
-                       " bits")  # fmt: skip
+        raise BadInput(f"vLLM 0.32.0 refuses AWQ with bits={str(bits)[:40]}; it takes 4: use a checkpoint of"
+                       " 4 bits")  # fmt: skip
     scheme = Scheme("awq", 4, _whole(recipe, ("q_group_size", "group_size"), 128, GROUP_SIZES))
     ignored = names.listed(recipe, "modules_to_not_convert")
     if not ignored and names.stored:
@@ -336,7 +336,8 @@ def _auto_round(recipe: Mapping[str, Any], names: _Names) -> Recipe:
         own = entry(name)
         own = {} if own is None else own
         return (own.get("bits", recipe.get("bits", 4) if quantized else 16),
-                own.get("group_size", recipe.get("group_size", 128)), own.get("sym", recipe.get("sym", True)))  # fmt: skip
+                own.get("group_size", recipe.get("group_size", 128)),
+                own.get("sym", recipe.get("sym", True)))  # fmt: skip
 
     def choose(module: Module) -> Scheme | None:
         quantized = module.kind != "lm_head"
@@ -390,7 +391,8 @@ def _compressed_tensors(recipe: Mapping[str, Any], names: _Names) -> Recipe:
     for group in groups.values():
         if not isinstance(group, Mapping) or not isinstance(group.get("targets"), list):
             raise BadInput(
-                "config.json: a group of quantization config_groups has no targets; download config.json again"
+                "config.json: a group of quantization config_groups has no targets; download config.json"
+                " again"
             )
         listed = [t for t in group["targets"] if isinstance(t, str)]
         if len(listed) == 1 and listed[0].endswith("Attention"):
@@ -406,17 +408,16 @@ def _compressed_tensors(recipe: Mapping[str, Any], names: _Names) -> Recipe:
         return name in ignore_names or any(matches(p[3:], name) for p in ignore_patterns)
 
     def match(module: Module, shards: list[str]) -> Scheme | None:
-        for name in (module.name, *([] if module.kind == "experts" else [])):
-            for target, scheme in targets.items():
-                if matches_target(target, name):
-                    return scheme
+        for target, scheme in targets.items():
+            if matches_target(target, module.name):
+                return scheme
         hits = [next((t for t in targets if matches_target(t, s)), None) for s in shards]
         if hits and all(h is not None for h in hits):
             return targets[str(hits[0])]
         kind = CLASS_NAMES[module.kind].lower()
         for target, scheme in targets.items():
-            if not target.startswith("re:") and (target.lower() in kind or
-                                                 (module.kind == "experts" and target == "Linear")):  # fmt: skip
+            of_experts = module.kind == "experts" and target == "Linear"
+            if not target.startswith("re:") and (of_experts or target.lower() in kind):
                 return scheme
         return None
 
@@ -458,8 +459,8 @@ def _compressed_scheme(group: Mapping[str, Any], form: str) -> Scheme | None:
     if weights is None:
         return None
     if not isinstance(weights, Mapping):
-        raise BadInput("config.json: quantization config_groups has no object in weights; download config.json"
-                       " again")  # fmt: skip
+        raise BadInput("config.json: quantization config_groups has no object in weights; download"
+                       " config.json again")  # fmt: skip
     order = weights.get("actorder")
     if order in ("group", "dynamic", True):
         raise BadInput(
@@ -518,8 +519,8 @@ def _modelopt(recipe: Mapping[str, Any], names: _Names) -> Recipe:
         algorithm = "W4A16_NVFP4"
     if algorithm not in _MODELOPT:
         raise BadInput(
-            f"vLLM 0.32.0 refuses this checkpoint (ModelOpt currently only supports {', '.join(_MODELOPT)} and"
-            f" MIXED_PRECISION, quant_algo is {algorithm or None}); use a checkpoint of one of these"
+            f"vLLM 0.32.0 refuses this checkpoint (ModelOpt currently only supports {', '.join(_MODELOPT)}"
+            f" and MIXED_PRECISION, quant_algo is {algorithm or None}); use a checkpoint of one of these"
         )
     scheme = _MODELOPT[algorithm]
     if scheme.layout == "nvfp4":
@@ -671,8 +672,8 @@ def _quark_scheme(own: Any) -> Scheme:
         if dtype in ("int4", "uint4") and inputs is None:
             return Scheme("awq", 4, _whole(weight, ("group_size",), 128, GROUP_SIZES))
     raise BadInput(
-        "vLLM 0.32.0 refuses this checkpoint (no Quark compatible scheme was found), or this plan does not know"
-        " it; use one of fp8, int8, fp4 or int4 weights"
+        "vLLM 0.32.0 refuses this checkpoint (no Quark compatible scheme was found), or this plan does not"
+        " know it; use one of fp8, int8, fp4 or int4 weights"
     )
 
 

@@ -90,8 +90,8 @@ def _groups(module: Module, scheme: Scheme, inp: int) -> int:
         return 1
     if scheme.group < 1 or inp % scheme.group:
         raise BadInput(
-            f"quantization group_size {scheme.group} does not divide the {inp} columns of {module.name} on one"
-            " GPU; vLLM refuses it: use fewer GPUs, or a checkpoint of smaller groups"
+            f"quantization group_size {scheme.group} does not divide the {inp} columns of {module.name} on"
+            " one GPU; vLLM refuses it: use fewer GPUs, or a checkpoint of smaller groups"
         )
     return inp // scheme.group
 

@@ -30,8 +30,8 @@ def plan(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="stored, or profile: quantized first, as the profile says; default: stored for a directory or"
-            " Hugging Face id"
+            help="stored, or profile: quantized first, as the profile says; default: stored for a directory"
+            " or Hugging Face id"
         ),
     ] = None,
     device: Annotated[

@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowmem.checkpoint.architectures import Module, architecture_of, dimensions, modules
+from lowmem.checkpoint.architectures import Module, dimensions, modules
 from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
-from lowmem.checkpoint.inventory import Inventory, inventory_of
+from lowmem.checkpoint.inventory import Inventory, inventory_of, known_architecture
 from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
@@ -224,8 +224,7 @@ def _counted_card(published: Published, name: str, source: str) -> ModelCard:
     """Make the card of any architecture of the table; its groups are the table's modules on one GPU."""
     config, header = published.config, published.headers
     inventory = inventory_of(config, 1, "auto", published.hf_quant_config, header)
-    architecture = architecture_of(config)
-    assert architecture is not None  # inventory_of refuses one that is unknown
+    architecture = known_architecture(config, header)
     size = dimensions(architecture, config)
     found: dict[tuple[Any, ...], WeightGroup] = {}
     for module in modules(architecture, config, 1, inventory.method):
@@ -264,7 +263,7 @@ _SPLITS = {"column": "column", "row": "row", "embedding": "vocab", "lm_head": "v
 
 
 def _groups_of(module: Module, inventory: Inventory) -> Iterable[WeightGroup]:
-    """Say a module as weight groups of its tensors; a card of such groups takes its bytes from the inventory."""
+    """Say a module as weight groups. A card of such groups takes its bytes from the inventory."""
     name = re.sub(r"\.\d+\.", ".*.", module.name)
     quantized = any(scheme is not None for scheme in inventory.schemes.get(name, ()))
     short, layered = name.split(".*.", 1)[-1], module.layer >= 0
@@ -281,9 +280,10 @@ def _groups_of(module: Module, inventory: Inventory) -> Iterable[WeightGroup]:
         yield WeightGroup(name=short, kind="norm", count=1, out_features=max(1, size), in_features=1,
                           split="none", layered=layered)  # fmt: skip
     elif module.out:
-        yield WeightGroup(name=short, kind=_KINDS.get(module.kind, "router" if module.use == "router" else "linear"),
-                          count=1, out_features=sum(module.out), in_features=module.inp,
-                          split=_SPLITS.get(module.kind, "none"), quantized=quantized, layered=layered)  # fmt: skip
+        kind = _KINDS.get(module.kind, "router" if module.use == "router" else "linear")
+        yield WeightGroup(name=short, kind=kind, count=1, out_features=sum(module.out),
+                          in_features=module.inp, split=_SPLITS.get(module.kind, "none"),
+                          quantized=quantized, layered=layered)  # fmt: skip
 
 
 def _quantization_said(inventory: Inventory) -> Quantization:
@@ -404,11 +404,13 @@ def _recipe(q: Quantization) -> dict[str, Any]:
     """Write the quantization_config that a checkpoint to be made will have."""
     ignored = [*q.ignored]
     if q.method == "compressed-tensors":
-        weights = {"type": "int", "num_bits": q.bits, "symmetric": not q.zero_point, "group_size": q.group_size,
-                   "strategy": "channel" if q.group_size == -1 else "group"}  # fmt: skip
+        strategy = "channel" if q.group_size == -1 else "group"
+        weights = {"type": "int", "num_bits": q.bits, "symmetric": not q.zero_point,
+                   "group_size": q.group_size, "strategy": strategy}  # fmt: skip
         groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        return {"quantization_config": {"quant_method": q.method, "format": "pack-quantized",
-                                        "config_groups": groups, "ignore": ["lm_head", *ignored]}}  # fmt: skip
+        recipe = {"quant_method": q.method, "format": "pack-quantized", "config_groups": groups,
+                  "ignore": ["lm_head", *ignored]}  # fmt: skip
+        return {"quantization_config": recipe}
     if q.method == "fp8":
         return {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ignored}}
     return {

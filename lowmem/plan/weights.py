@@ -196,8 +196,7 @@ def inventory_of_card(card: ModelCard, engine: EngineConfig) -> Inventory | None
 def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """Take one GPU's weights from the inventory; its buffers count as replicated."""
     inventory = inventory_of_card(card, engine)
-    assert inventory is not None
-    if engine.pp > 1:
+    if inventory is None or engine.pp > 1:
         raise BadInput(
             f"pipeline_parallel_size={engine.pp} is not planned for {card.name}: stages are known for"
             " uniform Llama, Mistral, Mixtral and Qwen models; use tensor_parallel_size"
