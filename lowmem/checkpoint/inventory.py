@@ -128,7 +128,7 @@ def known_architecture(
 def engine_dtype_of(
     config: Mapping[str, Any], architecture: Architecture, wanted: str, stored: Mapping[str, str] | None
 ) -> str:
-    """Return the dtype that vLLM computes in: the given one, or the checkpoint's with 16 bits for float32."""
+    """Return the dtype that vLLM computes in: the given or the stored one, with 16 bits for float32."""
     if wanted != "auto":
         if wanted not in ENGINE_DTYPES:
             raise BadInput(f"dtype is {wanted!r}; it must be one of auto, {', '.join(ENGINE_DTYPES)}")

@@ -321,16 +321,18 @@ def _auto_round(recipe: Mapping[str, Any], names: _Names) -> Recipe:
     extra = recipe.get("extra_config") or {}
     if not isinstance(extra, Mapping) or len(extra) > PATTERNS_LIMIT:
         raise BadInput("config.json: quantization extra_config is no object; download config.json again")
-    extra = {names.mapped(k): v for k, v in extra.items() if isinstance(k, str) and isinstance(v, Mapping)}
-    special = [k for k in extra if any(c in "*+?^$()[]{}|\\" for c in k)]
+    settings_of: dict[str, Mapping[str, Any]] = {
+        names.mapped(k): v for k, v in extra.items() if isinstance(k, str) and isinstance(v, Mapping)
+    }
+    special = [k for k in settings_of if any(c in "*+?^$()[]{}|\\" for c in k)]
     blocks = recipe.get("block_name_to_quantize") or recipe.get("to_quant_block_names")
     blocks = [blocks] if isinstance(blocks, str) else blocks if isinstance(blocks, list) else []
     blocks = [names.mapped(b) for part in blocks for b in str(part).split(",") if b]
 
     def entry(name: str) -> Mapping[str, Any] | None:
-        if name in extra:
-            return extra[name]
-        return next((extra[p] for p in special if matches(p, name, anywhere=True)), None)
+        if name in settings_of:
+            return settings_of[name]
+        return next((settings_of[p] for p in special if matches(p, name, anywhere=True)), None)
 
     def settings(name: str, quantized: bool) -> tuple[int, Any, bool]:
         own = entry(name)
@@ -344,7 +346,7 @@ def _auto_round(recipe: Mapping[str, Any], names: _Names) -> Recipe:
         if blocks:
             quantized = any(module.name.startswith(block) for block in blocks)
         if module.kind == "experts":
-            inside = [settings(n, quantized) for n in extra if n.startswith(module.name)]
+            inside = [settings(n, quantized) for n in settings_of if n.startswith(module.name)]
             found = inside[:1] if inside and len(set(map(str, inside))) == 1 else []
             chosen = found[0] if found else settings(module.name, quantized)
         else:
@@ -354,7 +356,7 @@ def _auto_round(recipe: Mapping[str, Any], names: _Names) -> Recipe:
                 _all_or_none(module, [one == each[0] for one in each])
                 chosen = each[0]
             else:
-                short = next((k for k in extra if module.name.endswith("." + k)), module.name)
+                short = next((k for k in settings_of if module.name.endswith("." + k)), module.name)
                 chosen = settings(short, quantized)
         bits, group, symmetric = chosen
         return None if not isinstance(bits, int) or bits >= 16 else _auto_round_scheme(
@@ -472,8 +474,9 @@ def _compressed_scheme(group: Mapping[str, Any], form: str) -> Scheme | None:
     strategy = weights.get("strategy") or ("group" if size > 0 else "channel" if size == -1 and
                                            weights.get("group_size") == -1 else "tensor")  # fmt: skip
     symmetric, is_float = bool(weights.get("symmetric", True)), weights.get("type", "int") == "float"
-    has_input = isinstance(inputs, Mapping) and bool(inputs)
-    static = "float32" if has_input and not inputs.get("dynamic") else ""
+    activations: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}
+    has_input = bool(activations)
+    static = "float32" if has_input and not activations.get("dynamic") else ""
     if is_float and bits == 4 and size == 16:
         return Scheme("nvfp4", 4, 16, static="float32" if has_input else "")
     if is_float and size == 32 and strategy == "group" and bits in (4, 8):
@@ -489,7 +492,7 @@ def _compressed_scheme(group: Mapping[str, Any], form: str) -> Scheme | None:
         return Scheme("packed", bits, size if strategy == "group" else -1, zeros=not symmetric)
     if not is_float and bits == 8 and has_input and strategy in ("tensor", "channel"):
         return Scheme("int8", 8, -1, strategy=strategy, static=static,
-                      zeros=not inputs.get("symmetric", True))  # fmt: skip
+                      zeros=not activations.get("symmetric", True))  # fmt: skip
     raise BadInput(
         f"vLLM 0.32.0 refuses this checkpoint (no compressed-tensors compatible scheme was found: num_bits"
         f" {bits}, type {weights.get('type')}, strategy {strategy}, format {form or None}); use another one"
