@@ -119,8 +119,8 @@ def known_architecture(
         last = table()["removed"].get(name) if isinstance(name, str) else None
         if last:
             raise BadInput(
-                f"vLLM 0.32.0 refuses {name}: it was supported until {last}, and is not supported anymore; use"
-                f" vLLM {last} or another model"
+                f"vLLM 0.32.0 refuses {name}: it was supported until {last}, and is not supported anymore;"
+                f" use vLLM {last} or another model"
             )
     raise BadInput(_unknown(config, headers))
 

@@ -378,6 +378,11 @@ def _auto_round_scheme(recipe: Mapping[str, Any], bits: int, group: Any, symmetr
         return Scheme("awq", bits, group)
     if not 2 <= bits <= 8:
         raise BadInput(f"vLLM 0.32.0 refuses AutoRound with bits={bits}; it takes 2 to 8")
+    if bits in (4, 8) and not symmetric:
+        raise BadInput(
+            f"vLLM 0.32.0 refuses this AutoRound checkpoint (bits={bits}, sym=False is not supported); use a"
+            " symmetric one, or one packed as auto_round:auto_awq"
+        )
     return Scheme("gptq", bits, group)
 
 
@@ -667,9 +672,8 @@ def _quark_scheme(own: Any) -> Scheme:
                 "fp8", 8, -1, strategy="channel" if scheme == "per_channel" else "tensor", static=static
             )
         if dtype == "int8" and isinstance(inputs, Mapping):
-            return Scheme(
-                "int8", 8, -1, strategy="channel" if scheme == "per_channel" else "tensor", static=static
-            )
+            by = "channel" if scheme == "per_channel" else "tensor"
+            return Scheme("int8", 8, -1, strategy=by, static=static, stored_zeros=True)
         if dtype == "fp4" and scheme == "per_group":
             return Scheme("mx", 4, 32)
         if dtype in ("int4", "uint4") and inputs is None:

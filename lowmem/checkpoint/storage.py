@@ -53,6 +53,8 @@ class Scheme:
     block: tuple[int, int] = (128, 128)
     static: str = ""
     scale: str = "float32"
+    stored_zeros: bool = False
+    """Quark brings zero points of int8 weights, though they are all zero."""
     padded: tuple[int, int] = (1, 1)
     """Multiples to which the kernel that vLLM takes rounds hidden and inner size of experts up."""
 
@@ -157,9 +159,13 @@ def _int8(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
     rows = sum(module.out)
     yield Stored("weight", (rows, module.inp), "int8")
     yield Stored("weight_scale", (rows, 1) if scheme.strategy == "channel" else (len(module.out),), "float32")
+    if scheme.stored_zeros:
+        yield Stored(
+            "weight_zero_point", (rows if scheme.strategy == "channel" else len(module.out),), "int8"
+        )
     if scheme.static:
         yield Stored("input_scale", (1,), "float32")
-        if scheme.zeros:
+        if scheme.zeros or scheme.stored_zeros:
             yield Stored("input_zero_point", (1,), "int8")
 
 
@@ -276,6 +282,9 @@ def _expert_packed(module: Module, scheme: Scheme, dtype: str) -> Iterator[Store
     if scheme.layout != "packed" or scheme.zeros:
         yield Stored("w13_qzeros", (count, wide, _packed(rows, scheme.bits)), "int32")
         yield Stored("w2_qzeros", (count, narrow, _packed(hidden, scheme.bits)), "int32")
+    if scheme.layout == "gptq" and not module.bias:  # vLLM makes room for biases in any case
+        yield Stored("w13_bias", (count, rows), dtype)
+        yield Stored("w2_bias", (count, hidden), dtype)
     if scheme.layout == "packed":
         yield Stored("w13_weight_shape", (count, 2), dtype)
         yield Stored("w2_weight_shape", (count, 2), dtype)
