@@ -202,7 +202,11 @@ def card_from_config(
         inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
     except BadInput:  # said by the plan: the engine refuses it, or the fields are damaged
         return _named_card(published, name, source)
-    return (_named_card if _is_uniform(inventory) else _counted_card)(published, name, source)
+    if _is_uniform(inventory):
+        card = _named_card(published, name, source)
+        if _agrees(card, inventory):
+            return card
+    return _counted_card(published, name, source)
 
 
 def _is_uniform(inventory: Inventory) -> bool:
@@ -214,6 +218,25 @@ def _is_uniform(inventory: Inventory) -> bool:
                  for s in formats)  # fmt: skip
     known = inventory.method.split()[0] in ("none", "awq", "gptq", "auto-round", "compressed-tensors", "fp8")
     return alike and len(formats) <= 1 and simple and known and head == frozenset({None})
+
+
+_ENGINE_NAMES = {
+    "self_attn.q_proj": "self_attn.qkv_proj", "self_attn.k_proj": "self_attn.qkv_proj",
+    "self_attn.v_proj": "self_attn.qkv_proj", "mlp.gate_proj": "mlp.gate_up_proj",
+    "mlp.up_proj": "mlp.gate_up_proj", "block_sparse_moe.experts.w1": "block_sparse_moe.experts",
+    "block_sparse_moe.experts.w2": "block_sparse_moe.experts",
+    "block_sparse_moe.experts.w3": "block_sparse_moe.experts",
+}  # fmt: skip
+
+
+def _agrees(card: ModelCard, inventory: Inventory) -> bool:
+    """Tell whether the groups of a card are quantized where the engine's modules are."""
+    stored = {name.split(".*.", 1)[-1]: None not in found for name, found in inventory.schemes.items()}
+    return all(
+        stored.get(_ENGINE_NAMES.get(g.name, g.name), False) == g.quantized
+        for g in card.groups
+        if g.kind == "linear"
+    )
 
 
 _CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM",

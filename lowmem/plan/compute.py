@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.plan import support
@@ -78,6 +79,19 @@ def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None
     return blocked
 
 
+def _sizes(engine: EngineConfig) -> dict[str, Any]:
+    """Return the engine's settings that are fields of the plan."""
+    return {
+        "tensor_parallel_size": engine.tp,
+        "pipeline_parallel_size": engine.pp,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "async_scheduling": engine.async_scheduling,
+        "dummy_weights": engine.dummy,
+    }
+
+
 def checkpoint_of(inputs: Inputs, engine: EngineConfig) -> tuple[Checkpoint | None, list[str]]:
     """Return the served checkpoint's tensors on one GPU, or the engine's reason to refuse it."""
     try:
@@ -142,13 +156,7 @@ def compute(inputs: Inputs) -> Plan:
         device_kind=device.kind,
         device_count=inputs.count,
         hosts=inputs.hosts,
-        tensor_parallel_size=engine.tp,
-        pipeline_parallel_size=engine.pp,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        async_scheduling=engine.async_scheduling,
-        dummy_weights=engine.dummy,
+        **_sizes(engine),
         load=load,
         limits=limits,
         verdict=verdict,

@@ -12,6 +12,8 @@ DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 MODELS = json.loads((DATA / "models_vllm_0.32.json").read_text())["models"]
 ORACLES = {name: entry for name, entry in MODELS.items() if "oracle" in entry}
 QUANTIZED = json.loads((DATA / "quantized_llama_8b_vllm_0.32.json").read_text())
+FAMILIES = json.loads((DATA / "families_vllm_0.32.json").read_text())["models"]
+RECIPES = json.loads((DATA / "recipes_vllm_0.32.json").read_text())
 LLAMA = MODELS["Meta-Llama-3.1-8B"]["config"]
 
 
@@ -41,6 +43,25 @@ def test_a_quantized_variant_has_the_bytes_that_vllm_registers(name):
         return
     found = inventory_of(config)
     assert (found.parameter_bytes, found.buffer_bytes) == tuple(variant["oracle"].values())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_has_the_bytes_that_vllm_registers(name):
+    found = inventory_of(FAMILIES[name]["config"])
+    assert (found.parameter_bytes, found.buffer_bytes) == tuple(FAMILIES[name]["oracle"].values())
+
+
+@pytest.mark.parametrize("name", RECIPES["variants"])
+def test_a_recipe_stores_the_bytes_that_vllm_registers(name):
+    variant = RECIPES["variants"][name]
+    config = {**RECIPES["bases"][variant["base"]], "quantization_config": variant["quantization_config"]}
+    found = inventory_of(config)
+    assert (found.parameter_bytes, found.buffer_bytes) == tuple(variant["oracle"].values())
+
+
+def test_a_removed_architecture_is_named_with_its_last_version():
+    with pytest.raises(BadInput, match=r"refuses XverseForCausalLM: it was supported until 0\.23\.0"):
+        inventory_of(MODELS["XVERSE-7B"]["config"])
 
 
 def test_groups_say_what_a_layer_holds():
