@@ -314,6 +314,8 @@ def _module(item: Mapping[str, Any], scope: Scope, context: _Context) -> Module:
     dtype = item.get("dtype", "")
     dtype = dtype if dtype in DTYPES else evaluate(dtype, scope) if dtype else ""
     fields.setdefault("kind", kind)
+    if 0 in fields.get("out", ()) or fields.get("inp") == 0 or 0 in fields.get("shape", ()):
+        raise BadInput(f"config.json: a size of {name} is 0; check the checkpoint's config.json")
     return Module(name=name, use=use, parts=parts, dtype=dtype, layer=context.layer,
                   plain=context.plain or bool(evaluate(item.get("plain", False), scope)),
                   **fields)  # fmt: skip

@@ -548,8 +548,13 @@ def _weights_only(recipe: Mapping[str, Any]) -> bool:
 
 def _modelopt_skip(own: Mapping[str, Any], names: _Names) -> Callable[[Module], bool]:
     """Return ModelOpt's rule: exact names, parts of names, and wildcards."""
+    said = own.get("exclude_modules") or own.get("ignore") or []
+    if not isinstance(said, list):
+        raise BadInput(
+            "the recipe's exclude_modules is no list of names; download the checkpoint's files again"
+        )
     listed = []
-    for name in own.get("exclude_modules") or own.get("ignore") or []:
+    for name in said:
         if isinstance(name, str):
             split = len(name) >= 2 and name[-1] == "*" and name[-2] != "."
             listed += [name[:-1], f"{name[:-1]}.*"] if split else [name]

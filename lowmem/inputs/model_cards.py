@@ -193,10 +193,9 @@ def card_from_config(
     """
     published = Published(config, hf_quant_config, header)
     kind = config.get("model_type")
-    plain_names = kind in MODEL_TYPES and (config.get("architectures") or [_CLASSES[str(kind)]])[0] in (
-        _CLASSES.values()
-    )
-    if not plain_names:
+    named = config.get("architectures")
+    plain = not named or (isinstance(named, list) and named[0] == _CLASSES.get(str(kind)))
+    if kind not in MODEL_TYPES or not plain:
         return _counted_card(published, name, source)
     try:
         inventory = inventory_of(config, 1, "auto", hf_quant_config, header)

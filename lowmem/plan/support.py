@@ -118,7 +118,9 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
 
 
 def refuse_split(card: ModelCard, tp: int) -> None:
-    """Raise BadInput if `tp` cards cannot share the model's layers."""
+    """Raise BadInput if `tp` cards cannot share the model's layers; a counted card's inventory says it itself."""
+    if card.counted:
+        return
     if card.heads % tp:
         raise BadInput(
             f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use"
