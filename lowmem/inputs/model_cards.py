@@ -15,6 +15,7 @@ from typing import Any
 from lowmem.checkpoint.architectures import Module, dimensions, modules
 from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
 from lowmem.checkpoint.inventory import Inventory, inventory_of, known_architecture
+from lowmem.checkpoint.patterns import matches
 from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
@@ -53,14 +54,15 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
         )
     method = str(q.get("quant_method", "")).lower().replace("_", "-")
     if method == "compressed-tensors":
-        groups = list((q.get("config_groups") or {}).values())
-        weights = (groups[0] or {}).get("weights") if groups else None
+        listed = q.get("config_groups")
+        groups = list(listed.values()) if isinstance(listed, Mapping) else []
+        weights = groups[0].get("weights") if groups and isinstance(groups[0], Mapping) else None
         if not isinstance(weights, Mapping):
             raise BadInput(
                 "config.json: quantization_config has no config_groups with weights; only weight-quantized"
                 " checkpoints can be planned"
             )
-        ignored = tuple(str(x) for x in q.get("ignore") or ())
+        ignored = _names(q, "ignore")
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
             return Quantization(method="fp8", bits=8, group_size=-1, zero_point=False, ignored=ignored)
         bits, group, zero = (
@@ -74,18 +76,18 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
             q.get("group_size", q.get("q_group_size", 128)),
             bool(q.get("zero_point", True)),
         )
-        ignored = tuple(q.get("modules_to_not_convert") or ())
+        ignored = _names(q, "modules_to_not_convert")
     elif method in ("gptq", "auto-round", "intel/auto-round", "auto-gptq"):
         method = "gptq" if "gptq" in method else "auto-round"
         bits, group, zero = q.get("bits", 4), q.get("group_size", 128), not q.get("sym", True)
-        ignored = tuple(q.get("modules_in_block_to_quantize_ignored") or ())
+        ignored = _names(q, "modules_in_block_to_quantize_ignored")
     elif method == "fp8":
         return Quantization(
             method="fp8",
             bits=8,
             group_size=-1,
             zero_point=False,
-            ignored=tuple(q.get("modules_to_not_convert") or ()),
+            ignored=_names(q, "modules_to_not_convert"),
         )
     else:
         raise BadInput(
@@ -101,11 +103,17 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
     return Quantization(method=method, bits=bits, group_size=group, zero_point=zero, ignored=ignored)
 
 
+def _names(q: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Return the names of a list of a recipe; what is no list names none."""
+    listed = q.get(key)
+    return tuple(str(name) for name in listed) if isinstance(listed, list) else ()
+
+
 def _ignored(name: str, patterns: Iterable[str]) -> bool:
     full = f"model.layers.0.{name}"
     for p in patterns:
         if p.startswith("re:"):
-            if re.search(p[3:], full):
+            if matches(p[3:], full, anywhere=True):
                 return True
         elif p == name or p in full:
             return True

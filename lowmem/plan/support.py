@@ -118,7 +118,7 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
 
 
 def refuse_split(card: ModelCard, tp: int) -> None:
-    """Raise BadInput if `tp` cards cannot share the model's layers; a counted card's inventory says it itself."""
+    """Raise BadInput if `tp` cards cannot share the model's layers. Inventories of counted cards say it."""
     if card.counted:
         return
     if card.heads % tp:

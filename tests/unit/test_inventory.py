@@ -1,12 +1,15 @@
 """Bytes of checkpoints, compared with what vLLM 0.32.0's own classes register."""
 
+import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
 
 from lowmem.checkpoint.inventory import inventory_of
 from lowmem.errors import BadInput
+from lowmem.inputs.model_cards import card_from_config
 
 DATA = Path(__file__).parents[1] / "data" / "checkpoints"
 MODELS = json.loads((DATA / "models_vllm_0.32.json").read_text())["models"]
@@ -155,3 +158,55 @@ def test_a_hostile_pattern_takes_no_time():
         },
     }  # fmt: skip
     assert inventory_of(config).parameter_bytes == 5_727_854_592  # as gptq
+
+
+ODD = (
+    None,
+    -1,
+    0,
+    1,
+    1.5,
+    1e300,
+    float("inf"),
+    float("nan"),
+    2**70,
+    "",
+    "x",
+    "re:(",
+    True,
+    [],
+    [1],
+    {},
+    {"a": 1},
+)
+
+
+def damaged(config, chance):
+    """A copy of a config.json in which some fields are gone or hold what they never should."""
+    result = copy.deepcopy(config)
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        parts = [result, *(v for v in result.values() if isinstance(v, dict))]
+        owner = chance.choice([part for part in parts if part])
+        field = chance.choice(list(owner))
+        if chance.random() < 0.2:
+            del owner[field]
+        else:
+            owner[field] = copy.deepcopy(chance.choice(ODD))
+    return result
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_damaged_config_of_any_family_is_one_line(seed):
+    chance = random.Random(seed)
+    configs = [entry["config"] for entry in (*MODELS.values(), *FAMILIES.values())]
+    for variants, bases in ((QUANTIZED, {"": QUANTIZED["base_config"]}), (RECIPES, RECIPES["bases"])):
+        for variant in variants["variants"].values():
+            recipe = {"quantization_config": variant["quantization_config"]}
+            configs.append({**bases[variant.get("base", "")], **recipe})
+    for _ in range(40):
+        config = damaged(chance.choice(configs), chance)
+        try:
+            card_from_config(config, "m", "config.json")
+            inventory_of(config, chance.choice((1, 2, 7)))
+        except BadInput as error:
+            assert "\n" not in str(error)  # noqa: PT017 - most damage is refused, some has no effect
