@@ -506,6 +506,7 @@ def card_from_hub(repo: str) -> ModelCard:
             offline = True  # the local cache may still have it, without seconds of retries
         path = hf_hub_download(repo, "config.json", local_files_only=offline)
         config = read_config(Path(path))
+        beside = None if config.get("quantization_config") else _beside(repo, offline)
         try:
             if offline:
                 raise OSError("offline")
@@ -531,7 +532,19 @@ def card_from_hub(repo: str) -> ModelCard:
             f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it"
             f" ({type(e).__name__}); built-in: {', '.join(names())}"
         ) from None
-    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None)
+    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside)
+
+
+def _beside(repo: str, offline: bool) -> dict[str, Any] | None:
+    """Return the hf_quant_config.json of a Hugging Face id, in which older ModelOpt keeps its recipe."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(repo, "hf_quant_config.json", local_files_only=offline)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return None
+    return read_config(Path(path))
 
 
 def load_card(model: str) -> ModelCard:
