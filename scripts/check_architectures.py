@@ -37,6 +37,11 @@ def difference(entry: dict[str, Any], tp: int) -> float | str | None:
     return off / wanted
 
 
+def say(line: str) -> None:
+    """Write one line to stdout."""
+    sys.stdout.write(line + "\n")
+
+
 def main(files: list[str]) -> int:
     """Print what is off or refused, then the score."""
     exact = wrong = refused = 0
@@ -47,13 +52,13 @@ def main(files: list[str]) -> int:
                 off = difference(entry, tp)
                 if isinstance(off, str):
                     refused += 1
-                    print(f"{name} on {tp} GPU(s): {off}")
+                    say(f"{name} on {tp} GPU(s): {off}")
                 elif off:
                     wrong, worst = wrong + 1, max(worst, off)
-                    print(f"{name} on {tp} GPU(s): off by {off:.3%}")
+                    say(f"{name} on {tp} GPU(s): off by {off:.3%}")
                 else:
                     exact += off is not None
-    print(f"exact {exact}, off {wrong} (worst {worst:.3%}), refused {refused}")
+    say(f"exact {exact}, off {wrong} (worst {worst:.3%}), refused {refused}")
     return int(worst > 0.01 or exact < 0.95 * (exact + wrong + refused))
 
 
