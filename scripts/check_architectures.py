@@ -3,7 +3,7 @@
 
 usage: scripts/check_architectures.py [FILE ...]
 
-A file has the form of tests/data/checkpoints/models_vllm_0.32.json: models, each with its config.json, its
+A file has the form of tests/data/checkpoints/models_vllm_0.32.json: models, each with config.json, its
 hf_quant_config.json if there is one, and `oracle`: parameter_bytes, buffer_bytes and, for two GPUs, tp2_bytes.
 Exit 1: fewer than 95 % are exact, or one is off by more than 1 %.
 """
@@ -22,7 +22,7 @@ DATA = Path(__file__).resolve().parents[1] / "tests" / "data" / "checkpoints"
 
 
 def difference(entry: dict[str, Any], tp: int) -> float | str | None:
-    """Return how far a model is off, 0.0 for exact; why it is refused; None where the oracle has no figure."""
+    """Return how far a model is off (0.0: exact), why it is refused, or None without a figure."""
     oracle = entry["oracle"]
     wanted = oracle.get("parameter_bytes" if tp == 1 else "tp2_bytes")
     if wanted is None:
