@@ -3,8 +3,9 @@
 
 usage: scripts/check_architectures.py [FILE ...]
 
-A file has the form of tests/data/checkpoints/models_vllm_0.32.json: models, each with config.json, its
-hf_quant_config.json if there is one, and `oracle`: parameter_bytes, buffer_bytes and, for two GPUs, tp2_bytes.
+A file has the form of tests/data/checkpoints/models_vllm_0.32.json. Each model has its config.json, its
+hf_quant_config.json if there is one, and `oracle`: parameter_bytes, buffer_bytes and, for two GPUs,
+tp2_bytes.
 Exit 1: fewer than 95 % are exact, or one is off by more than 1 %.
 """
 
