@@ -122,28 +122,38 @@ def read_text(path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "")
         raise BadInput(f"{name} is not UTF-8 at byte {error.start}") from None
 
 
-def read_json(path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "") -> Any:
+def read_json(
+    path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "", infinite_is_none: bool = False
+) -> Any:
     """Return the value of a JSON file. BadInput with one line where a bound of this module is passed."""
-    return parse_json(read_text(path, limit_bytes, called), called or str(path))
+    return parse_json(read_text(path, limit_bytes, called), called or str(path), infinite_is_none)
 
 
-def read_json_object(path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "") -> dict[str, Any]:
+def read_json_object(
+    path: Path, limit_bytes: int = JSON_LIMIT_BYTES, called: str = "", infinite_is_none: bool = False
+) -> dict[str, Any]:
     """Return the object of a JSON file, as `read_json`."""
-    value = read_json(path, limit_bytes, called)
+    value = read_json(path, limit_bytes, called, infinite_is_none)
     if not isinstance(value, dict):
         raise BadInput(f"{called or path} holds no JSON object")
     return value
 
 
-def parse_json(text: str | bytes, name: str) -> Any:
-    """Return the value of a JSON text that `name` holds, as `read_json`."""
+def parse_json(text: str | bytes, name: str, infinite_is_none: bool = False) -> Any:
+    """Return the value of a JSON text that `name` holds, as `read_json`.
+
+    `infinite_is_none` reads Infinity and NaN as None. Published config.json files have them as bounds that
+    are not set, and no size may be one.
+    """
 
     def integer(digits: str) -> int:
         if len(digits) > DIGITS_LIMIT:
             raise BadInput(f"{name} holds an integer of {len(digits)} digits; the limit is {DIGITS_LIMIT}")
         return int(digits)
 
-    def constant(word: str) -> float:
+    def constant(word: str) -> None:
+        if infinite_is_none:
+            return
         raise BadInput(f"{name} holds {word}, which is not a finite number")
 
     try:

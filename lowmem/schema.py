@@ -7,6 +7,8 @@ bytes), which NVML and nvidia-smi print. `_gb_per_s` are 10**9 bytes per second,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, computed_field, model_validator
@@ -55,7 +57,9 @@ class Strict(BaseModel):
 class Quantization(Strict):
     """Storage format of the linear layers of a checkpoint."""
 
-    method: Literal["none", "awq", "compressed-tensors", "gptq", "auto-round", "fp8"] = "none"
+    method: Literal[
+        "none", "awq", "compressed-tensors", "gptq", "auto-round", "fp8", "modelopt", "quark", "mxfp4"
+    ] = "none"
     bits: int = Field(16, ge=1, le=16)
     group_size: int = Field(128, description="weights sharing one scale; -1: a whole input row")
     zero_point: bool = True
@@ -137,6 +141,17 @@ class WeightGroup(Strict):
         return self.count * self.out_features * self.in_features
 
 
+@dataclass(frozen=True)
+class Published:
+    """Files of a checkpoint as published: config.json, hf_quant_config.json and the headers' dtypes."""
+
+    config: Mapping[str, Any]
+    hf_quant_config: Mapping[str, Any] | None = None
+    headers: Mapping[str, Mapping[str, Any]] | None = None
+    inventories: dict[tuple[int, str], Any] = field(default_factory=dict, compare=False, repr=False)
+    """Counted once for a number of GPUs and a dtype; a search asks many times."""
+
+
 class ModelCard(Strict):
     """Description of a checkpoint by its config.json and safetensors headers.
 
@@ -163,6 +178,10 @@ class ModelCard(Strict):
     config: dict[str, Any] = Field(description="config.json, which decides the layout of the KV cache")
     header_bytes: Bytes | None = Field(
         None, description="sum of the tensors as the safetensors headers give it; None: not read"
+    )
+    published: Published | None = Field(None, exclude=True, repr=False)
+    counted: bool = Field(
+        False, description="the groups are those of the table of architectures, and bytes are its inventory"
     )
 
     @property
@@ -346,7 +365,7 @@ class KvCache(Strict):
 
 
 class SpeculationPlan(Strict):
-    """What speculative decoding gives a request at an acceptance, and which acceptance it needs."""
+    """Yield of speculative decoding at an acceptance, and the acceptance that it needs."""
 
     method: str = Field(description="where the drafts come from; ngram: the request's own text")
     drafts: int = Field(description="draft tokens that a step verifies for each request")
@@ -372,6 +391,18 @@ class Node(Strict):
         return [t for a in self.arguments for t in a.tokens()]
 
 
+class Checkpoint(Strict):
+    """Tensors of the served checkpoint on one GPU, as the engine registers them before a kernel repacks."""
+
+    architecture: str
+    dtype: str = Field(description="the engine computes in it")
+    format: str = Field(description="quantization method, or none")
+    parameter_bytes: Bytes
+    buffer_bytes: Bytes = Field(description="rotary caches and other buffers")
+    bytes_by_use: dict[str, Bytes] = Field(description="parameter_bytes in parts: embedding, attention, …")
+    active_bytes: Bytes = Field(description="parameters that one token reads: all but the idle experts")
+
+
 class Plan(Strict):
     """Everything that is known before a host is touched.
 
@@ -385,6 +416,7 @@ class Plan(Strict):
     parameters: int
     weight_bytes: Bytes = Field(description="all tensors of the checkpoint as stored")
     quantization: Quantization
+    checkpoint: Checkpoint | None = Field(None, description="None: the engine refuses it, or not counted")
     device: str
     device_kind: Literal["cuda", "cpu"]
     device_count: int = Field(description="cards of one host")

@@ -27,6 +27,13 @@ def plan(
         str | None,
         typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's"),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="stored, or profile: quantized first, as the profile says; default: stored for a directory"
+            " or Hugging Face id"
+        ),
+    ] = None,
     device: Annotated[
         str | None, typer.Option(help="name in the device table, or auto; default: the profile's")
     ] = None,
@@ -120,6 +127,7 @@ def plan(
             vllm_version=vllm_version,
             hosts=hosts,
             network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+            weights=weights,
         )
     )
     if suggest:

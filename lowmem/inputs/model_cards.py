@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lowmem.checkpoint.headers import _header_size, _read_json, read_header
+from lowmem.checkpoint.architectures import Module, dimensions, modules
+from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
+from lowmem.checkpoint.inventory import Inventory, inventory_of, known_architecture
+from lowmem.checkpoint.patterns import matches
+from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
-from lowmem.schema import ModelCard, Quantization, WeightGroup
+from lowmem.schema import ModelCard, Published, Quantization, WeightGroup
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
@@ -50,14 +55,15 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
         )
     method = str(q.get("quant_method", "")).lower().replace("_", "-")
     if method == "compressed-tensors":
-        groups = list((q.get("config_groups") or {}).values())
-        weights = (groups[0] or {}).get("weights") if groups else None
+        listed = q.get("config_groups")
+        groups = list(listed.values()) if isinstance(listed, Mapping) else []
+        weights = groups[0].get("weights") if groups and isinstance(groups[0], Mapping) else None
         if not isinstance(weights, Mapping):
             raise BadInput(
                 "config.json: quantization_config has no config_groups with weights; only weight-quantized"
                 " checkpoints can be planned"
             )
-        ignored = tuple(str(x) for x in q.get("ignore") or ())
+        ignored = _names(q, "ignore")
         if weights.get("type") == "float" and weights.get("num_bits") == 8:
             return Quantization(method="fp8", bits=8, group_size=-1, zero_point=False, ignored=ignored)
         bits, group, zero = (
@@ -71,18 +77,18 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
             q.get("group_size", q.get("q_group_size", 128)),
             bool(q.get("zero_point", True)),
         )
-        ignored = tuple(q.get("modules_to_not_convert") or ())
+        ignored = _names(q, "modules_to_not_convert")
     elif method in ("gptq", "auto-round", "intel/auto-round", "auto-gptq"):
         method = "gptq" if "gptq" in method else "auto-round"
         bits, group, zero = q.get("bits", 4), q.get("group_size", 128), not q.get("sym", True)
-        ignored = tuple(q.get("modules_in_block_to_quantize_ignored") or ())
+        ignored = _names(q, "modules_in_block_to_quantize_ignored")
     elif method == "fp8":
         return Quantization(
             method="fp8",
             bits=8,
             group_size=-1,
             zero_point=False,
-            ignored=tuple(q.get("modules_to_not_convert") or ()),
+            ignored=_names(q, "modules_to_not_convert"),
         )
     else:
         raise BadInput(
@@ -98,11 +104,17 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization:
     return Quantization(method=method, bits=bits, group_size=group, zero_point=zero, ignored=ignored)
 
 
+def _names(q: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Return the names of a list of a recipe; what is no list names none."""
+    listed = q.get(key)
+    return tuple(str(name) for name in listed) if isinstance(listed, list) else ()
+
+
 def _ignored(name: str, patterns: Iterable[str]) -> bool:
     full = f"model.layers.0.{name}"
     for p in patterns:
         if p.startswith("re:"):
-            if re.search(p[3:], full):
+            if matches(p[3:], full, anywhere=True):
                 return True
         elif p == name or p in full:
             return True
@@ -177,19 +189,162 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
 
 
 def card_from_config(
-    config: Mapping[str, Any], name: str, source: str, header: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    name: str,
+    source: str,
+    header: Mapping[str, Any] | None = None,
+    hf_quant_config: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Make a card from the fields of config.json.
+    """Make a card from the fields of config.json and, if it lies beside it, hf_quant_config.json.
 
     `header` holds {dtype, shape} of the safetensors headers by tensor name. Raises BadInput for anything
     unknown.
     """
+    published = Published(config, hf_quant_config, header)
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise BadInput(
-            f"{source}: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}; only these are counted"
-            " exactly"
-        )
+    named = config.get("architectures")
+    plain = not named or (isinstance(named, list) and named[0] == _CLASSES.get(str(kind)))
+    if kind not in MODEL_TYPES or not plain:
+        return _counted_card(published, name, source)
+    try:
+        inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
+    except BadInput:  # said by the plan: the engine refuses it, or the fields are damaged
+        return _named_card(published, name, source)
+    if _is_uniform(inventory):
+        # a recipe that the engine leaves aside, such as one without a method, is none of these groups'
+        with suppress(BadInput):
+            card = _named_card(published, name, source)
+            if _agrees(card, inventory):
+                return card
+    return _counted_card(published, name, source)
+
+
+def _is_uniform(inventory: Inventory) -> bool:
+    """Tell whether every layer stores its weights alike and in one format that `_groups` can say."""
+    formats = {s for found in inventory.schemes.values() for s in found if s is not None}
+    alike = all(len(found) == 1 for found in inventory.schemes.values())
+    head = inventory.schemes.get("lm_head", frozenset({None}))
+    simple = all(s.layout in ("gptq", "awq", "packed") or (s.layout == "fp8" and s.strategy == "tensor")
+                 for s in formats)  # fmt: skip
+    known = inventory.method.split()[0] in ("none", "awq", "gptq", "auto-round", "compressed-tensors", "fp8")
+    return alike and len(formats) <= 1 and simple and known and head == frozenset({None})
+
+
+_ENGINE_NAMES = {
+    "self_attn.q_proj": "self_attn.qkv_proj", "self_attn.k_proj": "self_attn.qkv_proj",
+    "self_attn.v_proj": "self_attn.qkv_proj", "mlp.gate_proj": "mlp.gate_up_proj",
+    "mlp.up_proj": "mlp.gate_up_proj", "block_sparse_moe.experts.w1": "block_sparse_moe.experts",
+    "block_sparse_moe.experts.w2": "block_sparse_moe.experts",
+    "block_sparse_moe.experts.w3": "block_sparse_moe.experts",
+}  # fmt: skip
+
+
+def _agrees(card: ModelCard, inventory: Inventory) -> bool:
+    """Tell whether the groups of a card are quantized where the engine's modules are."""
+    stored = {name.split(".*.", 1)[-1]: None not in found for name, found in inventory.schemes.items()}
+    return all(
+        stored.get(_ENGINE_NAMES.get(g.name, g.name), False) == g.quantized
+        for g in card.groups
+        if g.kind == "linear"
+    )
+
+
+_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtral": "MixtralForCausalLM",
+            "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
+
+
+def _counted_card(published: Published, name: str, source: str) -> ModelCard:
+    """Make the card of any architecture of the table; its groups are the table's modules on one GPU."""
+    config, header = published.config, published.headers
+    inventory = inventory_of(config, 1, "auto", published.hf_quant_config, header)
+    architecture = known_architecture(config, header)
+    size = dimensions(architecture, config)
+    found: dict[tuple[Any, ...], WeightGroup] = {}
+    for module in modules(architecture, config, 1, inventory.method):
+        for group in _groups_of(module, inventory):
+            key = (group.name, group.out_features, group.in_features)
+            count = group.count + (found[key].count if key in found else 0)
+            found[key] = group.model_copy(update={"count": count})
+    most = max(inventory.experts, key=lambda e: e.bytes, default=None)
+    return ModelCard(
+        name=name,
+        source=source,
+        model_type=str(config.get("model_type") or architecture.name),
+        layers=size["layers"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["inner"],
+        heads=size["heads"],
+        kv_heads=size["kv_heads"],
+        head_dim=size["head"],
+        vocab_size=size["vocab"],
+        max_position_embeddings=size["positions"],
+        experts=most.count if most else 0,
+        experts_per_token=most.per_token if most else 0,
+        tied=not any(g.kind == "lm_head" for g in found.values()),
+        dtype=inventory.dtype,
+        quantization=_quantization_said(inventory),
+        groups=tuple(found.values()),
+        header_bytes=sum(tensor_bytes(t, n) for n, t in header.items()) if header else None,
+        config=_as_read(published),
+        published=published,
+        counted=True,
+    )
+
+
+def _as_read(published: Published) -> dict[str, Any]:
+    """Return config.json as the engine reads it: with the quantization of the file beside it, if any."""
+    config: dict[str, Any] = dict(published.config)
+    beside = published.hf_quant_config
+    return config if beside is None else {"quantization_config": dict(beside), **config}
+
+
+_KINDS = {"embedding": "embedding", "lm_head": "lm_head", "norm": "norm", "tensor": "norm"}
+
+_SPLITS = {"column": "column", "row": "row", "embedding": "vocab", "lm_head": "vocab"}
+
+
+def _groups_of(module: Module, inventory: Inventory) -> Iterable[WeightGroup]:
+    """Say a module as weight groups. A card of such groups takes its bytes from the inventory."""
+    name = re.sub(r"\.\d+\.", ".*.", module.name)
+    quantized = any(scheme is not None for scheme in inventory.schemes.get(name, ()))
+    short, layered = name.split(".*.", 1)[-1], module.layer >= 0
+    if module.kind == "experts":
+        for part, out, inp, split in (("w13", sum(module.out), module.inp, "column"),
+                                      ("w2", module.inp, module.out[0], "row")):  # fmt: skip
+            yield WeightGroup(name=f"{short.removesuffix('.experts')}.experts.{part}", kind="linear",
+                              count=module.experts, out_features=out, in_features=inp, split=split,
+                              quantized=quantized, layered=layered)  # fmt: skip
+    elif module.kind in ("norm", "tensor"):
+        size = 1
+        for n in module.shape:
+            size *= n
+        yield WeightGroup(name=short, kind="norm", count=1, out_features=max(1, size), in_features=1,
+                          split="none", layered=layered)  # fmt: skip
+    elif module.out:
+        kind = _KINDS.get(module.kind, "router" if module.use == "router" else "linear")
+        yield WeightGroup(name=short, kind=kind, count=1, out_features=sum(module.out),
+                          in_features=module.inp, split=_SPLITS.get(module.kind, "none"),
+                          quantized=quantized, layered=layered)  # fmt: skip
+
+
+def _quantization_said(inventory: Inventory) -> Quantization:
+    """Say the format of most linear modules; the bytes are the inventory's, module by module."""
+    formats: dict[Scheme, int] = {}
+    for found in inventory.schemes.values():
+        for scheme in found:
+            if scheme is not None:
+                formats[scheme] = formats.get(scheme, 0) + 1
+    if not formats:
+        return Quantization()
+    most = max(formats, key=lambda scheme: formats[scheme])
+    return Quantization(method=inventory.method.split()[0], bits=most.bits, group_size=most.group,
+                        zero_point=most.zeros)  # fmt: skip
+
+
+def _named_card(published: Published, name: str, source: str) -> ModelCard:
+    """Make the card of one of MODEL_TYPES whose layers are all stored alike."""
+    config, header = published.config, published.headers
+    kind = config["model_type"]
     quantization = quantization_of(config)
     groups = _groups(config, quantization)
     heads, hidden = _positive(config, "num_attention_heads"), _positive(config, "hidden_size")
@@ -210,7 +365,7 @@ def card_from_config(
     header_bytes = None
     if header:
         groups = _refined(groups, header, config)
-        header_bytes = sum(_header_size(t, n) for n, t in header.items())
+        header_bytes = sum(tensor_bytes(t, n) for n, t in header.items())
     return ModelCard(
         name=name,
         source=source,
@@ -231,6 +386,7 @@ def card_from_config(
         groups=groups,
         config=dict(config),
         header_bytes=header_bytes,
+        published=published,
     )
 
 
@@ -280,7 +436,35 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
         g.model_copy(update={"quantized": g.kind == "linear" and not _ignored(g.name, quantization.ignored)})
         for g in card.groups
     )
-    return card.model_copy(update={"quantization": quantization, "groups": groups, "header_bytes": None})
+    published = card.published and Published({**card.published.config, **_recipe(quantization)})
+    return card.model_copy(
+        update={"quantization": quantization, "groups": groups, "header_bytes": None, "published": published}
+    )
+
+
+def _recipe(q: Quantization) -> dict[str, Any]:
+    """Write the quantization_config that a checkpoint to be made will have."""
+    ignored = [*q.ignored]
+    if q.method == "compressed-tensors":
+        strategy = "channel" if q.group_size == -1 else "group"
+        weights = {"type": "int", "num_bits": q.bits, "symmetric": not q.zero_point,
+                   "group_size": q.group_size, "strategy": strategy}  # fmt: skip
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        recipe = {"quant_method": q.method, "format": "pack-quantized", "config_groups": groups,
+                  "ignore": ["lm_head", *ignored]}  # fmt: skip
+        return {"quantization_config": recipe}
+    if q.method == "fp8":
+        return {"quantization_config": {"quant_method": "fp8", "modules_to_not_convert": ignored}}
+    return {
+        "quantization_config": {
+            "quant_method": q.method,
+            "bits": q.bits,
+            "group_size": q.group_size,
+            "sym": q.method != "gptq" or not q.zero_point,
+            "zero_point": q.zero_point,
+            "modules_to_not_convert": ignored,
+        }
+    }
 
 
 @cache
@@ -304,19 +488,11 @@ def card_from_directory(folder: Path) -> ModelCard:
 
     config.json is enough; the headers of `*.safetensors` refine it. No weight is read.
     """
-    config = _read_json(folder / "config.json")
-    header: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        header.update(read_header(file))
-    index = folder / "model.safetensors.index.json"
-    if header and index.exists():
-        missing = set(map(str, _read_json(index).get("weight_map", {}))) - set(header)
-        if missing:
-            raise BadInput(
-                f"{folder}: {len(missing)} tensors of {index.name} are in none of the files (first:"
-                f" {min(missing)}); the download is incomplete"
-            )
-    return card_from_config(config, folder.resolve().name, str(folder), header or None)
+    config = read_config(folder / "config.json")
+    header = checkpoint_headers(folder)
+    beside = folder / "hf_quant_config.json"
+    hf_quant_config = read_config(beside) if beside.exists() else None
+    return card_from_config(config, folder.resolve().name, str(folder), header or None, hf_quant_config)
 
 
 def card_from_hub(repo: str) -> ModelCard:
@@ -341,7 +517,8 @@ def card_from_hub(repo: str) -> ModelCard:
         except OSError:
             offline = True  # the local cache may still have it, without seconds of retries
         path = hf_hub_download(repo, "config.json", local_files_only=offline)
-        config = _read_json(Path(path))
+        config = read_config(Path(path))
+        beside = None if config.get("quantization_config") else _beside(repo, offline)
         try:
             if offline:
                 raise OSError("offline")
@@ -367,7 +544,19 @@ def card_from_hub(repo: str) -> ModelCard:
             f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it"
             f" ({type(e).__name__}); built-in: {', '.join(names())}"
         ) from None
-    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None)
+    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside)
+
+
+def _beside(repo: str, offline: bool) -> dict[str, Any] | None:
+    """Return the hf_quant_config.json of a Hugging Face id, in which older ModelOpt keeps its recipe."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        path = hf_hub_download(repo, "hf_quant_config.json", local_files_only=offline)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+        return None
+    return read_config(Path(path))
 
 
 def load_card(model: str) -> ModelCard:

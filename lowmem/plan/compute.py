@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.plan import support
@@ -36,8 +37,10 @@ from lowmem.plan.verdict import (
     stage_reasons,
     start_notes,
 )
-from lowmem.plan.weights import stored_bytes
+from lowmem.plan.weights import inventory_of_card, stored_bytes
 from lowmem.schema import (
+    VLLM_VERSION,
+    Checkpoint,
     Device,
     KvCache,
     KvCacheGroup,
@@ -99,6 +102,38 @@ def load_blocks(inputs: Inputs, engine: EngineConfig) -> int:
     return together * layout.blocks_of(engine.held_tokens(inputs.load))
 
 
+def _sizes(engine: EngineConfig) -> dict[str, Any]:
+    """Return the engine's settings that are fields of the plan."""
+    return {
+        "tensor_parallel_size": engine.tp,
+        "pipeline_parallel_size": engine.pp,
+        "max_model_len": engine.max_model_len,
+        "max_num_seqs": engine.max_num_seqs,
+        "max_num_batched_tokens": engine.max_num_batched_tokens,
+        "async_scheduling": engine.async_scheduling,
+        "dummy_weights": engine.dummy,
+    }
+
+
+def checkpoint_of(inputs: Inputs, engine: EngineConfig) -> tuple[Checkpoint | None, list[str]]:
+    """Return the served checkpoint's tensors on one GPU, or the engine's reason to refuse it."""
+    try:
+        found = inventory_of_card(inputs.card, engine)
+    except BadInput as error:
+        return None, [str(error)] if inputs.vllm_version == VLLM_VERSION else []
+    if found is None:
+        return None, []
+    return Checkpoint(
+        architecture=found.architecture,
+        dtype=found.dtype,
+        format=found.method,
+        parameter_bytes=found.parameter_bytes,
+        buffer_bytes=found.buffer_bytes,
+        bytes_by_use=dict(found.bytes_by_use),
+        active_bytes=found.active_bytes,
+    ), []
+
+
 def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory]:
     """Return the stage whose card is the fullest; the limit is held against it."""
     return max(stages, key=lambda s: s[1].peak)
@@ -117,7 +152,8 @@ def compute(inputs: Inputs) -> Plan:
     speed = latency(steps)
     requests = memory.kv.requests_of(engine.held_tokens(load))
     pipeline, drafts = pipeline_of(steps, limits), speculation_of(steps, limits)
-    blocked = blocking_reasons(inputs, steps, pipeline, requests)
+    checkpoint, refused = checkpoint_of(inputs, engine)
+    blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
@@ -137,17 +173,12 @@ def compute(inputs: Inputs) -> Plan:
         parameters=card.parameters,
         weight_bytes=stored_bytes(card),
         quantization=card.quantization,
+        checkpoint=checkpoint,
         device=device.name,
         device_kind=device.kind,
         device_count=inputs.count,
         hosts=inputs.hosts,
-        tensor_parallel_size=engine.tp,
-        pipeline_parallel_size=engine.pp,
-        max_model_len=engine.max_model_len,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-        async_scheduling=engine.async_scheduling,
-        dummy_weights=engine.dummy,
+        **_sizes(engine),
         load=load,
         limits=limits,
         verdict=verdict,

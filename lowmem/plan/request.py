@@ -53,6 +53,7 @@ class PlanRequest:
     hosts: int | None = None
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
+    weights: str | None = None  # stored, profile (to be quantized as it says); None: see wanted_weights
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Inputs:
     deploy: Deploy | None = None
     hosts: int = 1
     link: Link | None = None  # between the hosts; None: there is one host
+    weights: str = "profile"  # or stored: how the checkpoint is planned
 
 
 def gather(request: PlanRequest) -> Inputs:
@@ -85,7 +87,10 @@ def gather(request: PlanRequest) -> Inputs:
     environment = _environment(request.environment)
     _refuse_acceptance(request.accepted_tokens, given)
     load, limits = _load(request, p), _limits(request, p)
-    quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
+    quantized = c
+    how = wanted_weights(request, c)
+    if how == "profile":
+        quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
     place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
     hosts, link = _hosts(request, p)
     if place:
@@ -104,6 +109,7 @@ def gather(request: PlanRequest) -> Inputs:
         deploy=place,
         hosts=hosts,
         link=link,
+        weights=how,
     )
 
 
@@ -241,6 +247,23 @@ def refuse_place(place: Deploy, hosts: int) -> None:
         raise BadPlace(f"nodes has {twice[0]} more than once; give each host its own address")
     if place.nodes and place.port == place.master_port:
         raise BadPlace(f"port={place.port} and master_port are the same; choose another for one of them")
+
+
+WEIGHTS = ("stored", "profile")
+
+
+def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
+    """Tell whether the checkpoint is planned as it is stored, or as the profile will quantize it.
+
+    A directory or a Hugging Face id that is named is what the operator has, and is planned as it is stored. A
+    built-in card is a model to be deployed by the profile.
+    """
+    if request.weights is not None:
+        if request.weights not in WEIGHTS:
+            raise BadInput(f"weights={request.weights!r} is not one of {', '.join(WEIGHTS)}")
+        return request.weights
+    named = isinstance(request.model, str) and request.model.lower() not in model_cards.builtin()
+    return "stored" if named or card.counted else "profile"
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:

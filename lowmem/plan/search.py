@@ -39,6 +39,7 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
                         input_tokens=inputs.load.input_tokens,
                         output_tokens=inputs.load.output_tokens,
                         vllm_version=inputs.vllm_version,
+                        weights=inputs.weights,
                     )
                     plan = compute(gather(request))
                 except BadInput:

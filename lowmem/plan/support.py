@@ -119,7 +119,9 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
 
 
 def refuse_split(card: ModelCard, tp: int) -> None:
-    """Raise BadInput if `tp` cards cannot share the model's layers."""
+    """Raise BadInput if `tp` cards cannot share the model's layers. Inventories of counted cards say it."""
+    if card.counted:
+        return
     if card.heads % tp:
         raise BadInput(
             f"tensor_parallel_size={tp} does not divide the {card.heads} attention heads of {card.name}; use"

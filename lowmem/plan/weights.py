@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lowmem.checkpoint.inventory import Inventory, inventory_of
+from lowmem.errors import BadInput
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
@@ -138,6 +140,8 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
 
 def weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """Compute one card's weights: sharded, replicated, padded, repacked, and less those offloaded."""
+    if card.counted:
+        return _counted_weights(card, engine)
     dtype = DTYPE_BYTES[engine.dtype]
     sharded = replicated = padding = 0
     for g in card.groups:
@@ -170,6 +174,45 @@ def weights(card: ModelCard, engine: EngineConfig) -> Weights:
             resident * float(constant("memory", "allocator_slack_mib_per_layer").get(engine.kernel, 0)) * MIB
         )
     return Weights(sharded, replicated, padding, repacking, offloaded, layers)
+
+
+def inventory_of_card(card: ModelCard, engine: EngineConfig) -> Inventory | None:
+    """Count the tensors that the engine registers on one GPU; None for a card without its config.json.
+
+    Raises BadInput, with the engine's reason, where the engine refuses the checkpoint.
+    """
+    published = card.published
+    if published is None:
+        return None
+    key = (engine.tp, engine.dtype)
+    if key not in published.inventories:
+        published.inventories[key] = inventory_of(
+            published.config, engine.tp, engine.dtype, published.hf_quant_config, published.headers
+        )
+    found: Inventory = published.inventories[key]
+    return found
+
+
+def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
+    """Take one GPU's weights from the inventory; its buffers count as replicated."""
+    inventory = inventory_of_card(card, engine)
+    if inventory is None or engine.pp > 1:
+        raise BadInput(
+            f"pipeline_parallel_size={engine.pp} is not planned for {card.name}: stages are known for"
+            " uniform Llama, Mistral, Mixtral and Qwen models; use tensor_parallel_size"
+        )
+    replicated = sum(size for use, size in inventory.bytes_by_use.items() if use in ("norm", "router"))
+    layers = tuple(tuple(Parameter(name, size, 0) for name, size in layer) for layer in inventory.layers)
+    taken = offloaded_parameters(engine, layers)
+    offloaded = sum(layer[i].loaded for layer, which in zip(layers, taken, strict=True) for i in which)
+    return Weights(
+        sharded=inventory.parameter_bytes - replicated,
+        replicated=replicated + inventory.buffer_bytes,
+        padding=0,
+        repacking=0,
+        offloaded=offloaded,
+        layers=layers,
+    )
 
 
 def offloaded_parameters(engine: EngineConfig, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:

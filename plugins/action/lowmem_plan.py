@@ -151,6 +151,7 @@ class ActionModule(ActionBase):
                     count=wanted["count"] or None,
                     overrides=wanted["overrides"],
                     deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+                    weights="profile",  # role awq_quantize makes what the profile asks for
                 )
             )
         except BadPlace as error:

@@ -128,7 +128,7 @@ def test_headers_refine_what_is_quantized(tmp_path):
         ("", "is empty"),
         ("{", "is not JSON"),
         ("[]", "holds no JSON object"),
-        ({**LLAMA, "model_type": "mamba"}, "model_type 'mamba' is not one of"),
+        ({**LLAMA, "model_type": "novel"}, "model_type 'novel' is not among the"),
         ({k: v for k, v in LLAMA.items() if k != "model_type"}, "model_type None"),
         ({**LLAMA, "hidden_size": -1}, "hidden_size is -1"),
         ({**LLAMA, "num_hidden_layers": "two"}, "num_hidden_layers is 'two'"),
