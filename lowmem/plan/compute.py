@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lowmem.errors import BadInput
 from lowmem.plan import support
+from lowmem.plan.admission import admission_of
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.latency import idle_share, latency, link_needs
 from lowmem.plan.launch import arguments_of, environment_of, nodes_of, service_limits
@@ -92,7 +93,9 @@ def compute(inputs: Inputs) -> Plan:
     engine = engine_of(inputs)
     request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
     held = min(load.clients, engine.max_num_seqs) * request
-    stages = stage_memories(card, engine, device, ceiling(device, limits), held)
+    most = ceiling(device, limits)
+    admission = admission_of(engine, most, inputs.deploy.media_domains if inputs.deploy else ())
+    stages = stage_memories(card, engine, device, most, held)
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
@@ -106,9 +109,10 @@ def compute(inputs: Inputs) -> Plan:
         m.terms["kv_cache"] for _, m in stages
     )  # the engine gives every stage the same setting and as many blocks
     arguments = arguments_of(inputs, engine, memory, pool_bytes)
-    host = host_ram(part.card, engine, device, memory)
+    host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
     service = service_limits(engine, device, host, card, load, limits)
-    nodes = nodes_of(inputs, arguments, service)
+    environment = environment_of(inputs, admission)
+    nodes = nodes_of(inputs, arguments, environment, service)
     own = nodes[inputs.deploy.rank if inputs.deploy else 0] if nodes else None
     return Plan(
         vllm_version=inputs.vllm_version,
@@ -146,8 +150,9 @@ def compute(inputs: Inputs) -> Plan:
         max_requests=requests,
         latency_ms=speed,
         arguments=own.arguments if own else arguments,
-        environment=own.environment if own else environment_of(inputs, device),
+        environment=own.environment if own else environment,
         service=service,
+        admission=admission,
         deploy=inputs.deploy,
         stages=stages_of(engine, device, stages),
         pipeline=pipeline,

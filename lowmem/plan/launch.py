@@ -11,6 +11,7 @@ from lowmem.plan.memory import CardMemory
 from lowmem.plan.request import Inputs
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import (
+    AdmissionLimits,
     Argument,
     Deploy,
     Device,
@@ -50,10 +51,24 @@ def arguments_of(
             Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
             Argument(
                 flag="--middleware",
+                value=ADMISSION,
+                why="admits requests by the work that they ask for; stands inside the check of the keys",
+            ),
+            Argument(
+                flag="--middleware",
                 value=API_KEYS,
                 why="asks for an API key of a file; a key comes and goes without a restart",
             ),
         ]
+        domains = place.media_domains or (NO_DOMAIN,)  # an empty list would allow every host
+        arguments.append(
+            Argument(
+                flag="--allowed-media-domains",
+                value=domains[0],
+                why="hosts from which media URLs of requests are fetched (lowmem_media_domains)",
+            )
+        )
+        arguments += [Argument(flag="", value=domain, why="") for domain in domains[1:]]
         if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
             arguments.append(
                 Argument(
@@ -91,7 +106,12 @@ _SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--sh
 """Flags of the API server, which runs on the first host alone."""
 
 
-def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
+def nodes_of(
+    inputs: Inputs,
+    arguments: tuple[Argument, ...],
+    environment: tuple[EnvironmentVariable, ...],
+    service: ServiceLimits,
+) -> tuple[Node, ...]:
     """Build the start parameters of each host of a multi-host server, for vLLM's own multi-node mode.
 
     One host gives an empty tuple. The first host runs the API server, the scheduler and its own workers. The
@@ -155,7 +175,7 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
                 rank=rank,
                 address=address,
                 arguments=(*kept, *own),
-                environment=(*environment_of(inputs, inputs.device), *more),
+                environment=(*environment, *more),
             )
         )
     return tuple(nodes)
@@ -177,10 +197,15 @@ def startup_check(device: Device, memory: CardMemory) -> Argument:
 
 API_KEYS = "lowmem.api_keys.ApiKeys"
 
+ADMISSION = "lowmem.service.admission.Admission"
+
+NO_DOMAIN = "media.invalid"
+"""Name that no host has (RFC 6761)."""
+
 _LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
 
 
-def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable, ...]:
+def environment_of(inputs: Inputs, admission: AdmissionLimits) -> tuple[EnvironmentVariable, ...]:
     """Build the service's environment: the variables of every deployment, then the profile's."""
     always = {
         "HF_HUB_OFFLINE": Knob(
@@ -188,11 +213,30 @@ def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable,
         ),
         "VLLM_NO_USAGE_STATS": Knob(value="1", why="no usage report leaves the host"),
         "DO_NOT_TRACK": Knob(value="1", why="the same for libraries that heed it"),
+        **(_admission_environment(admission) if inputs.deploy else {}),
     }
     return tuple(
         EnvironmentVariable(name=n, value=str(k.value), why=k.why)
         for n, k in {**always, **inputs.environment}.items()
     )
+
+
+def _admission_environment(limits: AdmissionLimits) -> dict[str, Knob]:
+    """Give the server its limits, and the engine its own of the same figures."""
+    engine = "the engine's own limit, of the same figure"
+    return {
+        "LOWMEM_ADMISSION": Knob(value=limits.model_dump_json(), why="limits of work that Admission holds"),
+        "VLLM_MAX_N_SEQUENCES": Knob(value=str(limits.sequences), why=engine),
+        "VLLM_MAX_COMPLETION_PROMPTS": Knob(value=str(limits.sequences), why=engine),
+        "VLLM_MAX_STOP_STRINGS": Knob(value=str(limits.stop_strings), why=engine),
+        "VLLM_MAX_NUM_BAD_WORDS": Knob(value=str(limits.bad_words), why=engine),
+        "VLLM_XGRAMMAR_CACHE_MB": Knob(
+            value=str(limits.grammar_cache_bytes // MIB), why="of compiled grammars; the default is 512"
+        ),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": Knob(
+            value="0", why="a named host cannot send the server to another one"
+        ),
+    }
 
 
 DRAINS_SINCE = "0.32.0"

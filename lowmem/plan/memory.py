@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
+from lowmem.plan.admission import admission_of
 from lowmem.plan.calibration import _mib, constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.stages import Part, parts, pipeline_buffers
@@ -303,7 +304,10 @@ def cpu_memory(
     w = weights(card, engine)
     block = kv_bytes_per_token(card, engine) * engine.block_tokens
     fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
-    load = {"activations": peak_activations(card, engine, part is None or part.last)}
+    load = {
+        "activations": peak_activations(card, engine, part is None or part.last),
+        "admission": admission_of(engine, limit_bytes).memory_bytes,
+    }
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
@@ -339,10 +343,13 @@ def next_power_of_two(n: int) -> int:
     return 1 if n <= 1 else 1 << (n - 1).bit_length()
 
 
-def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory) -> dict[str, int]:
+def host_ram(
+    card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory, admission_bytes: int
+) -> dict[str, int]:
     """Return the host RAM of the running service by term, in bytes.
 
-    With several hosts it is that of the first one. On a CPU the service itself is the use.
+    `admission_bytes` is what open requests cost. With several hosts it is that of the first one. On a CPU
+    the service itself is the use.
     """
     if device.kind == "cpu":
         return {"service": memory.peak}
@@ -362,6 +369,7 @@ def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: Card
         # loading has ended
         "offload_loading": engine.local_cards * w.offloaded if engine.offload == "prefetch" else 0,
         "kv_offload": engine.kv_offload_bytes,
+        "admission": admission_bytes,
     }
     return {k: v for k, v in terms.items() if v}
 

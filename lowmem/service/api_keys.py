@@ -33,6 +33,9 @@ VARIABLE = "VLLM_API_KEY"
 
 FILE = "LOWMEM_API_KEYS"
 
+CLIENT = "lowmem.client"
+"""Entry of a request's scope that says whose it is, without the key itself."""
+
 # A child of vLLM's own logger writes to the server's log.
 log = logging.getLogger("vllm.lowmem.api_keys")
 
@@ -133,6 +136,8 @@ class ApiKeys:
         known = False
         for one in self.keys.current():  # compare with all of them, so that the time tells nothing
             known |= hmac.compare_digest(digest, one)
+        if known:
+            scope[CLIENT] = digest.hex()[:16]
         return known
 
 
