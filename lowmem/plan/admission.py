@@ -33,7 +33,7 @@ def admission_of(
     body = max(1, body)
     open_bytes = max(body, min(64 * body, share // held))
     values = max(1, min(20 * request_tokens, share // (LOGPROB_BYTES * engine.max_num_seqs)))
-    cache = max(MIB, share // MIB * MIB)
+    cache = max(1, min(64, share // MIB)) * MIB
     items, grammar_bytes = round(_of("grammar_items")), round(_of("grammar_bytes"))
     return AdmissionLimits(
         places=engine.max_num_seqs,

@@ -35,7 +35,19 @@ from lowmem.plan.verdict import (
     start_notes,
 )
 from lowmem.plan.weights import stored_bytes
-from lowmem.schema import Device, Limits, Pipeline, Plan, Stage, Verdict
+from lowmem.schema import (
+    AdmissionLimits,
+    Argument,
+    Device,
+    EnvironmentVariable,
+    Limits,
+    Node,
+    Pipeline,
+    Plan,
+    ServiceLimits,
+    Stage,
+    Verdict,
+)
 from lowmem.units import mib
 
 
@@ -105,15 +117,9 @@ def compute(inputs: Inputs) -> Plan:
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
-    pool_bytes = max(
-        m.terms["kv_cache"] for _, m in stages
-    )  # the engine gives every stage the same setting and as many blocks
-    arguments = arguments_of(inputs, engine, memory, pool_bytes)
     host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
     service = service_limits(engine, device, host, card, load, limits)
-    environment = environment_of(inputs, admission)
-    nodes = nodes_of(inputs, arguments, environment, service)
-    own = nodes[inputs.deploy.rank if inputs.deploy else 0] if nodes else None
+    arguments, environment, nodes = start_of(inputs, steps, admission, service)
     return Plan(
         vllm_version=inputs.vllm_version,
         profile=p.name,
@@ -149,8 +155,8 @@ def compute(inputs: Inputs) -> Plan:
         kv_tokens=memory.kv_tokens,
         max_requests=requests,
         latency_ms=speed,
-        arguments=own.arguments if own else arguments,
-        environment=own.environment if own else environment,
+        arguments=arguments,
+        environment=environment,
         service=service,
         admission=admission,
         deploy=inputs.deploy,
@@ -158,6 +164,23 @@ def compute(inputs: Inputs) -> Plan:
         pipeline=pipeline,
         nodes=nodes,
     )
+
+
+def start_of(
+    inputs: Inputs, steps: StepModel, admission: AdmissionLimits, service: ServiceLimits
+) -> tuple[tuple[Argument, ...], tuple[EnvironmentVariable, ...], tuple[Node, ...]]:
+    """Return arguments and environment of this host's engine, and the start parameters of each host."""
+    _, memory = fullest(steps.stages)
+    pool_bytes = max(
+        m.terms["kv_cache"] for _, m in steps.stages
+    )  # the engine gives every stage the same setting and as many blocks
+    arguments = arguments_of(inputs, steps.engine, memory, pool_bytes)
+    environment = environment_of(inputs, admission)
+    nodes = nodes_of(inputs, arguments, environment, service)
+    if not nodes:
+        return arguments, environment, ()
+    own = nodes[inputs.deploy.rank if inputs.deploy else 0]
+    return own.arguments, own.environment, nodes
 
 
 def weight_terms(memory: CardMemory) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """Lets requests into the engine in a fair order between API keys.
 
 The engine serves first come, first served. So the queue is kept here, and the engine gets as many sequences
-as it serves together. Three rules decide who is next:
+as it serves together. Three rules decide who is next.
 
-- The key goes first that has had the fewest tokens so far: prompts and longest answers, not requests.
-- A key that has sequences in the engine leaves places free for the other keys seen within `REMEMBERED_S`.
-- The grammars of requests whose answer has not begun hold at most `grammar_at_once` items.
+The key goes first that has had the fewest tokens so far: prompts and longest answers, not requests.
+
+A key that has sequences in the engine leaves places free for other keys, if they were here lately.
+
+The grammars of requests whose answer has not begun have a bounded size together.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ REMEMBERED_S = 3600.0
 
 @dataclass(eq=False)
 class Ticket:
-    """One request's stay in the queue and in the engine."""
+    """Stay of one request in the queue and in the engine."""
 
     key: str
     work: Work
