@@ -24,6 +24,10 @@ _ENGINE_METRICS = re.compile(
 
 _RUNNING = re.compile(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", re.MULTILINE)
 
+_OPEN = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
+
+_GIVEN = re.compile(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)$", re.MULTILINE)
+
 Answer = Literal["tokens", "nothing", "refused"]
 
 
@@ -39,11 +43,14 @@ class Server(Protocol):
     def busy(self) -> bool:
         """Tell whether the last figures had a running request."""
 
+    def tokens(self) -> float | None:
+        """Return the tokens that all clients had so far, by the last figures; None: the engine owes none."""
+
     def complete(self, timeout_s: float) -> Answer:
         """Ask for one token.
 
         "refused" means that the API server rejects the key or the model, which proves nothing about the
-        engine.
+        engine. "nothing" is also what a key with too many open requests gets.
         """
 
 
@@ -59,6 +66,7 @@ class VllmServer:
         self.argv = plan.argv
         self.env_file = env_file
         self._running = 0.0
+        self._tokens: float | None = None
         # no proxy: the server is on this host
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -72,11 +80,16 @@ class VllmServer:
             return None if isinstance(error.reason, ConnectionRefusedError) else ()
         except (OSError, http.client.HTTPException):
             return ()
-        self._running = sum(float(value) for value in _RUNNING.findall(text))
+        self._running = sum(map(float, _RUNNING.findall(text)))
+        is_open = sum(map(float, _OPEN.findall(text))) > 0
+        self._tokens = sum(map(float, _GIVEN.findall(text))) if is_open else None
         return tuple(_ENGINE_METRICS.findall(text))
 
     def busy(self) -> bool:
         return self._running > 0
+
+    def tokens(self) -> float | None:
+        return self._tokens
 
     def complete(self, timeout_s: float) -> Answer:
         body = json.dumps(
@@ -91,7 +104,7 @@ class VllmServer:
             with self._opener.open(request, timeout=timeout_s) as answer:
                 return "tokens" if json.load(answer)["usage"]["completion_tokens"] else "nothing"
         except urllib.error.HTTPError as error:
-            return "refused" if error.code < 500 else "nothing"
+            return "refused" if error.code < 500 and error.code != 429 else "nothing"
         except (OSError, ValueError, KeyError, http.client.HTTPException):
             return "nothing"
 
