@@ -34,6 +34,7 @@ def admission_of(
     open_bytes = max(body, min(64 * body, share // held))
     values = max(1, min(20 * request_tokens, share // (LOGPROB_BYTES * engine.max_num_seqs)))
     cache = max(1, min(64, share // MIB)) * MIB
+    repeats = round(_of("grammar_repeats"))
     items, grammar_bytes = round(_of("grammar_items")), round(_of("grammar_bytes"))
     return AdmissionLimits(
         places=engine.max_num_seqs,
@@ -46,8 +47,8 @@ def admission_of(
         prompt_bytes=prompt_bytes,
         grammar_items=items,
         grammar_bytes=grammar_bytes,
-        grammar_repeats=round(_of("grammar_repeats")),
-        grammar_at_once=2 * (items + grammar_bytes // 64),
+        grammar_repeats=repeats,
+        grammar_at_once=2 * (items + grammar_bytes // 64 + 2 * repeats),  # two of the greatest
         grammar_cache_bytes=cache,
         logprob_values=values,
         media_domains=media_domains,

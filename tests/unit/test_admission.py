@@ -235,17 +235,17 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "regex that unrolls": (
         structured(regex="((a{1,100}){1,100})"),
         "structured_outputs.regex",
-        "10000 repetitions, more than the limit of 1000",
+        "10000 repetitions, more than the limit of 250",
     ),
     "pattern that unrolls": (
         formatted({"type": "string", "pattern": "a{60000}"}),
         "response_format",
         "60000 repetitions",
     ),
-    "items that unroll": (
-        formatted({"type": "array", "minItems": 10**9}),
+    "lengths that unroll": (
+        formatted({"anyOf": [{"type": "string", "maxLength": n} for n in (100, 120, 140)]}),
         "response_format",
-        "1000000000 repetitions",
+        "360 repetitions",
     ),
     "references in a ring": (
         formatted(
@@ -341,6 +341,10 @@ ADMITTED: dict[str, Any] = {
     "tools": chat(tools=[tool(5)], tool_choice="auto"),
     "choices": structured(choice=["yes", "no"]),
     "a pattern": structured(regex=r"\d{3}-\d{4}"),
+    "an identifier": structured(regex="[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"),
+    "strings of one length": formatted(
+        {"properties": {f"p{n}": {"type": "string", "maxLength": 255} for n in range(20)}}
+    ),
     "logprobs": {"prompt": "x", "logprobs": 5, "max_tokens": 100},
     "scores of a prompt": {"prompt": [1] * 2000, "max_tokens": 1, "prompt_logprobs": 0},
     "empty extension": {"prompt": "x", "vllm_xargs": None},
@@ -563,17 +567,17 @@ def test_grammars_that_compile_at_once_are_bounded(
             engine.gates[f"s{n}"] = asyncio.Event()
         asked = [asyncio.ensure_future(post(app, {**heavy, "user": f"s{n}"})) for n in range(6)]
         await settle()
-        assert engine.running == ["s0", "s1", "s2"]  # 671 items each of 2,024
+        assert engine.running == ["s0", "s1", "s2", "s3"]  # 671 items each of 3,024
         assert await post(app, body_of("plain"), key="bob") == (200, {})
         engine.gates["s0"].set()
         await settle()
-        assert engine.running == ["s1", "s2", "s3"]
+        assert engine.running == ["s1", "s2", "s3", "s4"]
         asked[1].cancel()  # its client leaves, and the compiler goes on
         await settle()
-        assert engine.running == ["s2", "s3"]
+        assert engine.running == ["s2", "s3", "s4"]
         await asyncio.sleep(0.06)
         await settle()
-        assert engine.running == ["s2", "s3", "s4"]
+        assert engine.running == ["s2", "s3", "s4", "s5"]
         for gate in engine.gates.values():
             gate.set()
         await asyncio.gather(*asked, return_exceptions=True)
@@ -657,8 +661,8 @@ def test_the_demos_limits(limits: AdmissionLimits) -> None:
         "grammar_items": 500,
         "grammar_bytes": 32_768,
         "grammar_depth": 32,
-        "grammar_repeats": 1000,
-        "grammar_at_once": 2024,
+        "grammar_repeats": 250,
+        "grammar_at_once": 3024,
         "grammar_cache_bytes": 25_165_824,
         "stop_strings": 4,
         "bad_words": 128,
