@@ -259,6 +259,7 @@ class AdmissionLimits(Strict):
     request_tokens: int = Field(ge=1, description="of one request: all its prompts and answers")
     prompt_bytes: Bytes = Field(ge=1, description="of one prompt's text, before any truncation")
     json_depth: int = Field(64, ge=1, description="levels of one body's objects and lists")
+    json_objects: int = Field(4096, ge=1, description="of one body: messages, parts and schemas")
     grammar_items: int = Field(ge=1, description="properties, enum values, choices and rules of one request")
     grammar_bytes: Bytes = Field(ge=1, description="of one request's schemas, grammars and patterns")
     grammar_depth: int = Field(32, ge=1, description="levels of one schema")

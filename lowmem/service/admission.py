@@ -60,6 +60,9 @@ BODY_S = 60.0
 COMPILE_S = 1.0
 """Time that a grammar of the greatest size compiles on, in seconds, after its client has left."""
 
+READ_S = 2.0
+"""Time after which a client that does not read its answer loses its place; the engine does not wait for it."""
+
 log = logging.getLogger("vllm.lowmem.admission")
 
 
@@ -177,19 +180,24 @@ class Admission:
         self, scope: Scope, request: _Request, ticket: Ticket, gone: asyncio.Future[Any]
     ) -> None:
         compiling = bool(ticket.work.grammar)
+        loop = asyncio.get_running_loop()
 
         async def send(message: MutableMapping[str, Any]) -> None:
             nonlocal compiling
             if compiling and message.get("body"):  # the first token follows the compiling
                 compiling = False
                 self.queue.compiled(ticket)
-            await request.send(message)
+            unread = loop.call_later(READ_S, self.queue.leave, ticket)
+            try:
+                await request.send(message)
+            finally:
+                unread.cancel()
 
         try:
             await self.app(scope, _replay(request.body, lambda: asyncio.shield(gone)), send)
         finally:
             if compiling:
-                asyncio.get_running_loop().call_later(COMPILE_S, self.queue.compiled, ticket)
+                loop.call_later(COMPILE_S, self.queue.compiled, ticket)
 
     @contextlib.asynccontextmanager
     async def _read(self, scope: Scope, key: str, receive: Receive) -> AsyncIterator[bytes]:

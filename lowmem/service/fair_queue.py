@@ -32,6 +32,7 @@ class Ticket:
     key: str
     work: Work
     admitted: asyncio.Future[None]
+    left: bool = False
 
 
 @dataclass
@@ -72,7 +73,10 @@ class FairQueue:
         return ticket
 
     def leave(self, ticket: Ticket) -> None:
-        """Give a request's places back, or take it out of the queue."""
+        """Give a request's places back, or take it out of the queue. The second call does nothing."""
+        if ticket.left:
+            return
+        ticket.left = True
         client = self.clients[ticket.key]
         if ticket.admitted.done():
             client.places -= ticket.work.sequences

@@ -131,7 +131,11 @@ def _nodes(value: Any) -> Iterator[tuple[str, Any, int]]:
 
 
 def _check_values(body: dict[str, Any], limits: AdmissionLimits) -> None:
+    objects = 0
     for key, node, level in _nodes(body):
+        objects += isinstance(node, dict)
+        if objects > limits.json_objects:
+            raise over("the body", f"{objects} objects", limits.json_objects, "objects of a body")
         if level > limits.json_depth:
             raise over("the body", f"{level} levels", limits.json_depth, "levels of a body")
         if isinstance(node, int) and abs(node) > _INT64:

@@ -83,7 +83,8 @@ def test_too_much_work_is_refused_before_the_engine_sees_it(
     grown = memory_mib(service) - before
     assert grown < deployed.plan["admission"]["memory_bytes"] / MIB
     fault.saw(
-        f"{len(entries) + 3} kinds refused in {max(1, round(took))} s; {max(0, round(grown))} MiB more resident"
+        f"{len(entries) + 3} kinds refused in {max(1, round(took))} s;"
+        f" {max(0, round(grown))} MiB more resident"
     )
 
 

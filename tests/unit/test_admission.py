@@ -298,6 +298,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "levels, more than the limit of 64",
     ),
     "deeper body": (b'{"prompt": ' + b"[" * 90_000 + b"]" * 90_000 + b"}", "", "nested too deeply"),
+    "empty messages": ({"messages": [{}] * 5000}, "the body", "objects, more than the limit of 4096"),
     "no object": (b"[1]", "", "the body is a JSON list and not an object"),
     "no JSON": (b"hello", "", "the body is not JSON"),
     "nothing": (b"", "", "the body is not JSON"),
@@ -613,6 +614,37 @@ def test_a_client_that_leaves_the_queue_costs_nothing(limits: AdmissionLimits) -
     scenario(limits, play)
 
 
+def test_a_client_that_does_not_read_loses_its_place(
+    limits: AdmissionLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine computes the answer all the same; only its client holds it."""
+    monkeypatch.setattr(admission, "READ_S", 0.01)
+    stuck = asyncio.Event()
+
+    async def play(app: Admission, engine: Engine) -> None:
+        async def send(message: Any) -> None:
+            await stuck.wait()
+
+        async def one() -> None:
+            messages = once({"type": "http.request", "body": json.dumps(body_of("slow")).encode()})
+
+            async def take() -> dict[str, Any]:
+                return await anext(messages)
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], CLIENT: "s"}
+            await app(scope, take, send)
+
+        slow = [asyncio.ensure_future(one()) for _ in range(8)]
+        await settle()
+        assert app.queue.free == 0
+        assert await post(app, body_of("bob"), key="bob") == (200, {})
+        stuck.set()
+        await asyncio.gather(*slow)
+        assert (app.queue.free, app.held.requests["s"]) == (8, 0)
+
+    scenario(limits, play)
+
+
 def test_one_key_has_so_many_open_requests_and_another_key_its_own(limits: AdmissionLimits) -> None:
     async def play(app: Admission, engine: Engine) -> None:
         engine.gates["a"] = asyncio.Event()
@@ -658,6 +690,7 @@ def test_the_demos_limits(limits: AdmissionLimits) -> None:
         "request_tokens": 8192,
         "prompt_bytes": 32_768,
         "json_depth": 64,
+        "json_objects": 4096,
         "grammar_items": 500,
         "grammar_bytes": 32_768,
         "grammar_depth": 32,
