@@ -6,19 +6,24 @@ import math
 
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.schema import AdmissionLimits
+from lowmem.schema import AdmissionLimits, Load
 from lowmem.units import MIB
 
 LOGPROB_BYTES = 192
 """Bytes of one log probability in the server: an object, a rank and a share of a dictionary."""
 
 
+TOKEN_BYTES = 8
+"""Bytes of one token of the load in a body, as an id with its comma or as text."""
+
+
 def admission_of(
-    engine: EngineConfig, limit_bytes: int, media_domains: tuple[str, ...] = ()
+    engine: EngineConfig, load: Load, limit_bytes: int, media_domains: tuple[str, ...] = ()
 ) -> AdmissionLimits:
     """Return the limits of work for an engine, whose open requests may take a share of the memory limit.
 
     A request may take half of the engine's places, so that one client's request leaves room for another's.
+    One key can always send the whole load.
     """
     budget = math.floor(limit_bytes * _of("share_of_limit"))
     together = max(1, engine.max_num_seqs // 2)
@@ -31,7 +36,8 @@ def admission_of(
         round(_of("envelope_bytes")) + request_tokens * prompt_bytes // engine.max_model_len, share // parsed
     )
     body = max(1, body)
-    open_bytes = max(body, min(64 * body, share // held))
+    whole_load = load.clients * (load.input_tokens * TOKEN_BYTES + 1024)
+    open_bytes = max(body, 2 * whole_load, min(64 * body, share // held))
     values = max(1, min(20 * request_tokens, share // (LOGPROB_BYTES * engine.max_num_seqs)))
     cache = max(1, min(64, share // MIB)) * MIB
     repeats = round(_of("grammar_repeats"))
@@ -41,7 +47,7 @@ def admission_of(
         max_model_len=engine.max_model_len,
         body_bytes=body,
         held_bytes=open_bytes,
-        open_requests=max(64, 16 * engine.max_num_seqs),
+        open_requests=max(64, 16 * engine.max_num_seqs, 2 * load.clients),
         sequences=together,
         request_tokens=request_tokens,
         prompt_bytes=prompt_bytes,

@@ -106,8 +106,8 @@ def compute(inputs: Inputs) -> Plan:
     request = math.ceil((load.input_tokens + load.output_tokens) / engine.block_tokens) * engine.block_tokens
     held = min(load.clients, engine.max_num_seqs) * request
     most = ceiling(device, limits)
-    admission = admission_of(engine, most, inputs.deploy.media_domains if inputs.deploy else ())
-    stages = stage_memories(card, engine, device, most, held)
+    admission = admission_of(engine, load, most, inputs.deploy.media_domains if inputs.deploy else ())
+    stages = stage_memories(card, engine, device, most, held, admission.memory_bytes)
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)

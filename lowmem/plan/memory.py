@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
-from lowmem.plan.admission import admission_of
 from lowmem.plan.calibration import _mib, constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.stages import Part, parts, pipeline_buffers
@@ -141,13 +141,18 @@ def usable_kv_tokens(kv_tokens: int, engine: EngineConfig) -> int:
 
 
 def stage_memories(
-    card: ModelCard, engine: EngineConfig, device: Device, limit_bytes: int, load_tokens: int = 0
+    card: ModelCard,
+    engine: EngineConfig,
+    device: Device,
+    limit_bytes: int,
+    load_tokens: int = 0,
+    admission_bytes: int = 0,
 ) -> tuple[tuple[Part, CardMemory], ...]:
     """Compute the memory of one card of each stage.
 
     The pool has as many blocks on each as the stage with the least room (0.32.0, kv_cache_utils.py).
     """
-    one = cpu_memory if device.kind == "cpu" else card_memory
+    one = partial(cpu_memory, admission_bytes=admission_bytes) if device.kind == "cpu" else card_memory
     found = [
         (part, one(part.card, engine, device, limit_bytes, load_tokens, part)) for part in parts(card, engine)
     ]
@@ -296,8 +301,9 @@ def cpu_memory(
     limit_bytes: int,
     load_tokens: int = 0,
     part: Part | None = None,
+    admission_bytes: int = 0,
 ) -> CardMemory:
-    """Compute the resident set of the service on a CPU.
+    """Compute the resident set of the service on a CPU, with what open requests cost (`admission_bytes`).
 
     `runtime` is Python, torch and the engine's three processes.
     """
@@ -306,7 +312,7 @@ def cpu_memory(
     fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
     load = {
         "activations": peak_activations(card, engine, part is None or part.last),
-        "admission": admission_of(engine, limit_bytes).memory_bytes,
+        "admission": admission_bytes,
     }
     if engine.kv_bytes is not None:
         available = engine.kv_bytes

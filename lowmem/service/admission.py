@@ -61,7 +61,7 @@ COMPILE_S = 1.0
 """Time that a grammar of the greatest size compiles on, in seconds, after its client has left."""
 
 READ_S = 2.0
-"""Time after which a client that does not read its answer loses its place; the engine does not wait for it."""
+"""Time after which a client that does not read its answer loses its place; the engine does not wait."""
 
 log = logging.getLogger("vllm.lowmem.admission")
 

@@ -684,7 +684,7 @@ def test_the_demos_limits(limits: AdmissionLimits) -> None:
         "places": 8,
         "max_model_len": 2048,
         "body_bytes": 196_608,
-        "held_bytes": 6_291_456,
+        "held_bytes": 2_796_202,
         "open_requests": 128,
         "sequences": 4,
         "request_tokens": 8192,
@@ -704,7 +704,7 @@ def test_the_demos_limits(limits: AdmissionLimits) -> None:
         "logprobs": 20,
         "logprob_values": 16_384,
         "media_domains": (),
-        "memory_bytes": 80_216_064,
+        "memory_bytes": 81_788_922,
     }
 
 
@@ -712,7 +712,7 @@ def test_the_plan_counts_what_open_requests_cost_and_tells_server_and_engine() -
     plan = make_plan(
         PlanRequest("demo_cpu", deploy={**DEPLOY, "media_domains": ["a.org", "b.org"]}, search=False)
     )
-    assert plan.load_growth["admission"] == 80_216_064
+    assert plan.load_growth["admission"] == 81_788_922
     named = {v.name: v.value for v in plan.environment}
     assert AdmissionLimits.model_validate_json(named["LOWMEM_ADMISSION"]) == plan.admission
     engine = {
@@ -738,9 +738,15 @@ def test_the_plan_counts_what_open_requests_cost_and_tells_server_and_engine() -
     ]
 
 
+def test_one_key_may_always_send_the_whole_load() -> None:
+    plan = make_plan(PlanRequest("demo_cpu", deploy=DEPLOY, clients=400, input_tokens=1000, search=False))
+    assert plan.admission is not None
+    assert (plan.admission.open_requests, plan.admission.held_bytes) == (800, 7_219_200)
+
+
 def test_on_a_gpu_open_requests_cost_the_host() -> None:
     plan = make_plan(PlanRequest("low_mem", deploy=DEPLOY, search=False))
-    assert plan.host_ram["admission"] == 289_930_240
+    assert plan.host_ram["admission"] == 354_417_664
     assert "admission" not in plan.load_growth
 
 
