@@ -25,6 +25,9 @@ ITEMS_PER_REPEAT = 2
 LENGTH_STATES = 200
 """Repetitions from which on a longer minLength or maxLength takes xgrammar no longer."""
 
+_JSON_TEXTS = ("structured_outputs.json", "structured_outputs.structural_tag")
+"""Specifications that may be JSON in a text of their own."""
+
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 _LISTED = ("enum", "anyOf", "oneOf", "allOf", "prefixItems", "items", "tags", "structures", "triggers")
@@ -50,12 +53,13 @@ def grammar_work(body: dict[str, Any], limits: AdmissionLimits) -> int:
     found = False
     for name, spec in _specifications(body):
         found = True
-        text = spec if isinstance(spec, str) else json.dumps(spec)
-        size += len(text.encode("utf-8", "surrogatepass"))
+        size += len((spec if isinstance(spec, str) else json.dumps(spec)).encode("utf-8", "surrogatepass"))
         if size > limits.grammar_bytes:
             raise over(
                 name, f"{size} bytes", limits.grammar_bytes, "bytes of one request's schemas and grammars"
             )
+        if name in _JSON_TEXTS and isinstance(spec, str):
+            spec = _parsed(spec)
         if isinstance(spec, str):
             items += len(_ALTERNATIVE.findall(spec)) + len(spec) // PATTERN_BYTES_PER_ITEM
             repeats += _unrolled(spec)
@@ -81,9 +85,7 @@ def _specifications(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield each specification with its field's name: a JSON value, or the text of a grammar or a pattern."""
     asked = body.get("structured_outputs")
     for name, value in asked.items() if isinstance(asked, dict) else ():
-        if name in ("json", "structural_tag") and isinstance(value, str):
-            yield f"structured_outputs.{name}", _parsed(value)
-        elif name == "choice":
+        if name == "choice":
             yield "structured_outputs.choice", {"enum": value}
         elif value not in (None, False):
             yield f"structured_outputs.{name}", value
@@ -102,7 +104,7 @@ def _specifications(body: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=str)  # NaN is a text: it has no value to compare
     except (ValueError, RecursionError):
         return text  # the engine says what is wrong with it
 
@@ -126,7 +128,7 @@ def _schema_work(name: str, root: Any, limits: AdmissionLimits) -> tuple[int, in
             if (key in _NAMED and isinstance(child, dict)) or (key in _LISTED and isinstance(child, list)):
                 items += len(child)
             if key in _COUNTED and isinstance(child, int | float):
-                lengths.add(max(0, min(int(child), LENGTH_STATES)))
+                lengths.add(int(max(0, min(LENGTH_STATES, child))))
             if key == "patternProperties" and isinstance(child, dict):
                 repeats += sum(map(_unrolled, child))
             if key == "pattern" and isinstance(child, str):

@@ -220,6 +220,11 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "structured_outputs.json",
         "more than the limit of 500",
     ),
+    "schema as text, without end": (
+        structured(json='{"a":' * 400 + "1" + "}" * 400),
+        "structured_outputs.json",
+        "levels, more than the limit of 32",
+    ),
     "long schema": (
         formatted({"description": "x" * 33_000}),
         "response_format",
@@ -341,6 +346,8 @@ ADMITTED: dict[str, Any] = {
     ),
     "tools": chat(tools=[tool(5)], tool_choice="auto"),
     "choices": structured(choice=["yes", "no"]),
+    "false numbers in a schema's text": structured(json='{"maxLength": NaN, "minLength": 1e999}'),
+    "a schema's text that is none": structured(json="{"),
     "a pattern": structured(regex=r"\d{3}-\d{4}"),
     "an identifier": structured(regex="[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"),
     "strings of one length": formatted(
