@@ -19,12 +19,14 @@ from lowmem.service.request_work import parse_body, work_of
 
 FIELDS = [
     "prompt", "messages", "input", "n", "best_of", "max_tokens", "logprobs", "prompt_logprobs", "top_k",
-    "stop", "stop_token_ids", "allowed_token_ids", "logit_bias", "bad_words", "structured_outputs", "response_format",
+    "stop", "stop_token_ids", "allowed_token_ids", "logit_bias",
+    "bad_words", "structured_outputs", "response_format",
     "tools", "text", "vllm_xargs", "echo", "seed",
 ]  # fmt: skip
 KEYS = [
     "json", "regex", "grammar", "choice", "structural_tag", "type", "json_schema", "schema", "properties",
-    "$ref", "$defs", "anyOf", "allOf", "enum", "pattern", "maxLength", "minItems", "format", "function", "parameters",
+    "$ref", "$defs", "anyOf", "allOf",
+    "enum", "pattern", "maxLength", "minItems", "format", "function", "parameters",
     "url", "image_url", "content",
 ]  # fmt: skip
 scalars = (
