@@ -5,6 +5,7 @@
 The polite client asks for a few tokens, one request after another, first alone and then beside each kind. For
 each kind a line says what the abuser was told, the polite client's time to the first token (median and p99)
 and its ratio to the quiet p99. The exit status is 1 if a ratio is above `--most` or a polite request failed.
+Abusers and polite client share this process, so the ratio of a refused kind has their own work in it.
 Standard library only.
 """
 
@@ -61,14 +62,15 @@ class Target:
     url: str
     model: str
 
-    def post(self, body: Body, key: str, timeout_s: float) -> Iterator[tuple[int, bytes]]:
+    def encoded(self, body: Body) -> bytes:
+        return json.dumps({"model": self.model, **body}).encode()
+
+    def post(self, data: bytes, key: str, timeout_s: float) -> Iterator[tuple[int, bytes]]:
         """Yield status and each line of the answer; status 0 if the connection broke."""
         connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
         try:
-            connection.request(
-                "POST", "/v1/completions", json.dumps({"model": self.model, **body}).encode(), headers
-            )
+            connection.request("POST", "/v1/completions", data, headers)
             answer = connection.getresponse()
             yield answer.status, b""
             for line in answer:
@@ -91,9 +93,11 @@ class Abuse:
     statuses: Counter[int] = field(default_factory=Counter)
 
     def run(self, number: int) -> None:
+        # encoded once: the polite client shares this process
+        data = self.target.encoded(self.make(number))
         while not self.stop.is_set():
             began, status = time.monotonic(), 0
-            for seen, _ in self.target.post(self.make(number), self.key, self.patience_s):
+            for seen, _ in self.target.post(data, self.key, self.patience_s):
                 status = seen
                 if self.stop.is_set() or time.monotonic() - began > self.patience_s:
                     break
@@ -106,7 +110,7 @@ def polite(target: Target, key: str, requests: int) -> tuple[list[float], int]:
     for number in range(requests):
         body = {"prompt": f"{number} Once upon a time", "max_tokens": 4, "stream": True}
         began, first = time.monotonic(), None
-        for status, line in target.post(body, key, 300):
+        for status, line in target.post(target.encoded(body), key, 300):
             if status == 200 and line.startswith(b"data: {") and first is None:
                 first = time.monotonic() - began
         if first is None:
