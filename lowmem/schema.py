@@ -28,6 +28,10 @@ ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]+$"
 """Pattern of a value that stands in a comment, a unit and a script: it ends no line of theirs."""
 
 
+DOMAIN = r"^[a-z0-9][a-z0-9.-]{0,252}$"
+"""Pattern of a host's name in lower case, as it stands in a URL, without a port."""
+
+
 def _plain_number(value: Any) -> Any:
     # Python counts True as 1 and reads 1_0 as 10; an inventory's `true` would be port 1.
     if isinstance(value, bool) or (isinstance(value, str) and not (value.isascii() and value.isdecimal())):
@@ -266,6 +270,38 @@ class ServiceLimits(Strict):
     memlock: Literal["infinity", "default"]
 
 
+class AdmissionLimits(Strict):
+    """Limits of the work that one request, one key and all clients together may ask of the server.
+
+    The plan derives them and the server's middleware holds them (`lowmem.service.admission`).
+    """
+
+    places: int = Field(ge=1, description="sequences that the engine serves together")
+    max_model_len: int = Field(ge=1, description="tokens of the longest sequence")
+    body_bytes: Bytes = Field(ge=1, description="of one request's body")
+    held_bytes: Bytes = Field(ge=1, description="of all open bodies; one key may hold half of it")
+    open_requests: int = Field(ge=1, description="of one key, waiting and running")
+    sequences: int = Field(ge=1, description="of one request: its prompts x its answers to each")
+    request_tokens: int = Field(ge=1, description="of one request: all its prompts and answers")
+    prompt_bytes: Bytes = Field(ge=1, description="of one prompt's text, before any truncation")
+    json_depth: int = Field(64, ge=1, description="levels of one body's objects and lists")
+    json_objects: int = Field(4096, ge=1, description="of one body: messages, parts and schemas")
+    grammar_items: int = Field(ge=1, description="properties, enum values, choices and rules of one request")
+    grammar_bytes: Bytes = Field(ge=1, description="of one request's schemas, grammars and patterns")
+    grammar_depth: int = Field(32, ge=1, description="levels of one schema")
+    grammar_repeats: int = Field(ge=1, description="repetitions of one request's patterns, unrolled")
+    grammar_at_once: int = Field(ge=1, description="grammar items of the requests whose answer has not begun")
+    grammar_cache_bytes: Bytes = Field(ge=1, description="of the engine's cache of compiled grammars")
+    stop_strings: int = Field(4, ge=1)
+    bad_words: int = Field(128, ge=1)
+    token_ids: int = Field(1024, ge=1, description="of each list of token ids that is no prompt")
+    logit_bias: int = Field(300, ge=1, description="tokens of one request's logit_bias")
+    logprobs: int = Field(20, ge=0, description="log probabilities at one token")
+    logprob_values: int = Field(ge=1, description="log probabilities of one whole answer")
+    media_domains: tuple[str, ...] = Field((), description="hosts from which media URLs may be fetched")
+    memory_bytes: Bytes = Field(ge=1, description="what open requests within these limits cost the host")
+
+
 class Deploy(Strict):
     """Address at which this deployment's server listens, and the path of its model."""
 
@@ -273,6 +309,9 @@ class Deploy(Strict):
     served_model_name: str = Field(pattern=ONE_LINE)
     host: str = Field("127.0.0.1", pattern=f"^{kinds.HOST}$")
     port: Port = 8000
+    media_domains: tuple[Annotated[str, Field(pattern=DOMAIN)], ...] = Field(
+        (), description="hosts from which media URLs of requests may be fetched; empty: from none"
+    )
     nodes: tuple[str, ...] = Field(
         (),
         description=(
@@ -472,6 +511,9 @@ class Plan(Strict):
     arguments: tuple[Argument, ...]
     environment: tuple[EnvironmentVariable, ...]
     service: ServiceLimits
+    admission: AdmissionLimits | None = Field(
+        None, description="what the server admits; None: plan of a release without such limits"
+    )
     deploy: Deploy | None = None
     nearest: str | None = None
     stages: tuple[Stage, ...] = Field((), description="pipeline stages in order; empty: one")

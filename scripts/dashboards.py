@@ -172,7 +172,8 @@ SERVICE: list[Row] = [
                 "none",
                 {
                     "running": f"sum(vllm:num_requests_running{{{D}}})",
-                    "waiting": f"sum(vllm:num_requests_waiting{{{D}}})",
+                    "waiting": f"sum(vllm:num_requests_waiting{{{D}}})"
+                    f" + (sum(lowmem:requests_waiting{{{D}}}) or vector(0))",
                     "plan's clients": f"lowmem:planned_clients{{{D}}}",
                 },
                 about="The plan's limits hold for as many clients as it names.",

@@ -12,7 +12,15 @@ from lowmem.artefacts import read_deployed_plan
 from lowmem.errors import BadInput
 from lowmem.service.members import Bond, MemberHosts
 from lowmem.service.server import VllmServer
-from lowmem.service.watchdog import Look, MemberLook, ServerLook, Watch, say, silence_limit_s
+from lowmem.service.watchdog import (
+    Look,
+    MemberLook,
+    ServerLook,
+    Watch,
+    fruitless_limit_s,
+    say,
+    silence_limit_s,
+)
 
 
 def watch(
@@ -35,10 +43,11 @@ def watch(
     if planned.hosts > 1:
         looks.append(MemberLook(Bond(MemberHosts(planned.deploy)), server, planned.deploy))
     if planned.deploy.rank == 0:
-        state = Watch(server, silence_s or silence_limit_s(planned), planned.service.timeout_start_s)
+        silence = silence_s or silence_limit_s(planned)
+        state = Watch(server, silence, planned.service.timeout_start_s, fruitless_limit_s(planned, silence))
         say(
-            f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.start_s:g} s to the"
-            " first completion"
+            f"watching {server.url}; limits: {state.silence_s:g} s of silence, {state.fruitless_s:.0f} s of"
+            f" work without a token, {state.start_s:g} s to the first completion"
         )
         looks.append(ServerLook(state))
     while True:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.plan import support
+from lowmem.plan.admission import admission_of
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.kv_layout import group_rows
 from lowmem.plan.latency import idle_share, latency, link_needs, needed_acceptance
@@ -40,13 +41,18 @@ from lowmem.plan.verdict import (
 from lowmem.plan.weights import inventory_of_card, stored_bytes
 from lowmem.schema import (
     VLLM_VERSION,
+    AdmissionLimits,
+    Argument,
     Checkpoint,
     Device,
+    EnvironmentVariable,
     KvCache,
     KvCacheGroup,
     Limits,
+    Node,
     Pipeline,
     Plan,
+    ServiceLimits,
     SpeculationPlan,
     Stage,
     Verdict,
@@ -146,7 +152,10 @@ def compute(inputs: Inputs) -> Plan:
     """
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     engine = engine_of(inputs)
-    stages = stage_memories(card, engine, device, ceiling(device, limits), load_blocks(inputs, engine))
+    most = ceiling(device, limits)
+    admission = admission_of(engine, load, most, inputs.deploy.media_domains if inputs.deploy else ())
+    blocks = load_blocks(inputs, engine)
+    stages = stage_memories(card, engine, device, most, blocks, admission.memory_bytes)
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
@@ -158,14 +167,9 @@ def compute(inputs: Inputs) -> Plan:
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
-    pool_bytes = max(
-        m.terms["kv_cache"] for _, m in stages
-    )  # the engine gives every stage the same setting and as many blocks
-    arguments = arguments_of(inputs, engine, memory, pool_bytes)
-    host = host_ram(part.card, engine, device, memory)
+    host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
     service = service_limits(engine, device, host, card, load, limits)
-    nodes = nodes_of(inputs, arguments, service)
-    own = nodes[inputs.deploy.rank if inputs.deploy else 0] if nodes else None
+    arguments, environment, nodes = start_of(inputs, steps, admission, service)
     return Plan(
         vllm_version=inputs.vllm_version,
         profile=p.name,
@@ -197,9 +201,10 @@ def compute(inputs: Inputs) -> Plan:
         kv_cache=kv_cache_of(memory.kv),
         max_requests=requests,
         latency_ms=speed,
-        arguments=own.arguments if own else arguments,
-        environment=own.environment if own else environment_of(inputs, device),
+        arguments=arguments,
+        environment=environment,
         service=service,
+        admission=admission,
         deploy=inputs.deploy,
         stages=stages_of(engine, device, stages),
         pipeline=pipeline,
@@ -216,6 +221,23 @@ def kv_cache_of(pool: KvPool) -> KvCache:
         bytes_per_block=pool.block_bytes,
         groups=tuple(KvCacheGroup.model_validate(row) for row in group_rows(pool.layout, pool.layers)),
     )
+
+
+def start_of(
+    inputs: Inputs, steps: StepModel, admission: AdmissionLimits, service: ServiceLimits
+) -> tuple[tuple[Argument, ...], tuple[EnvironmentVariable, ...], tuple[Node, ...]]:
+    """Return arguments and environment of this host's engine, and the start parameters of each host."""
+    _, memory = fullest(steps.stages)
+    pool_bytes = max(
+        m.terms["kv_cache"] for _, m in steps.stages
+    )  # the engine gives every stage the same setting and as many blocks
+    arguments = arguments_of(inputs, steps.engine, memory, pool_bytes)
+    environment = environment_of(inputs, admission)
+    nodes = nodes_of(inputs, arguments, environment, service)
+    if not nodes:
+        return arguments, environment, ()
+    own = nodes[inputs.deploy.rank if inputs.deploy else 0]
+    return own.arguments, own.environment, nodes
 
 
 def weight_terms(memory: CardMemory) -> dict[str, int]:

@@ -11,6 +11,7 @@ from lowmem.plan.memory import CardMemory
 from lowmem.plan.request import Inputs
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import (
+    AdmissionLimits,
     Argument,
     Deploy,
     Device,
@@ -42,29 +43,7 @@ def arguments_of(
     )
     arguments = [Argument(flag="", value=model, why="the checkpoint")]
     if place:
-        arguments += [
-            Argument(
-                flag="--served-model-name", value=place.served_model_name, why="the name clients ask for"
-            ),
-            Argument(flag="--host", value=place.host, why="the address the server listens on"),
-            Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
-            Argument(
-                flag="--middleware",
-                value=API_KEYS,
-                why="asks for an API key of a file; a key comes and goes without a restart",
-            ),
-        ]
-        if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
-            arguments.append(
-                Argument(
-                    flag="--shutdown-timeout",
-                    value=str(drain_s(inputs.load, inputs.limits)),
-                    why=(
-                        "seconds that a stop waits for open requests, which end whole; by default they are"
-                        " aborted at once"
-                    ),
-                )
-            )
+        arguments += _server_arguments(inputs, place)
     for name, knob in inputs.knobs.items():
         value = knob.value
         if name == "kv_cache_memory_bytes" and value == "auto":
@@ -87,11 +66,50 @@ def arguments_of(
     return tuple(arguments)
 
 
-_SERVER_ONLY = ("--served-model-name", "--host", "--port", "--middleware", "--shutdown-timeout")
-"""Flags of the API server, which runs on the first host alone."""
+def _server_arguments(inputs: Inputs, place: Deploy) -> list[Argument]:
+    """Build the arguments of the API server: its name and address, its middleware, what it may fetch."""
+    domains = place.media_domains or (NO_DOMAIN,)  # an empty list would allow every host
+    arguments = [
+        Argument(flag="--served-model-name", value=place.served_model_name, why="the name clients ask for"),
+        Argument(flag="--host", value=place.host, why="the address the server listens on"),
+        Argument(flag="--port", value=str(place.port), why="the port the server listens on"),
+        Argument(
+            flag="--middleware",
+            value=ADMISSION,
+            why="admits requests by the work that they ask for; stands inside the check of the keys",
+        ),
+        Argument(
+            flag="--middleware",
+            value=API_KEYS,
+            why="asks for an API key of a file; a key comes and goes without a restart",
+        ),
+        Argument(
+            flag="--allowed-media-domains",
+            value=domains[0],
+            why="hosts from which media URLs of requests are fetched (lowmem_media_domains)",
+        ),
+        *(Argument(flag="", value=domain, why="one more of these hosts") for domain in domains[1:]),
+    ]
+    if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
+        arguments.append(
+            Argument(
+                flag="--shutdown-timeout",
+                value=str(drain_s(inputs.load, inputs.limits)),
+                why=(
+                    "seconds that a stop waits for open requests, which end whole; by default they are"
+                    " aborted at once"
+                ),
+            )
+        )
+    return arguments
 
 
-def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLimits) -> tuple[Node, ...]:
+def nodes_of(
+    inputs: Inputs,
+    arguments: tuple[Argument, ...],
+    environment: tuple[EnvironmentVariable, ...],
+    service: ServiceLimits,
+) -> tuple[Node, ...]:
     """Build the start parameters of each host of a multi-host server, for vLLM's own multi-node mode.
 
     One host gives an empty tuple. The first host runs the API server, the scheduler and its own workers. The
@@ -103,35 +121,10 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
     place = inputs.deploy
     addresses = place.nodes if place and place.nodes else tuple(f"node-{n}" for n in range(inputs.hosts))
     port = place.master_port if place else Deploy.model_fields["master_port"].default
+    server = _server_arguments(inputs, place) if place else []
     nodes = []
     for rank, address in enumerate(addresses):
-        own = [
-            Argument(
-                flag="--distributed-executor-backend",
-                value="mp",
-                why="vLLM's own processes on each host, without Ray",
-            ),
-            Argument(flag="--nnodes", value=str(inputs.hosts), why="hosts of this server"),
-            Argument(
-                flag="--node-rank",
-                value=str(rank),
-                why="this host's place among them; stages are dealt in this order",
-            ),
-            Argument(
-                flag="--master-addr", value=addresses[0], why="the first host, where the others meet it"
-            ),
-            Argument(
-                flag="--master-port",
-                value=str(port),
-                why="its port; it listens for as long as the server runs",
-            ),
-        ]
-        if rank:
-            own.append(
-                Argument(
-                    flag="--headless", why="workers only: the first host has the API server and the scheduler"
-                )
-            )
+        own = _joining_arguments(inputs.hosts, rank, addresses[0], port)
         names = (
             {"VLLM_HOST_IP": Knob(value=address, why="the address by which the other hosts reach this one")}
             if place and place.nodes
@@ -148,17 +141,47 @@ def nodes_of(inputs: Inputs, arguments: tuple[Argument, ...], service: ServiceLi
                 value=place.interface, why="stages hand over through this network"
             )
             names["GLOO_SOCKET_IFNAME"] = Knob(value=place.interface, why="the same for what goes beside it")
-        kept = arguments if not rank else tuple(a for a in arguments if a.flag not in _SERVER_ONLY)
+        kept = arguments if not rank else tuple(a for a in arguments if a not in server)
         more = tuple(EnvironmentVariable(name=n, value=str(k.value), why=k.why) for n, k in names.items())
         nodes.append(
             Node(
                 rank=rank,
                 address=address,
                 arguments=(*kept, *own),
-                environment=(*environment_of(inputs, inputs.device), *more),
+                environment=(*environment, *more),
             )
         )
     return tuple(nodes)
+
+
+def _joining_arguments(hosts: int, rank: int, first: str, port: int) -> list[Argument]:
+    """Build the arguments by which a host joins the others of its server at the address of the first."""
+    own = [
+        Argument(
+            flag="--distributed-executor-backend",
+            value="mp",
+            why="vLLM's own processes on each host, without Ray",
+        ),
+        Argument(flag="--nnodes", value=str(hosts), why="hosts of this server"),
+        Argument(
+            flag="--node-rank",
+            value=str(rank),
+            why="this host's place among them; stages are dealt in this order",
+        ),
+        Argument(flag="--master-addr", value=first, why="the first host, where the others meet it"),
+        Argument(
+            flag="--master-port",
+            value=str(port),
+            why="its port; it listens for as long as the server runs",
+        ),
+    ]
+    if rank:
+        own.append(
+            Argument(
+                flag="--headless", why="workers only: the first host has the API server and the scheduler"
+            )
+        )
+    return own
 
 
 def startup_check(device: Device, memory: CardMemory) -> Argument:
@@ -177,10 +200,15 @@ def startup_check(device: Device, memory: CardMemory) -> Argument:
 
 API_KEYS = "lowmem.api_keys.ApiKeys"
 
+ADMISSION = "lowmem.service.admission.Admission"
+
+NO_DOMAIN = "media.invalid"
+"""Name that no host has (RFC 6761)."""
+
 _LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
 
 
-def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable, ...]:
+def environment_of(inputs: Inputs, admission: AdmissionLimits) -> tuple[EnvironmentVariable, ...]:
     """Build the service's environment: the variables of every deployment, then the profile's."""
     always = {
         "HF_HUB_OFFLINE": Knob(
@@ -188,11 +216,30 @@ def environment_of(inputs: Inputs, device: Device) -> tuple[EnvironmentVariable,
         ),
         "VLLM_NO_USAGE_STATS": Knob(value="1", why="no usage report leaves the host"),
         "DO_NOT_TRACK": Knob(value="1", why="the same for libraries that heed it"),
+        **(_admission_environment(admission) if inputs.deploy else {}),
     }
     return tuple(
         EnvironmentVariable(name=n, value=str(k.value), why=k.why)
         for n, k in {**always, **inputs.environment}.items()
     )
+
+
+def _admission_environment(limits: AdmissionLimits) -> dict[str, Knob]:
+    """Give the server its limits, and the engine its own of the same figures."""
+    engine = "the engine's own limit, of the same figure"
+    return {
+        "LOWMEM_ADMISSION": Knob(value=limits.model_dump_json(), why="limits of work that Admission holds"),
+        "VLLM_MAX_N_SEQUENCES": Knob(value=str(limits.sequences), why=engine),
+        "VLLM_MAX_COMPLETION_PROMPTS": Knob(value=str(limits.sequences), why=engine),
+        "VLLM_MAX_STOP_STRINGS": Knob(value=str(limits.stop_strings), why=engine),
+        "VLLM_MAX_NUM_BAD_WORDS": Knob(value=str(limits.bad_words), why=engine),
+        "VLLM_XGRAMMAR_CACHE_MB": Knob(
+            value=str(limits.grammar_cache_bytes // MIB), why="of compiled grammars; the default is 512"
+        ),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": Knob(
+            value="0", why="a named host cannot send the server to another one"
+        ),
+    }
 
 
 DRAINS_SINCE = "0.32.0"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import _mib, constant
@@ -155,13 +156,18 @@ class CardMemory:
 
 
 def stage_memories(
-    card: ModelCard, engine: EngineConfig, device: Device, limit_bytes: int, load_blocks: int = 0
+    card: ModelCard,
+    engine: EngineConfig,
+    device: Device,
+    limit_bytes: int,
+    load_blocks: int = 0,
+    admission_bytes: int = 0,
 ) -> tuple[tuple[Part, CardMemory], ...]:
     """Compute the memory of one card of each stage.
 
     The pool has as many blocks on each as the stage with the least room (0.32.0, kv_cache_utils.py).
     """
-    one = cpu_memory if device.kind == "cpu" else card_memory
+    one = partial(cpu_memory, admission_bytes=admission_bytes) if device.kind == "cpu" else card_memory
     found = [
         (part, one(part.card, engine, device, limit_bytes, load_blocks, part)) for part in parts(card, engine)
     ]
@@ -323,15 +329,19 @@ def cpu_memory(
     limit_bytes: int,
     load_blocks: int = 0,
     part: Part | None = None,
+    admission_bytes: int = 0,
 ) -> CardMemory:
-    """Compute the resident set of the service on a CPU.
+    """Compute the resident set of the service on a CPU, with what open requests cost (`admission_bytes`).
 
     `runtime` is Python, torch and the engine's three processes.
     """
     w = weights(card, engine)
     pool = empty_pool(card, engine, part)
     fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
-    load = {"activations": peak_activations(card, engine, part is None or part.last)}
+    load = {
+        "activations": peak_activations(card, engine, part is None or part.last),
+        "admission": admission_bytes,
+    }
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
@@ -371,10 +381,13 @@ def next_power_of_two(n: int) -> int:
     return 1 if n <= 1 else 1 << (n - 1).bit_length()
 
 
-def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory) -> dict[str, int]:
+def host_ram(
+    card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory, admission_bytes: int
+) -> dict[str, int]:
     """Return the host RAM of the running service by term, in bytes.
 
-    With several hosts it is that of the first one. On a CPU the service itself is the use.
+    `admission_bytes` is what open requests cost. With several hosts it is that of the first one. On a CPU
+    the service itself is the use.
     """
     if device.kind == "cpu":
         return {"service": memory.peak}
@@ -394,6 +407,7 @@ def host_ram(card: ModelCard, engine: EngineConfig, device: Device, memory: Card
         # loading has ended
         "offload_loading": engine.local_cards * w.offloaded if engine.offload == "prefetch" else 0,
         "kv_offload": engine.kv_offload_bytes,
+        "admission": admission_bytes,
     }
     return {k: v for k, v in terms.items() if v}
 

@@ -35,6 +35,8 @@ VARIABLE = "VLLM_API_KEY"
 FILE = "LOWMEM_API_KEYS"
 
 LIMIT_BYTES = 2**20
+CLIENT = "lowmem.client"
+"""Entry of a request's scope that says whose it is, without the key itself."""
 
 # A child of vLLM's own logger writes to the server's log.
 log = logging.getLogger("vllm.lowmem.api_keys")
@@ -152,6 +154,8 @@ class ApiKeys:
         known = False
         for one in self.keys.current():  # compare with all of them, so that the time tells nothing
             known |= hmac.compare_digest(digest, one)
+        if known:
+            scope[CLIENT] = digest.hex()[:16]
         return known
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http
 import json
+import math
 import re
 import signal
 from pathlib import Path
@@ -26,6 +27,10 @@ _ENGINE_METRICS = re.compile(
 
 _RUNNING = re.compile(r"^vllm:num_requests_running\{[^}]*\} (\S+)$", re.MULTILINE)
 
+_OPEN = re.compile(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)$", re.MULTILINE)
+
+_GIVEN = re.compile(r"^vllm:generation_tokens_total\{[^}]*\} (\S+)$", re.MULTILINE)
+
 Answer = Literal["tokens", "nothing", "refused"]
 
 
@@ -41,11 +46,14 @@ class Server(Protocol):
     def busy(self) -> bool:
         """Tell whether the last figures had a running request."""
 
+    def tokens(self) -> float | None:
+        """Return the tokens that all clients had so far, by the last figures; None: the engine owes none."""
+
     def complete(self, timeout_s: float) -> Answer:
         """Ask for one token.
 
         "refused" means that the API server rejects the key or the model, which proves nothing about the
-        engine.
+        engine. "nothing" is also what a key with too many open requests gets.
         """
 
 
@@ -61,6 +69,7 @@ class VllmServer:
         self.argv = plan.argv
         self.env_file = env_file
         self._running = False
+        self._tokens: float | None = None
 
     def figures(self, timeout_s: float) -> tuple[str, ...] | None:
         try:
@@ -70,11 +79,16 @@ class VllmServer:
         except OSError:
             return ()
         text = body.decode(errors="replace") if status == http.HTTPStatus.OK else ""
-        self._running = any(_above_zero(value) for value in _RUNNING.findall(text))
+        self._running = any(_figure(value) > 0 for value in _RUNNING.findall(text))
+        is_open = any(_figure(value) > 0 for value in _OPEN.findall(text))
+        self._tokens = sum(map(_figure, _GIVEN.findall(text))) if is_open else None
         return tuple(_ENGINE_METRICS.findall(text))
 
     def busy(self) -> bool:
         return self._running
+
+    def tokens(self) -> float | None:
+        return self._tokens
 
     def complete(self, timeout_s: float) -> Answer:
         body = {"model": self.model, "prompt": "Hello", "max_tokens": 1, "temperature": 0}
@@ -88,6 +102,10 @@ class VllmServer:
         try:
             status, said = call(f"{self.url}/v1/completions", timeout_s, json.dumps(body).encode(), headers)
         except OSError:
+            return "nothing"
+        if (
+            status == http.HTTPStatus.TOO_MANY_REQUESTS
+        ):  # this key has its share
             return "nothing"
         if status != http.HTTPStatus.OK:
             return "refused" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "nothing"
@@ -131,11 +149,13 @@ class VllmServer:
         return names
 
 
-def _above_zero(value: str) -> bool:
+def _figure(value: str) -> float:
+    """Return a figure of the server's metrics; 0 for one that is no number."""
     try:
-        return float(value) > 0
+        figure = float(value)
     except ValueError:
-        return False
+        return 0.0
+    return figure if math.isfinite(figure) else 0.0
 
 
 def _name(process: psutil.Process) -> str:

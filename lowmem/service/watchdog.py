@@ -7,6 +7,9 @@ or waits for ever answers 200 there. But the engine publishes scheduler statisti
 So a busy engine is never asked anything, since its figures move. When they stand still, the watchdog asks for
 a real completion of one token. When nothing comes for the limit's time, it ends the server's processes.
 
+An engine may also work and give nobody a token. The engine's counter of tokens tells it, without a request of
+the watchdog's own, which would wait behind the others. The limit is the time of the longest prompt.
+
 Each host of a multi-host server watches that the hosts are still joined (`lowmem.service.members`). It ends
 its own engine when they are not. The first host also watches as above.
 
@@ -33,7 +36,10 @@ LONGEST_SILENCE_S = 180
 much again.
 """
 
-Verdict = Literal["starting", "serving", "silent", "hung", "never ready"]
+PROMPT_SLACK = 10
+"""An engine under load may take so many times the planned time for a prompt before it counts as fruitless."""
+
+Verdict = Literal["starting", "serving", "silent", "hung", "fruitless", "never ready"]
 
 
 @dataclass
@@ -42,15 +48,19 @@ class Watch:
 
     `look(now)` is called every few seconds, with `now` in seconds of a monotonic clock. `silence_s` is how
     long a ready engine may be silent. `start_s` is how long a server may take until its first completion.
+    `fruitless_s` is how long an engine with open requests may work without giving a token.
     """
 
     server: Server
     silence_s: float
     start_s: float
+    fruitless_s: float = float("inf")
     ready: bool = False
     began: float | None = None
     last_sign: float = 0.0
     known: tuple[str, ...] = ()
+    tokens: float | None = None
+    last_token: float = 0.0
     remark: str = ""
 
     def look(self, now: float) -> Verdict:
@@ -67,7 +77,7 @@ class Watch:
             moved, self.known = bool(self.known), figures
             if moved and self.ready:
                 self.last_sign = now
-                return "serving"
+                return "fruitless" if self._fruitless(now) else "serving"
         if not self.ready:
             if self._asked(now):
                 self.ready = True
@@ -84,6 +94,12 @@ class Watch:
         """Start over after the server was ended."""
         self._start_over(now)
 
+    def _fruitless(self, now: float) -> bool:
+        tokens = self.server.tokens()
+        if tokens is None or tokens != self.tokens:
+            self.tokens, self.last_token = tokens, now
+        return now - self.last_token >= self.fruitless_s
+
     def _asked(self, now: float) -> bool:
         answer = self.server.complete(max(1.0, self.silence_s / 4))
         self.remark = (
@@ -91,7 +107,7 @@ class Watch:
         )
         if answer == "nothing":
             return False
-        self.last_sign = now
+        self.last_sign = self.last_token = now
         return True
 
     def _still_starting(self, now: float) -> Verdict:
@@ -99,6 +115,7 @@ class Watch:
 
     def _start_over(self, now: float) -> None:
         self.began, self.last_sign, self.ready, self.known = now, now, False, ()
+        self.tokens, self.last_token = None, now
 
 
 def silence_limit_s(plan: Plan) -> float:
@@ -108,6 +125,15 @@ def silence_limit_s(plan: Plan) -> float:
     need.
     """
     return max(LONGEST_SILENCE_S, plan.limits.ttft_p99_ms / 1000)
+
+
+def fruitless_limit_s(plan: Plan, silence_s: float) -> float:
+    """Return how long an engine with open requests may work without giving a token, in seconds.
+
+    It is a multiple of the planned time for the longest prompt, beyond the longest silence.
+    """
+    longest = max(plan.max_model_len, plan.load.input_tokens) / plan.load.input_tokens
+    return silence_s + PROMPT_SLACK * longest * plan.latency_ms.prefill_expected / 1000
 
 
 class Look(Protocol):
@@ -131,6 +157,8 @@ class ServerLook:
         verdict = self.state.look(now)
         if verdict == "hung":
             return f"no sign of the engine for {self.state.silence_s:g} s"
+        if verdict == "fruitless":
+            return f"no token to anybody for {self.state.fruitless_s:g} s, though the engine works"
         if verdict == "never ready":
             return f"no completion {self.state.start_s:g} s after the start"
         if verdict != "silent" and (verdict, self.state.remark) != self.said:

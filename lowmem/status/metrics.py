@@ -214,7 +214,8 @@ def parse(text: str, at: float) -> Sample:
         at=at,
         started=started[0] if started else None,
         running=round(sum(values("vllm:num_requests_running"))),
-        waiting=round(sum(values("vllm:num_requests_waiting"))),
+        # in the engine, and before it (lowmem.service.admission)
+        waiting=round(sum(values("vllm:num_requests_waiting") + values("lowmem:requests_waiting"))),
         kv_usage=sum(usage) / len(usage) if usage else 0.0,
         kv_tokens=_kv_tokens(families.get("vllm:cache_config_info")),
         prompt_tokens=sum(values("vllm:prompt_tokens", "_total")),

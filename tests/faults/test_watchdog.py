@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lowmem.cli.main import app
 from lowmem.schema import Plan
 from lowmem.service.server import VllmServer
-from lowmem.service.watchdog import Watch, silence_limit_s
+from lowmem.service.watchdog import ServerLook, Watch, fruitless_limit_s, silence_limit_s
 
 PLAN = Path(__file__).parents[1] / "ansible/files/plan.json"
 
@@ -29,12 +29,16 @@ class Played:
         self.running = False
         self.answer: Any = "tokens"
         self.asked = 0
+        self.given: float | None = None
 
     def figures(self, timeout_s: float) -> tuple[str, ...] | None:
         return self.now
 
     def busy(self) -> bool:
         return self.running
+
+    def tokens(self) -> float | None:
+        return self.given
 
     def complete(self, timeout_s: float) -> Any:
         self.asked += 1
@@ -68,6 +72,27 @@ def test_a_busy_engine_that_stands_still_is_hung_at_the_limit(server: Played, se
     assert serving.look(99.9) == "silent"
     assert serving.look(100) == "hung"
     assert server.asked == 1
+
+
+def test_an_engine_that_works_and_gives_nobody_a_token_is_ended(server: Played, serving: Watch) -> None:
+    """Its figures move for ever: it computes the same requests again and again."""
+    server.running, server.given, serving.fruitless_s = True, 7.0, 150
+    for now in range(10, 160, 10):
+        server.now = (str(now),)
+        assert serving.look(float(now)) == "serving"
+    server.now = ("still moving",)
+    assert serving.look(160) == "fruitless"
+    assert server.asked == 1
+    assert ServerLook(serving).trouble(160) == "", "the figures stand, and the limit of silence counts again"
+    server.now = ("moving",)
+    assert ServerLook(serving).trouble(161) == "no token to anybody for 150 s, though the engine works"
+
+
+def test_one_token_to_anybody_or_nothing_owed_is_enough(server: Played, serving: Watch) -> None:
+    server.running, server.given, serving.fruitless_s = True, 7.0, 150
+    for now, given in ((100, 7.0), (149, 8.0), (290, 8.0), (295, None), (440, 8.0)):
+        server.now, server.given = (str(now),), given
+        assert serving.look(float(now)) == "serving"
 
 
 def test_an_idle_engine_is_asked_now_and_then(server: Played, serving: Watch) -> None:
@@ -126,6 +151,12 @@ def test_a_plan_with_a_longer_limit_for_the_first_token_waits_as_long() -> None:
     )
 
 
+def test_the_longest_prompt_has_ten_times_its_planned_time() -> None:
+    latency = {"decode_floor": 1, "decode_expected": 1, "prefill_floor": 1, "prefill_expected": 500}
+    load = {"clients": 1, "input_tokens": 1024, "output_tokens": 1}
+    assert fruitless_limit_s(planned(latency_ms=latency, load=load, max_model_len=4096), 180) == 200
+
+
 def planned(**changes: Any) -> Plan:
     return Plan.model_validate_json(json.dumps(json.loads(PLAN.read_text()) | changes))
 
@@ -180,14 +211,15 @@ def real(tmp_path: Path) -> Iterator[VllmServer]:
 def test_only_what_the_engine_says_is_a_sign(real: VllmServer) -> None:
     assert real.figures(5) == ("2.0", "5.0", "0.25", "120.0", "30.0", "9.0")
     assert real.busy()
+    assert real.tokens() == 30.0
 
 
 def test_answers_are_told_apart(real: VllmServer, tmp_path: Path) -> None:
     assert real.complete(5) == "tokens"
     Handler.status = 500
     assert real.complete(5) == "nothing"
-    Handler.status = 429
-    assert real.complete(5) == "refused"
+    Handler.status = 429  # this key has too many open requests, whatever the engine does
+    assert real.complete(5) == "nothing"
     (tmp_path / "vllm.env").write_text("VLLM_API_KEY=sk-1\n")
     assert real.complete(5) == "refused"
 

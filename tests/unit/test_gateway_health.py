@@ -24,6 +24,9 @@ class Engine:
     def busy(self) -> bool:
         return self.running
 
+    def tokens(self) -> float | None:
+        return None
+
     def complete(self, timeout_s: float) -> str:
         self.asked += 1
         return self.answer

@@ -258,7 +258,8 @@ def test_what_each_host_runs():
     ]  # fmt: skip
     server = [
         "--served-model-name", "m", "--host", "127.0.0.1", "--port", "8000", "--middleware",
-        "lowmem.api_keys.ApiKeys",
+        "lowmem.service.admission.Admission", "--middleware", "lowmem.api_keys.ApiKeys",
+        "--allowed-media-domains", "media.invalid",
         "--shutdown-timeout", "62",
     ]  # fmt: skip
     meet = ["--master-addr", "10.0.0.1", "--master-port", "29501"]

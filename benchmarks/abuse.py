@@ -1,0 +1,167 @@
+"""Measures what one key's abuse costs another key's client: ten kinds of abuse beside one polite client.
+
+    benchmarks/abuse.py --url http://127.0.0.1:8000 --model m --abuser KEY --polite KEY
+
+The polite client asks for a few tokens, one request after another, first alone and then beside each kind. For
+each kind a line says what the abuser was told, the polite client's time to the first token (median and p99)
+and its ratio to the quiet p99. The exit status is 1 if a ratio is above `--most` or a polite request failed.
+Abusers and polite client share this process, so the ratio of a refused kind has their own work in it.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+Body = dict[str, Any]
+
+
+def schema(properties: int) -> Body:
+    return {"type": "object", "properties": {f"property_{n}": {"type": "string"} for n in range(properties)}}
+
+
+def formatted(spec: Body) -> Body:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": spec}}}
+
+
+KINDS: dict[str, Callable[[int], Body]] = {
+    "truncated prompt of 9 MiB": lambda n: {"prompt": "a 1 " * 2_400_000, "truncate_prompt_tokens": 5},
+    "16,384 sequences": lambda n: {"prompt": "x", "n": 16384, "max_tokens": 2000, "stream": True},
+    "1,024 prompts x 64": lambda n: {"prompt": ["x"] * 1024, "n": 64},
+    "schema of 2,000 properties": lambda n: {"prompt": "x", **formatted(schema(2000))},
+    "choice of 100,000": lambda n: {
+        "prompt": "x",
+        "structured_outputs": {"choice": [f"{n} {m}" for m in range(100_000)]},
+    },
+    "numbers out of range": lambda n: {"prompt": "x", "top_k": 2**70, "vllm_xargs": {"a": "b"}},
+    "widest within the limits": lambda n: {
+        "prompt": f"{n} x", "n": 4, "max_tokens": 2000, "ignore_eos": True, "temperature": 1, "stream": True,
+    },
+    "longest prompts": lambda n: {"prompt": [10 + (n * 31 + m) % 900 for m in range(2000)], "max_tokens": 1},
+    "greatest schemas within the limits": lambda n: {
+        "prompt": "x", "max_tokens": 4, **formatted(schema(400 + n % 60)),
+    },
+    "flood of small requests": lambda n: {"prompt": "x", "max_tokens": 1},
+}  # fmt: skip
+
+
+@dataclass
+class Target:
+    """Server under test."""
+
+    url: str
+    model: str
+
+    def encoded(self, body: Body) -> bytes:
+        return json.dumps({"model": self.model, **body}).encode()
+
+    def post(self, data: bytes, key: str, timeout_s: float) -> Iterator[tuple[int, bytes]]:
+        """Yield status and each line of the answer; status 0 if the connection broke."""
+        connection = http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=timeout_s)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        try:
+            connection.request("POST", "/v1/completions", data, headers)
+            answer = connection.getresponse()
+            yield answer.status, b""
+            for line in answer:
+                yield answer.status, line
+        except (OSError, http.client.HTTPException):
+            yield 0, b""
+        finally:
+            connection.close()
+
+
+@dataclass
+class Abuse:
+    """Clients that send one kind of request until they are stopped; each leaves after `patience_s`."""
+
+    target: Target
+    key: str
+    make: Callable[[int], Body]
+    patience_s: float = 20.0
+    stop: threading.Event = field(default_factory=threading.Event)
+    statuses: Counter[int] = field(default_factory=Counter)
+
+    def run(self, number: int) -> None:
+        # encoded once: the polite client shares this process
+        data = self.target.encoded(self.make(number))
+        while not self.stop.is_set():
+            began, status = time.monotonic(), 0
+            for seen, _ in self.target.post(data, self.key, self.patience_s):
+                status = seen
+                if self.stop.is_set() or time.monotonic() - began > self.patience_s:
+                    break
+            self.statuses[status] += 1
+
+
+def polite(target: Target, key: str, requests: int) -> tuple[list[float], int]:
+    """Return times to the first token in seconds, and how many requests failed."""
+    times, failed = [], 0
+    for number in range(requests):
+        body = {"prompt": f"{number} Once upon a time", "max_tokens": 4, "stream": True}
+        began, first = time.monotonic(), None
+        for status, line in target.post(target.encoded(body), key, 300):
+            if status == 200 and line.startswith(b"data: {") and first is None:
+                first = time.monotonic() - began
+        if first is None:
+            failed += 1
+        else:
+            times.append(first)
+    return times, failed
+
+
+def at(times: list[float], share: float) -> float:
+    ordered = sorted(times)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("inf")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--abuser", required=True, help="API key of the abusing clients")
+    parser.add_argument("--polite", required=True, help="API key of the polite client")
+    parser.add_argument("--clients", type=int, default=16, help="abusing clients at once")
+    parser.add_argument("--requests", type=int, default=30, help="polite requests beside each kind")
+    parser.add_argument("--most", type=float, default=3.0, help="greatest ratio of p99 to the quiet p99")
+    chosen = parser.parse_args()
+    target = Target(chosen.url, chosen.model)
+    polite(target, chosen.polite, 3)
+    quiet, failed = polite(target, chosen.polite, chosen.requests)
+    base = at(quiet, 0.99)
+    print(f"quiet: median {at(quiet, 0.5):.3f} s, p99 {base:.3f} s, {failed} failed", flush=True)
+    worst, lost = 0.0, failed
+    for name, make in KINDS.items():
+        abuse = Abuse(target, chosen.abuser, make)
+        threads = [threading.Thread(target=abuse.run, args=(n,)) for n in range(chosen.clients)]
+        for thread in threads:
+            thread.start()
+        time.sleep(2)
+        times, failed = polite(target, chosen.polite, chosen.requests)
+        abuse.stop.set()
+        for thread in threads:
+            thread.join()
+        told = ", ".join(f"{count} x {status}" for status, count in sorted(abuse.statuses.items()))
+        ratio = at(times, 0.99) / base
+        worst, lost = max(worst, ratio), lost + failed
+        print(
+            f"{name}: abuser {told}; median {at(times, 0.5):.3f} s, p99 {at(times, 0.99):.3f} s,"
+            f" ratio {ratio:.1f}, {failed} failed",
+            flush=True,
+        )
+    print(f"worst ratio {worst:.1f} of {chosen.most:g}, {lost} polite requests failed")
+    return int(worst > chosen.most or lost > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Lets requests into the engine in a fair order between API keys.
+
+The engine serves first come, first served. So the queue is kept here, and the engine gets as many sequences
+as it serves together. Three rules decide who is next.
+
+The key goes first that has had the fewest tokens so far: prompts and longest answers, not requests.
+
+A key that has sequences in the engine leaves places free for other keys, if they were here lately.
+
+The grammars of requests whose answer has not begun have a bounded size together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lowmem.schema import AdmissionLimits
+from lowmem.service.request_work import Work
+
+REMEMBERED_S = 3600.0
+"""How long a place is kept free for a key after its last request."""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Stay of one request in the queue and in the engine."""
+
+    key: str
+    work: Work
+    admitted: asyncio.Future[None]
+    left: bool = False
+
+
+@dataclass
+class _Client:
+    """State of one key."""
+
+    waiting: deque[Ticket] = field(default_factory=deque)
+    places: int = 0  # in the engine
+    tokens: float = 0.0  # virtual time: what it was given, counted from where the others were when it came
+    seen: float = 0.0
+
+
+class FairQueue:
+    """Queue before the engine. It belongs to one event loop; no call blocks."""
+
+    def __init__(self, limits: AdmissionLimits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self.clock = clock
+        self.clients: dict[str, _Client] = {}
+        self.free = limits.places
+        self.grammar = 0
+
+    @property
+    def waiting(self) -> int:
+        """Return how many requests wait."""
+        return sum(len(client.waiting) for client in self.clients.values())
+
+    def enter(self, key: str, work: Work) -> Ticket:
+        """Queue a request. Its ticket's `admitted` is done as soon as the engine may have it."""
+        client = self.clients.setdefault(key, _Client())
+        if not client.waiting and not client.places:
+            busy = [c.tokens for c in self.clients.values() if c.waiting or c.places]
+            client.tokens = max(client.tokens, min(busy, default=client.tokens))
+        client.seen = self.clock()
+        ticket = Ticket(key, work, asyncio.get_running_loop().create_future())
+        client.waiting.append(ticket)
+        self._admit()
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """Give a request's places back, or take it out of the queue. The second call does nothing."""
+        if ticket.left:
+            return
+        ticket.left = True
+        client = self.clients[ticket.key]
+        if ticket.admitted.done():
+            client.places -= ticket.work.sequences
+            self.free += ticket.work.sequences
+        else:
+            client.waiting.remove(ticket)
+        client.seen = self.clock()
+        self._admit()
+
+    def compiled(self, ticket: Ticket) -> None:
+        """Give a request's share of the grammar compiler back."""
+        self.grammar -= ticket.work.grammar
+        self._admit()
+
+    def _admit(self) -> None:
+        while (ticket := self._next()) is not None:
+            client = self.clients[ticket.key]
+            client.waiting.popleft()
+            client.places += ticket.work.sequences
+            client.tokens += ticket.work.tokens
+            self.free -= ticket.work.sequences
+            self.grammar += ticket.work.grammar
+            ticket.admitted.set_result(None)
+
+    def _next(self) -> Ticket | None:
+        """Return the next request that fits, or None.
+
+        A request that is too wide for the free places is waited for: narrower ones would pass it for ever.
+        """
+        waiting = [client for client in self.clients.values() if client.waiting]
+        for client in sorted(waiting, key=lambda c: (c.tokens, c.places)):
+            ticket = client.waiting[0]
+            if ticket.work.sequences > self.free:
+                return None
+            kept = self._kept_for_others(client) if client.places else 0
+            compiles = not ticket.work.grammar or (
+                self.grammar + ticket.work.grammar <= self.limits.grammar_at_once
+            )
+            if ticket.work.sequences <= self.free - kept and compiles:
+                return ticket
+        return None
+
+    def _kept_for_others(self, client: _Client) -> int:
+        """Return the places that a busy key leaves to the other keys: at most a quarter, and at least one."""
+        since = self.clock() - REMEMBERED_S
+        others = sum(1 for c in self.clients.values() if c is not client and not c.places and c.seen >= since)
+        return min(others, max(1, self.limits.places // 4)) if self.limits.places > 1 else 0
