@@ -103,9 +103,7 @@ class VllmServer:
             status, said = call(f"{self.url}/v1/completions", timeout_s, json.dumps(body).encode(), headers)
         except OSError:
             return "nothing"
-        if (
-            status == http.HTTPStatus.TOO_MANY_REQUESTS
-        ):  # this key has its share
+        if status == http.HTTPStatus.TOO_MANY_REQUESTS:  # this key has its share
             return "nothing"
         if status != http.HTTPStatus.OK:
             return "refused" if status < http.HTTPStatus.INTERNAL_SERVER_ERROR else "nothing"
