@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -210,13 +209,20 @@ def card_from_config(
         inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
     except BadInput:  # said by the plan: the engine refuses it, or the fields are damaged
         return _named_card(published, name, source)
-    if _is_uniform(inventory):
-        # a recipe that the engine leaves aside, such as one without a method, is none of these groups'
-        with suppress(BadInput):
-            card = _named_card(published, name, source)
-            if _agrees(card, inventory):
-                return card
+    if _is_uniform(inventory) and _is_named_recipe(config):
+        card = _named_card(published, name, source)
+        if _agrees(card, inventory):
+            return card
     return _counted_card(published, name, source)
+
+
+def _is_named_recipe(config: Mapping[str, Any]) -> bool:
+    """Tell whether the groups can say the recipe; one without a method the engine leaves aside."""
+    try:
+        quantization_of(config)
+    except BadInput:
+        return False
+    return True
 
 
 def _is_uniform(inventory: Inventory) -> bool:

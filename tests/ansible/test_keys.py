@@ -190,17 +190,26 @@ def test_another_user_sees_no_key(deployed: Any) -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "empty": ({"a": ""}, "the key of a must be 16 to 256 letters"),
-    "short": ({"a": "sk-0123456789ab"}, "the key of a must be 16 to 256 letters"),
-    "two words": ({"a": "sk-0123456789 abcdefgh"}, "the key of a must be 16 to 256 letters"),
-    "with a line break": ({"a": f"{ALICE}\nVLLM_API_KEY_x={BOB}"}, "the key of a must be 16 to 256 letters"),
-    "with a line's end": ({"a": f"{ALICE}\n"}, "the key of a must be 16 to 256 letters"),
+    "empty": ({"a": ""}, "vllm_service_api_keys has a: a value must be 16 to 256 letters"),
+    "short": ({"a": "sk-0123456789ab"}, "vllm_service_api_keys has a: a value must be 16 to 256 letters"),
+    "two words": (
+        {"a": "sk-0123456789 abcdefgh"},
+        "vllm_service_api_keys has a: a value must be 16 to 256 letters",
+    ),
+    "with a line break": (
+        {"a": f"{ALICE}\nVLLM_API_KEY_x={BOB}"},
+        "vllm_service_api_keys has a: a value must be 16 to 256 letters",
+    ),
+    "with a line's end": (
+        {"a": f"{ALICE}\n"},
+        "vllm_service_api_keys has a: a value must be 16 to 256 letters",
+    ),
     "a number": ({"a": 12345678901234567}, ""),
     "a name of two words": (
         {"a b": ALICE},
-        "has the name a b: it must be a letter and then at most 31 letters, digits or _.",
+        "vllm_service_api_keys has a b: a name must be a letter and then at most 31 letters, digits or _.",
     ),
-    "no name": ({"": ALICE}, "it must be a letter and then"),
+    "no name": ({"": ALICE}, "a name must be a letter and then"),
     "one key twice": ({"a": ALICE, "b": ALICE}, "two of a, b are the same key"),
     "names alike": ({"a": ALICE, "A": BOB}, "two names are the same but for capital letters"),
 }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +179,7 @@ def test_each_host_is_given_its_own_arguments(rendered: list[Path]) -> None:
         )
         settings = (folder / "engine.env").read_text().splitlines()
         for variable in node["environment"]:
-            assert f"{variable['name']}={variable['value']}" in settings
+            assert f"{variable['name']}={shlex.quote(variable['value'])}" in settings
 
 
 def test_their_units_may_talk_to_each_other(rendered: list[Path]) -> None:

@@ -40,7 +40,7 @@ def test_cuda_toolkit(tmp_path):
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     # a step that Molecule finds no playbook for is skipped without failing
     assert "missing=0" in done.stdout + done.stderr
-    assert "4 passed" in done.stdout + done.stderr
+    assert "5 passed" in done.stdout + done.stderr
     assert not any((tmp_path / "state").glob("*/host.json"))
 
 

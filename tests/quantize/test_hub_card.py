@@ -20,6 +20,7 @@ from .stub_hub import StubHub
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 128,
     "num_hidden_layers": 2,
+    "max_position_embeddings": 2048,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256, "tie_word_embeddings": True,
     "torch_dtype": "float16",
 }  # fmt: skip
