@@ -64,17 +64,6 @@ def run_playbook(
     return Run(done.returncode, COLOUR.sub("", done.stdout))
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests of the one engine to one worker, first, as they are the longest chain; a module of
-    others to one worker, as they share its fixtures (`--dist=loadgroup` of scripts/test).
-    """
-    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
-    for item in items:
-        engine = item.get_closest_marker("engine")
-        item.add_marker(pytest.mark.xdist_group("engine" if engine else item.nodeid.split("::")[0]))
-
-
 @pytest.fixture(autouse=True)
 def _blocking_stdin() -> None:
     """Ansible refuses a stdin that does not block; a program of an earlier test may have left it so, since a
