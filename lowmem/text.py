@@ -6,6 +6,7 @@ import datetime as dt
 import importlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lowmem.errors import BadInput
@@ -116,7 +117,7 @@ def matches(pattern: str, text: str, anywhere: bool = False) -> bool:
     if len(pattern) > PATTERN_LIMIT or len(text) > PATTERN_LIMIT:
         raise BadInput(f"{shown}: it or its text is longer than {PATTERN_LIMIT} characters; shorten it")
     try:
-        parsed = _parser.parse(pattern)
+        parsed = _parsed(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise BadInput(f"{shown} is no regular expression: {visible(str(error))}; correct it") from None
     if parsed.state.flags & ~re.UNICODE:
@@ -130,6 +131,13 @@ def matches(pattern: str, text: str, anywhere: bool = False) -> bool:
 
 _parser: Any = getattr(re, "_parser", None) or importlib.import_module("sre_parse")
 """Python's own parser of patterns, so that no pattern means another thing here than to the engine."""
+
+
+@lru_cache(maxsize=4096)
+def _parsed(pattern: str) -> Any:
+    """Parse once a pattern that is held against each name of a checkpoint."""
+    return _parser.parse(pattern)
+
 
 _AT: dict[str, str] = {
     "AT_BEGINNING": r"\A", "AT_BEGINNING_STRING": r"\A", "AT_END": r"\Z|(?=\n\Z)", "AT_END_STRING": r"\Z",
