@@ -110,10 +110,10 @@ def graph_sizes(
         return tuple(sorted({int(x) for x in str(wanted).split()}))
     top = int(largest) if largest is not None else min(max_num_seqs * rows * 2, 512)
     top = min(top, batched)
-    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)}
+    grid = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16))
+    sizes = set(grid)
     if rows > 1 and largest is None:
-        requests = (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16), max_num_seqs)
-        sizes |= {n * rows for n in requests if n <= max_num_seqs}
+        sizes |= {n * rows for n in (*grid, max_num_seqs) if n <= max_num_seqs}
     return tuple(sorted(s for s in sizes if s <= top))
 
 

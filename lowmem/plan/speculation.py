@@ -6,13 +6,13 @@ the model accepts. Source: vLLM 0.32.0, config/speculative.py and config/vllm.py
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
+from lowmem.files import parse_json
 from lowmem.schema import Load, Scalar
 
 KNOB = "speculative_config"
@@ -67,8 +67,8 @@ def speculation_of(knobs: Mapping[str, Any]) -> Speculation | None:
 
 def _object(value: Scalar) -> dict[str, Any]:
     try:
-        found = json.loads(str(value))
-    except (ValueError, RecursionError):
+        found = parse_json(str(value), KNOB)
+    except BadInput:
         found = None
     if not isinstance(found, dict):
         raise BadInput(

@@ -16,6 +16,7 @@ from ansible.plugins.action import ActionBase
 from lowmem import data
 from lowmem.files import read_yaml
 from lowmem.values.kinds import refusal
+from lowmem.values.problems import FACT
 
 DOCUMENTATION = r"""
 module: check_values
@@ -28,8 +29,6 @@ description:
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options: {}
 """
-
-FACT = "lowmem_problem "  # as in require.py: plugins of one kind cannot import one another
 
 # Ansible reads this file once, in its main process; then it forks a process for each task of each host.
 KINDS: dict[str, str] = read_yaml(Path(data.__file__).with_name("variables.yml"))

@@ -19,6 +19,7 @@ from ansible.module_utils.parsing.convert_bool import boolean
 from ansible.plugins.action import ActionBase
 
 from lowmem.text import visible
+from lowmem.values.problems import FACT
 
 DOCUMENTATION = r"""
 module: check_variables
@@ -226,7 +227,7 @@ class ActionModule(ActionBase):
         if variables.get("__preflight_collects"):
             return {
                 "changed": False,
-                "ansible_facts": {f"lowmem_problem {k}": v for k, v in problems.items()},
+                "ansible_facts": {f"{FACT}{k}": v for k, v in problems.items()},
             }
         return {"failed": True, "changed": False, "msg": "\n".join(problems.values())}
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from ansible.errors import AnsibleError
 
+from lowmem.values.problems import FACT
+
 # `assert` is a keyword of Python
 Assert: Any = importlib.import_module("ansible.plugins.action.assert").ActionModule
 
-FACT = "lowmem_problem "
 SUBJECT = re.compile(r"[a-z]+(?:_[a-z0-9]+)+(?:\.\w+)*")
 
 
