@@ -204,7 +204,8 @@ def card_from_config(
     named = config.get("architectures")
     plain = not named or (isinstance(named, list) and named[0] == _CLASSES.get(str(kind)))
     if kind not in MODEL_TYPES or not plain:
-        return _counted_card(published, name, source)
+        inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
+        return _counted_card(published, inventory, name, source)
     try:
         inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
     except BadInput:  # said by the plan: the engine refuses it, or the fields are damaged
@@ -213,7 +214,7 @@ def card_from_config(
         card = _named_card(published, name, source)
         if _agrees(card, inventory):
             return card
-    return _counted_card(published, name, source)
+    return _counted_card(published, inventory, name, source)
 
 
 def _is_named_recipe(config: Mapping[str, Any]) -> bool:
@@ -259,10 +260,9 @@ _CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "mixtr
             "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}  # fmt: skip
 
 
-def _counted_card(published: Published, name: str, source: str) -> ModelCard:
+def _counted_card(published: Published, inventory: Inventory, name: str, source: str) -> ModelCard:
     """Make the card of any architecture of the table; its groups are the table's modules on one GPU."""
     config, header = published.config, published.headers
-    inventory = inventory_of(config, 1, "auto", published.hf_quant_config, header)
     architecture = known_architecture(config, header)
     size = dimensions(architecture, config)
     found: dict[tuple[Any, ...], WeightGroup] = {}
