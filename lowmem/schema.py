@@ -253,7 +253,7 @@ class Calibration(Strict):
 
     schema_version: Literal[1] = 1
     created_utc: str
-    device: str = Field(description="NVML's name of the cards that were measured")
+    device: str = Field(description="the cards that were measured, a name of the device table")
     vllm_version: str
     constants: dict[str, SiteConstant] = Field(min_length=1)
     receipts: tuple[str, ...] = Field(min_length=1, description="name and SHA-256 of each receipt")

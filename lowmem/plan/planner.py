@@ -56,9 +56,8 @@ def refuse_foreign(calibration: Calibration | None, device: Device) -> None:
     """Raise BadInput for constants that were measured on other cards than those of the plan."""
     if calibration is None:
         return
-    own = device.title if device.estimate else device.name
     measured = calibration.device
-    if measured not in (own, device.title, device.name):
+    if measured != device.name:
         raise BadInput(
             f"calibration: its constants were measured on {measured}, and the plan is for {device.name}"
             f" ({device.title}); leave the calibration out, or measure a host with these cards"
