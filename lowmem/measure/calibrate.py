@@ -44,7 +44,7 @@ _ENVIRONMENT = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CU
 
 @dataclass(frozen=True)
 class Run:
-    """One load of a receipt, as input of a plan, beside what was measured."""
+    """Load of a receipt, as input of a plan, beside what was measured."""
 
     receipt: str
     inputs: Inputs
@@ -53,6 +53,8 @@ class Run:
     step_ms: float
     prompt_step_ms: float | None
     """None: no gap is one of a step with a prompt."""
+    token_ms: float
+    """Mean of a token, with the prompts of the other clients between two."""
     cache: dict[tuple[tuple[str, float], ...], Plan] = field(default_factory=dict, compare=False, repr=False)
 
     def plan(self, constants: dict[str, SiteConstant]) -> Plan:
@@ -85,6 +87,10 @@ def _step_ms(plan: Plan) -> float:
 
 def _prompt_step_ms(plan: Plan) -> float:
     return plan.latency_ms.terms["chunk_step"]
+
+
+def _token_ms(plan: Plan) -> float:
+    return plan.latency_ms.decode_expected
 
 
 def _alone(run: Run) -> bool:
@@ -129,6 +135,7 @@ TARGETS = (
         _step_ms,
         lambda run: run.step_ms,
     ),
+    Target(lambda _: "latency.interference_share", _plain, _token_ms, lambda run: run.token_ms),
 )
 """In the order in which they are fitted: each takes those before it as given."""
 
@@ -201,7 +208,7 @@ def fitted(
     return SiteConstant(
         value=value,
         before=before,
-        source=f"{len(each)} receipts ({low:.4g} to {high:.4g} each): {', '.join(sorted(each))}"[:2000],
+        source=f"{low:.4g} to {high:.4g} in {', '.join(sorted(each))}"[:2000],
     )
 
 
@@ -271,6 +278,7 @@ def runs_of(name: str, receipt: Receipt, model: str | None = None) -> list[Run]:
                 idle_mib=None if n or receipt.mode == "attach" else idle,
                 step_ms=result.itl_ms.p50,
                 prompt_step_ms=prompt,
+                token_ms=result.tpot_ms.mean,
             )
         )
     return runs
