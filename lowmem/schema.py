@@ -230,6 +230,7 @@ class Device(Strict):
     nvlink: bool = Field(False, description="cards of this kind come joined by NVLink")
     peer_access: bool = Field(True, description="cards read one another's memory")
     unified: bool = Field(False, description="its memory is the CPU's too")
+    arm_host: bool = Field(False, description="its host has an ARM CPU")
     slice_of: str | None = Field(None, description="of a MIG slice: the card that it is a part of")
     estimate: str = Field(
         "", description="why the figures are estimates and which they are; empty: each one has a source"

@@ -54,6 +54,12 @@ def _format(card: ModelCard) -> str:
     q = card.quantization
     if q.method == "fp8" or (q.method == "modelopt" and q.bits == 8):
         return "fp8"
+    recipe = card.config.get("quantization_config")
+    groups = recipe.get("config_groups") if isinstance(recipe, Mapping) else None
+    listed = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") for group in listed if isinstance(group, Mapping)]
+    if any(isinstance(w, Mapping) and w.get("type") == "float" and w.get("num_bits") == 4 for w in weights):
+        return "nvfp4"
     return {"modelopt": "nvfp4", "mxfp4": "mxfp4"}.get(q.method, "")
 
 
@@ -127,6 +133,8 @@ def notes(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]:
     if device.capability not in _rules("measured_context")["capabilities"]:
         measured = ", ".join(_rules("measured_context")["capabilities"])
         found.append(f"estimate: CUDA context and NCCL are those measured on {measured}, not on {has[19:]}")
+    if device.arm_host:
+        found.append("host: this card comes with an ARM CPU, and the locked wheels are for x86-64; not tried")
     guessed = [k for k, text in device.source.items() if text.startswith("estimated") or "assumed" in text]
     if guessed:
         found.append(f"estimate: {', '.join(guessed)} of {device.title}; {device.source[guessed[0]]}")
