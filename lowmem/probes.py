@@ -154,8 +154,15 @@ class Gpus:
 
     def used_bytes(self) -> tuple[int, ...]:
         """Read the bytes in use on each GPU, by all processes together."""
+        return tuple(self._used(handle) for handle in self._handles)
+
+    def _used(self, handle: Any) -> int:
         version = getattr(self._nvml, "nvmlMemory_v2", None)
-        return tuple(int(self._nvml.nvmlDeviceGetMemoryInfo(h, version=version).used) for h in self._handles)
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(handle, version=version).used)
+        except self._nvml.NVMLError:  # a GPU that shares the CPU's memory
+            ram = psutil.virtual_memory()
+            return int(ram.total - ram.available)
 
     def used_by_bytes(self, pids: set[int]) -> tuple[int, ...]:
         """Read the bytes that these processes use on each GPU.

@@ -12,7 +12,7 @@ import typer
 from lowmem.errors import BadInput
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
-from lowmem.plan.calibration import read_calibration
+from lowmem.plan.calibration import calibrated, read_calibration
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
@@ -156,14 +156,15 @@ def show_options(model: str, device: str | None, plan: Plan, as_json: bool) -> b
     from lowmem.plan.render import show_suggestions
     from lowmem.plan.search import suggestions
 
-    options = suggestions(
-        model,
-        device or plan.device,
-        plan.device_count,
-        plan.limits,
-        plan.load,
-        plan.vllm_version,
-    )
+    with calibrated(plan.calibration, plan.device):
+        options = suggestions(
+            model,
+            device or plan.device,
+            plan.device_count,
+            plan.limits,
+            plan.load,
+            plan.vllm_version,
+        )
     if as_json:
         rows = [
             {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in options

@@ -54,10 +54,17 @@ def load_device(name: str) -> Device:
     if name == "auto":
         return this_machine()
     if name.lower().startswith("custom:"):
-        return completed(described(name), "custom", "--device custom")
+        return _custom(name)
     if name.lower().endswith((".yml", ".yaml")):
         return device_file(Path(name))
     return _table_device(name)
+
+
+def _custom(text: str) -> Device:
+    """Return the device that `custom:…` describes, under a name that tells it from another one."""
+    entry = described(text)
+    own = f"custom-{entry['nvml_total_mib'] / 1024:.0f}g-sm{entry['capability'].replace('.', '')}"
+    return completed(entry, own, "--device custom")
 
 
 def this_machine() -> Device:
@@ -136,6 +143,8 @@ def _of_nvml(card: Card, total_mib: int) -> Device:
             f"this machine's {card.name} with {total_mib} MiB and compute capability {card.capability} is not"
             f" in the device table, and NVML does not tell its bandwidth and rate; describe it: {EXAMPLE}"
         )
+    geforce = "geforce" in card.name.lower()
+    per_sm *= fill["geforce_share"]["value"].get(card.capability, 1) if geforce else 1
     sms = card.cores // cores
     read, derived = "read by NVML on this machine", "estimated from what NVML tells on this machine"
     entry = {
@@ -145,12 +154,12 @@ def _of_nvml(card: Card, total_mib: int) -> Device:
         "hbm_gb_per_s": round(card.bus_bits / 8 * card.memory_mhz * _DDR / 1e3, 1),
         "fp16_tflops": round(sms * per_sm * card.sm_mhz / 1e6, 1),
         "sm_count": sms,
-        "peer_access": "geforce" not in card.name.lower(),
+        "peer_access": not geforce,
         "estimate": f"{card.name} is not in the table, estimated from NVML's bus width, clocks and cores",
         "source": {
             "nvml_total_mib": read,
             "hbm_gb_per_s": f"{derived}: {card.bus_bits} bits x {card.memory_mhz} MHz x {_DDR}",
-            "fp16_tflops": f"{derived}: {sms} SMs x {per_sm} x {card.sm_mhz} MHz",
+            "fp16_tflops": f"{derived}: {sms} SMs x {per_sm:g} x {card.sm_mhz} MHz",
             "sm_count": f"{derived}: {card.cores} cores / {cores}",
         },
     }

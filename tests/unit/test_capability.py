@@ -112,5 +112,5 @@ def test_the_context_is_said_to_be_an_estimate_where_no_card_was_measured():
 
 def test_the_plan_carries_the_figures_with_their_sources():
     plan = plan_on("custom:24GiB,936GB/s,71TFLOPS,sm_86")
-    assert (plan.device, plan.device_figures.hbm_gb_per_s) == ("custom", 936)
+    assert (plan.device, plan.device_figures.hbm_gb_per_s) == ("custom-24g-sm86", 936)
     assert plan.device_figures.source["hbm_gb_per_s"] == "given by the operator"

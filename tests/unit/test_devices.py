@@ -1,5 +1,9 @@
 """The device table, what an operator may write instead of a name, and the device of this machine."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
+import psutil
 import pytest
 
 from lowmem import probes
@@ -134,7 +138,7 @@ def test_a_custom_device_is_read_in_any_order():
     ):
         card = devices.load_device(text)
         assert (card.name, card.capability, card.nvml_total_mib, card.torch_total_mib) == (
-            "custom", "8.6", 24576, 24084,
+            "custom-24g-sm86", "8.6", 24576, 24084,
         )  # fmt: skip
         assert (card.hbm_gb_per_s, card.fp16_tflops, card.link_gb_per_s, card.sm_count) == (936, 71, 25, 82)
         assert card.source["fp16_tflops"] == "given by the operator"
@@ -223,7 +227,7 @@ def a_card(**changed):
 def test_a_card_that_is_not_in_the_table_is_estimated_from_what_nvml_tells():
     device = devices.of_card(a_card())
     assert (device.hbm_gb_per_s, device.fp16_tflops, device.sm_count, device.link_gb_per_s) == (
-        768.1, 68.2, 80, 25,
+        768.1, 136.4, 80, 25,
     )  # fmt: skip
     assert device.estimate.startswith("NVIDIA RTX A5500 is not in the table, estimated")
 
@@ -244,3 +248,61 @@ def test_an_unknown_gpu_that_nvml_tells_nothing_about_is_refused_with_what_to_gi
 
 def test_auto_is_this_machine():
     assert devices.load_device("auto").nvml_total_mib > 0
+
+
+class NvmlError(Exception):
+    pass
+
+
+def nvml_of(monkeypatch, slices=0, unified=False):
+    """Play an NVML with one card, in MIG mode or with the CPU's memory, as DGX Spark has it."""
+    module = ModuleType("pynvml")
+
+    def memory(handle, version=None):
+        if unified:
+            raise NvmlError("Not Supported")
+        return SimpleNamespace(total=4864 * MIB if handle == "slice" else 40960 * MIB, free=0, used=0)
+
+    def part(_, number):
+        if number:
+            raise NvmlError("Not Found")
+        return "slice"
+
+    module.NVMLError = NvmlError
+    module.nvmlInit = lambda: None
+    module.nvmlDeviceGetCount = lambda: 1
+    module.nvmlDeviceGetHandleByIndex = lambda _: "whole"
+    module.nvmlDeviceGetMemoryInfo = memory
+    module.nvmlDeviceGetName = lambda handle: (
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb" if handle == "slice" else "NVIDIA A100-SXM4-40GB"
+    )
+    module.nvmlDeviceGetCudaComputeCapability = lambda _: (8, 0)
+    module.nvmlDeviceGetComputeRunningProcesses = lambda _: []
+    module.nvmlDeviceGetMigMode = lambda _: (bool(slices), bool(slices))
+    module.nvmlDeviceGetMaxMigDeviceCount = lambda _: 7
+    module.nvmlDeviceGetMigDeviceHandleByIndex = part
+    module.nvmlDeviceGetMaxClockInfo = lambda _, clock: {1: 1410, 2: 1215}[clock]
+    module.nvmlDeviceGetMemoryBusWidth = lambda _: 5120
+    module.nvmlDeviceGetNumGpuCores = lambda _: 6912
+    module.nvmlDeviceGetMaxPcieLinkGeneration = lambda _: 4
+    monkeypatch.setitem(sys.modules, "pynvml", module)
+
+
+def test_auto_reads_nvml(monkeypatch):
+    nvml_of(monkeypatch)
+    assert devices.load_device("auto").name == "a100-40g"
+    (card,) = probes.cards()
+    assert (card.bus_bits, card.memory_mhz, card.sm_mhz, card.cores) == (5120, 1215, 1410, 6912)
+    assert (card.pcie_generation, card.pcie_lanes) == (4, 0)
+
+
+def test_auto_in_mig_mode_is_the_slice(monkeypatch):
+    nvml_of(monkeypatch, slices=1)
+    assert devices.load_device("auto").name == "a100-40g-mig-1g.5gb"
+
+
+def test_a_card_without_memory_of_its_own_has_the_cpus(monkeypatch):
+    nvml_of(monkeypatch, unified=True)
+    ram = psutil.virtual_memory()
+    assert probes.cards()[0].total_bytes == ram.total
+    assert 0 < probes.Gpus(1).used_bytes()[0] <= ram.total
