@@ -121,7 +121,9 @@ def notes(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]:
     usable = [name for name, rule in tried if _allows(rule, device)]
     if usable and usable[0] != tried[0][0]:
         needs = tried[0][1]["least"]
-        found.append(f"attention: {usable[0]}, since {tried[0][0]} needs {needs} and the card has {has[19:]}")
+        found.append(
+            f"attention: {usable[0]}, since {tried[0][0]} needs {needs} and the card has {device.capability}"
+        )
     rule = _rules("weight_only_below").get(_format(card))
     if rule and not _allows(rule, device):
         found.append(
@@ -132,7 +134,9 @@ def notes(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]:
         found.append(f"all-reduce: NCCL, since {_why_nccl(device, engine.tp)}")
     if device.capability not in _rules("measured_context")["capabilities"]:
         measured = ", ".join(_rules("measured_context")["capabilities"])
-        found.append(f"estimate: CUDA context and NCCL are those measured on {measured}, not on {has[19:]}")
+        found.append(
+            f"estimate: CUDA context and NCCL are those measured on {measured}, not on {device.capability}"
+        )
     if device.arm_host:
         found.append("host: this card comes with an ARM CPU, and the locked wheels are for x86-64; not tried")
     guessed = [k for k, text in device.source.items() if text.startswith("estimated") or "assumed" in text]
