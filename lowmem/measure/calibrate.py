@@ -69,12 +69,25 @@ class Run:
 
 @dataclass(frozen=True)
 class Target:
-    """Constant of one kind, the runs that show it, and what of them it decides."""
+    """Constant, the runs that show it, and what of them it decides.
 
-    name: Callable[[Run], str]
+    `entry` is the run's own of a table, such as its kernel.
+    """
+
+    constant: str
     shows: Callable[[Run], bool]
     planned: Callable[[Plan], float]
     measured: Callable[[Run], float | None]
+    entry: Callable[[Run], str] = lambda _: "any"
+
+    def name(self, run: Run) -> str | None:
+        """Return the full name of the constant for a run; None if this version has none."""
+        section, _, field_name = self.constant.partition(".")
+        table = load_yaml("calibration.yml")[section].get(field_name, {}).get("value")
+        if not isinstance(table, dict):
+            return None if table is None else self.constant
+        own = next((entry for entry in (self.entry(run), "any") if entry in table), None)
+        return own and f"{self.constant}.{own}"
 
 
 def _idle_mib(plan: Plan) -> float:
@@ -98,44 +111,43 @@ def _alone(run: Run) -> bool:
 
 
 def _plain(run: Run) -> bool:
-    """Tell whether a step is one of kernels only: no pipeline, offload or drafts, and captured graphs."""
-    return _one_stage(run) and not run.engine.eager and run.engine.offload == "none"
+    """Tell whether a step is one of a dense model's kernels: no pipeline, offload, drafts or launches."""
+    dense = not run.inputs.card.experts
+    return dense and _one_stage(run) and not run.engine.eager and run.engine.offload == "none"
 
 
 def _one_stage(run: Run) -> bool:
     return run.engine.pp == 1 and run.engine.speculation is None
 
 
+def _kernel(run: Run) -> str:
+    return run.engine.kernel
+
+
 TARGETS = (
-    Target(lambda _: "memory.snapshot_mib", _alone, _idle_mib, lambda run: run.idle_mib),
+    Target("memory.snapshot_mib", _alone, _idle_mib, lambda run: run.idle_mib),
     Target(
-        lambda _: "memory.nccl_base_mib",
+        "memory.nccl_base_mib",
         lambda run: not _alone(run) and run.engine.pp == 1,
         _idle_mib,
         lambda run: run.idle_mib,
     ),
     Target(
-        lambda _: "latency.eager_ms_per_layer",
+        "latency.eager_ms_per_layer",
         lambda run: _one_stage(run) and run.engine.eager and run.engine.offload == "none",
         _step_ms,
         lambda run: run.step_ms,
     ),
+    Target("latency.hbm_efficiency", _plain, _step_ms, lambda run: run.step_ms, _kernel),
+    Target("latency.flop_efficiency", _plain, _prompt_step_ms, lambda run: run.prompt_step_ms, _kernel),
     Target(
-        lambda run: f"latency.hbm_efficiency.{run.engine.kernel}", _plain, _step_ms, lambda run: run.step_ms
-    ),
-    Target(
-        lambda run: f"latency.flop_efficiency.{run.engine.kernel}",
-        _plain,
-        _prompt_step_ms,
-        lambda run: run.prompt_step_ms,
-    ),
-    Target(
-        lambda run: f"latency.link_efficiency.{run.engine.offload}",
+        "latency.link_efficiency",
         lambda run: _one_stage(run) and run.engine.offload != "none",
         _step_ms,
         lambda run: run.step_ms,
+        lambda run: run.engine.offload,
     ),
-    Target(lambda _: "latency.interference_share", _plain, _token_ms, lambda run: run.token_ms),
+    Target("latency.interference_share", _plain, _token_ms, lambda run: run.token_ms),
 )
 """In the order in which they are fitted: each takes those before it as given."""
 
@@ -155,8 +167,9 @@ def calibrate(paths: Sequence[Path], created_utc: str, model: str | None = None)
         raise BadInput(f"the receipts are of several devices ({', '.join(kinds)}); calibrate each by itself")
     constants: dict[str, SiteConstant] = {}
     for target in TARGETS:
-        for name in sorted({target.name(run) for run in runs if target.shows(run)}):
-            shown = [run for run in runs if target.shows(run) and target.name(run) == name]
+        shows = [(target.name(run), run) for run in runs if target.shows(run)]
+        for name in sorted({name for name, _ in shows if name}):
+            shown = [run for own, run in shows if own == name]
             if one := fitted(name, target, shown, constants):
                 constants[name] = one
     if not constants:

@@ -131,9 +131,9 @@ def worth(value):
         (lambda s: s.read_text() + "more: 1\n", "more: Extra inputs are not permitted"),
         (changed("latency.nix", worth(1)), "'latency.nix' is no"),
         (changed("memory", worth(1)), "'memory' is no constant"),
-        (changed("latency.step_ms", worth(0)), "step_ms is 0"),
-        (changed("latency.step_ms", worth(-1)), "greater than or"),
-        (changed("latency.step_ms", 3), "constants.latency.step_ms"),
+        (changed("latency.interference_share", worth(0)), "interference_share is 0"),
+        (changed("latency.interference_share", worth(-1)), "greater than or"),
+        (changed("latency.interference_share", 3), "constants.latency.interference_share"),
         (lambda s: s.read_text().replace("value: ", "value: .nan #", 1), "not a finite number"),
     ],
 )  # fmt: skip
