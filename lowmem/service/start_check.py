@@ -12,13 +12,14 @@ import importlib.metadata
 import os
 import resource
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from lowmem.checkpoint import manifest, own_code
+from lowmem.checkpoint import manifest, own_code, seal
 from lowmem.inputs.devices import load_device
 from lowmem.probes import Card, cards
 from lowmem.schema import Plan
@@ -57,12 +58,15 @@ class Lasting:
     cores: frozenset[int]
     checkpoint: tuple[str, ...]
     unsafe: tuple[str, ...] = ()
+    environment: str = ""
 
 
 def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
     """Yield each obstacle that stays until somebody removes it."""
     if plan.verdict == "impossible":
         yield f"the plan of profile {plan.profile} is impossible: {'; '.join(plan.reasons)}"
+    if seen.environment:
+        yield f"the environment {seen.environment}: run site.yml again, which makes the environment anew"
     if seen.vllm_version.split("+")[0] != plan.vllm_version:
         yield (
             f"the environment has {f'vLLM {seen.vllm_version}' if seen.vllm_version else 'no vLLM'}, the plan"
@@ -169,6 +173,7 @@ def look_at_lasting(plan: Plan) -> Lasting:
         frozenset(os.sched_getaffinity(0)),
         damaged,
         () if damaged else tuple(unsafe_content(plan)),
+        next((f"{sys.prefix} is damaged, {line}" for line in seal.troubles(Path(sys.prefix))), ""),
     )
 
 
