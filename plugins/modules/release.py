@@ -279,6 +279,21 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         )
     beside = store.folder / f".{name}.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        lay_out(module, beside, every)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    for leftover in store.folder.glob(f".{name}.*"):
+        if leftover != beside and own(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    beside.rename(place)
+    return result
+
+
+def lay_out(module: AnsibleModule, beside: Path, every: dict) -> None:
+    """Make the folder of a release, and check its files. OSError where the disk is full."""
+    wanted = module.params
     beside.mkdir(parents=True)
     beside.chmod(0o755)
     for file, content in every.items():
@@ -300,11 +315,6 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         if done[0]:
             shutil.rmtree(beside)
             module.fail_json(msg=f"{file} is not as it should be: {(done[2] or done[1]).strip()}", rc=done[0])
-    for leftover in store.folder.glob(f".{name}.*"):
-        if leftover != beside and own(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-    beside.rename(place)
-    return result
 
 
 def mark(store: Store, name: str, good: bool, check_mode: bool) -> bool:
@@ -556,7 +566,7 @@ def main() -> None:
                 result |= prune_all(module, store, shared)
                 result["changed"] = result["changed"] or bool(result["removed"])
     except OSError as error:
-        module.fail_json(msg=str(error))
+        module.fail_json(msg=str(error) if error.filename else f"{wanted['root']}: {error.strerror or error}")
     module.exit_json(**result, **store.report(wanted["id"] or result.get("id") or store.current))
 
 

@@ -148,6 +148,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.fault("environment-damaged")
 @pytest.mark.parametrize("said", DAMAGE)
 def test_a_damaged_environment_is_named_and_made_anew(
     said: str,
@@ -155,6 +156,7 @@ def test_a_damaged_environment_is_named_and_made_anew(
     build_env: ModuleType,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    fault: Any,
 ) -> None:
     env = sealed()
     (env / "pkg/__pycache__/a.pyc").touch()
@@ -170,6 +172,7 @@ def test_a_damaged_environment_is_named_and_made_anew(
     assert (env / "bin/tool").read_text() == f"#!{env}/bin/python\n"
     assert build_env.stamp_of(env) == spec()["stamp"]
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["env"]
+    fault.saw(f"each named, and the environment made anew beside it: {'; '.join(DAMAGE)}")
 
 
 def test_a_damaged_environment_gives_its_files_to_no_other(

@@ -205,20 +205,27 @@ def ensure(env: Path, spec: dict[str, Any]) -> None:
         mark = env / ".complete"
         for trouble in itertools.islice(seal.troubles(env) if mark.exists() else (), SHOWN):
             say(f"{env.name}: {trouble}")
-        if old := donor(env, spec["stamp"]):
-            clone(old, env)
-            install_wheels(env, spec["wheels"])
-        elif mark.exists():
-            fresh = env.with_name(f".{env.name}.new")
-            build(fresh, spec)
-            clone(fresh, env)
-            shutil.rmtree(fresh)
-        else:
-            build(env, spec)
-        seal.write(env)
-        beside = env / ".complete.new"
-        beside.write_text(json.dumps(spec["stamp"]), encoding="utf-8")
-        beside.replace(mark)
+        fresh = env.with_name(f".{env.name}.new")
+        try:
+            if old := donor(env, spec["stamp"]):
+                clone(old, env)
+                install_wheels(env, spec["wheels"])
+            elif mark.exists():
+                build(fresh, spec)
+                clone(fresh, env)
+            else:
+                build(env, spec)
+            seal.write(env)
+            beside = env / ".complete.new"
+            beside.write_text(json.dumps(spec["stamp"]), encoding="utf-8")
+            beside.replace(mark)
+        except (subprocess.CalledProcessError, OSError):
+            # half of one is of no use, and whoever serves from this disk needs the room
+            if not mark.exists():
+                shutil.rmtree(env, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def main() -> int:
@@ -236,6 +243,12 @@ def main() -> int:
             f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status"
             f" {error.returncode}\n"
         )
+        return 1
+    except shutil.Error as error:  # of a whole tree: one file stands for all
+        sys.stderr.write(f"cannot build {sys.argv[1]}: {error.args[0][0][2]}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"cannot build {sys.argv[1]}: {error}\n")
         return 1
     return 0
 
