@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lowmem.checkpoint import own_code
 from lowmem.checkpoint.architectures import Module, dimensions, modules
 from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
 from lowmem.checkpoint.inventory import Inventory, inventory_of, known_architecture
@@ -193,13 +194,17 @@ def card_from_config(
     source: str,
     header: Mapping[str, Any] | None = None,
     hf_quant_config: Mapping[str, Any] | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> ModelCard:
-    """Make a card from the fields of config.json and, if it lies beside it, hf_quant_config.json.
+    """Make a card from the fields of config.json and, if they lie beside it, hf_quant_config.json and
+    tokenizer_config.json.
 
     `header` holds {dtype, shape} of the safetensors headers by tensor name. Raises BadInput for anything
     unknown.
     """
     published = Published(config, hf_quant_config, header)
+    for line in own_code.refusals(config, tokenizer or {}, own_code.table()):
+        raise BadInput(f"{source}: {line}")
     kind = config.get("model_type")
     named = config.get("architectures")
     plain = not named or (isinstance(named, list) and named[0] == _CLASSES.get(str(kind)))
@@ -498,7 +503,10 @@ def card_from_directory(folder: Path) -> ModelCard:
     header = checkpoint_headers(folder)
     beside = folder / "hf_quant_config.json"
     hf_quant_config = read_config(beside) if beside.exists() else None
-    return card_from_config(config, folder.resolve().name, str(folder), header or None, hf_quant_config)
+    listed = folder / "tokenizer_config.json"
+    tokenizer = read_config(listed) if listed.exists() else None
+    name = folder.resolve().name
+    return card_from_config(config, name, str(folder), header or None, hf_quant_config, tokenizer)
 
 
 def card_from_hub(repo: str) -> ModelCard:
@@ -524,7 +532,8 @@ def card_from_hub(repo: str) -> ModelCard:
             offline = True  # the local cache may still have it, without seconds of retries
         path = hf_hub_download(repo, "config.json", local_files_only=offline)
         config = read_config(Path(path))
-        beside = None if config.get("quantization_config") else _beside(repo, offline)
+        beside = None if config.get("quantization_config") else _beside(repo, "hf_quant_config.json", offline)
+        tokenizer = _beside(repo, "tokenizer_config.json", offline)
         try:
             if offline:
                 raise OSError("offline")
@@ -550,16 +559,18 @@ def card_from_hub(repo: str) -> ModelCard:
             f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it"
             f" ({type(e).__name__}); built-in: {', '.join(names())}"
         ) from None
-    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside)
+    return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside, tokenizer)
 
 
-def _beside(repo: str, offline: bool) -> dict[str, Any] | None:
-    """Return the hf_quant_config.json of a Hugging Face id, in which older ModelOpt keeps its recipe."""
+def _beside(repo: str, name: str, offline: bool) -> dict[str, Any] | None:
+    """Return a JSON file of a Hugging Face id, such as the hf_quant_config.json in which older ModelOpt keeps
+    its recipe; None if there is none.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(repo, "hf_quant_config.json", local_files_only=offline)
+        path = hf_hub_download(repo, name, local_files_only=offline)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
     return read_config(Path(path))

@@ -92,6 +92,8 @@ def checked(name: str, value: Scalar) -> Scalar:
             raise BadInput(
                 f"{name}={value} is above its greatest value {high}; {spec.get('why_max', 'lower it')}"
             )
+    if "only" in spec and result != spec["only"]:
+        raise BadInput(f"{name}={value} is refused: {spec['why']}")
     if "choices" in spec and result not in spec["choices"]:
         raise BadInput(f"{name}={value!r} is not one of {', '.join(spec['choices'])}")
     return result

@@ -12,13 +12,14 @@ import importlib.metadata
 import os
 import resource
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from lowmem.checkpoint import manifest
+from lowmem.checkpoint import manifest, own_code, seal
 from lowmem.inputs.devices import load_device
 from lowmem.probes import Card, cards
 from lowmem.schema import Plan
@@ -56,12 +57,16 @@ class Lasting:
     memlock_unlimited: bool
     cores: frozenset[int]
     checkpoint: tuple[str, ...]
+    unsafe: tuple[str, ...] = ()
+    environment: str = ""
 
 
 def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
     """Yield each obstacle that stays until somebody removes it."""
     if plan.verdict == "impossible":
         yield f"the plan of profile {plan.profile} is impossible: {'; '.join(plan.reasons)}"
+    if seen.environment:
+        yield f"the environment {seen.environment}: run site.yml again, which makes the environment anew"
     if seen.vllm_version.split("+")[0] != plan.vllm_version:
         yield (
             f"the environment has {f'vLLM {seen.vllm_version}' if seen.vllm_version else 'no vLLM'}, the plan"
@@ -82,6 +87,7 @@ def lasting_refusals(plan: Plan, seen: Lasting) -> Iterator[str]:
         )
     for line in seen.checkpoint:
         yield f"{line}; it is not served: run site.yml again, which makes the checkpoint anew"
+    yield from seen.unsafe
 
 
 def passing_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
@@ -160,11 +166,14 @@ def look_at_lasting(plan: Plan) -> Lasting:
     except importlib.metadata.PackageNotFoundError:
         version = ""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    damaged = tuple(checkpoint_troubles(plan))
     return Lasting(
         version,
         soft == resource.RLIM_INFINITY,
         frozenset(os.sched_getaffinity(0)),
-        tuple(checkpoint_troubles(plan)),
+        damaged,
+        () if damaged else tuple(unsafe_content(plan)),
+        next((f"{sys.prefix} is damaged, {line}" for line in seal.troubles(Path(sys.prefix))), ""),
     )
 
 
@@ -185,6 +194,17 @@ def checkpoint_troubles(plan: Plan) -> list[str]:
         return [f"{folder}: {problem}" for problem in manifest.check(listed, folder)]
     except (manifest.ManifestError, OSError) as error:
         return [str(error)]
+
+
+def unsafe_content(plan: Plan) -> list[str]:
+    """List why a whole checkpoint may not be loaded: code of its own, or a format that may hold any."""
+    folder = Path(plan.deploy.model_path) if plan.deploy else None
+    if folder is None or not folder.is_dir():
+        return []
+    found = list(own_code.refusals_of(folder, own_code.table()))
+    if not any(folder.glob("*.safetensors")):
+        found.append("it has no .safetensors file, and no other format of weights is served: convert it")
+    return [f"{folder}: {line}" for line in found]
 
 
 def look_at_passing(plan: Plan) -> Passing:

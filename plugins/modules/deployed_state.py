@@ -55,6 +55,12 @@ options:
     type: list
     elements: str
     default: []
+  sealed:
+    description: Seals of environments (lowmem/checkpoint/seal.py), as glob patterns; the outlines of all
+      files that one names count together.
+    type: list
+    elements: str
+    default: []
   ignored:
     description: Names, as patterns, of files that a run or the service itself writes anew.
     type: list
@@ -123,6 +129,15 @@ def outline(path: Path) -> str:
     except FileNotFoundError:
         return "gone"
     return f"{owner(seen)} {seen.st_size} {seen.st_mtime_ns}" if stat.S_ISREG(seen.st_mode) else owner(seen)
+
+
+def sealed(path: Path) -> str:
+    """The outlines of the files that a seal names, as one digest."""
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return "unreadable"
+    return digest("\n".join(outline(path.parent / name) for name in names).encode())
 
 
 def matches(pattern: str) -> list[Path]:
@@ -227,6 +242,7 @@ def observed(given: dict) -> dict[str, str]:
     ]
     state = {str(path): outline(path) for path in seen}
     state |= {str(path): whole(path) for pattern in given["contents"] for path in below(pattern, ignored)}
+    state |= {str(path): sealed(path) for pattern in given["sealed"] for path in matches(pattern)}
     state |= {str(path): digest(path.read_bytes()) for pattern in MACHINE for path in matches(pattern)}
     state |= sysctls() | units(given["units"]) | tables(given["tables"]) | {"swap": swaps()}
     return state | {url: status(url) for url in given["answers"]}
@@ -249,6 +265,7 @@ def main() -> None:
             "intent": {"type": "dict", "default": {}},
             "contents": texts,
             "outlines": texts,
+            "sealed": texts,
             "ignored": texts,
             "units": texts,
             "tables": {"type": "str", "default": ""},

@@ -104,6 +104,7 @@ author: vllm-lowmem
 RETURN = r"""
 id: {description: The release that was staged, returned: with V(staged), type: str}
 path: {description: Its folder, returned: with V(staged), type: str}
+mended: {description: Files of it that were missing or altered, returned: with V(staged), type: list}
 current: {description: Id of the release that is served from the next start on; empty where there is none,
   returned: always, type: str}
 running: {description: Ids of the releases that servers run from now, returned: always, type: list}
@@ -204,6 +205,11 @@ class Store:
         }
 
     def switch(self, name: str) -> None:
+        if self.link.is_dir() and not self.link.is_symlink():
+            raise FileExistsError(
+                f"{self.link} is a folder, and this project has a link there: move it away, and run this"
+                " again"
+            )
         point(self.link, f"releases/{name}")
 
 
@@ -267,10 +273,12 @@ def stage(module: AnsibleModule, store: Store) -> dict:
     every = {**wanted["files"], **wanted["private"]}
     name = f"{wanted['name']}-{digest(every, wanted['links'])}"
     place = store.folder / name
-    result = {"changed": not place.is_dir() or store.current != name, "id": name, "path": str(place)}
+    damaged = [] if not place.is_dir() else damage(place, every, wanted["links"])
+    changed = not place.is_dir() or store.current != name or bool(damaged)
+    result = {"changed": changed, "id": name, "path": str(place), "mended": damaged}
     if result["changed"]:
         result["diff"] = differences(store, place, wanted["files"])
-    if place.is_dir() or module.check_mode:
+    if module.check_mode or (place.is_dir() and not damaged):
         return result
     gone = [target for target in wanted["links"].values() if not Path(target).exists()]
     if gone:
@@ -279,6 +287,40 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         )
     beside = store.folder / f".{name}.{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
+    try:
+        lay_out(module, beside, every)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    for leftover in store.folder.glob(f".{name}.*"):
+        if leftover != beside and own(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if damaged:
+        # one by one, since a server runs from this folder, and its marks stay
+        for file in damaged:
+            (beside / file).replace(place / file)
+        shutil.rmtree(beside)
+    else:
+        beside.rename(place)
+    return result
+
+
+def damage(place: Path, files: dict, links: dict) -> list:
+    """Names of what is not as the release was made."""
+
+    def target(name: str) -> str:
+        try:
+            return str((place / name).readlink())
+        except OSError:
+            return ""
+
+    altered = [name for name, text in files.items() if text_of(place / name) != text]
+    return altered + [name for name, path in links.items() if target(name) != path]
+
+
+def lay_out(module: AnsibleModule, beside: Path, every: dict) -> None:
+    """Make the folder of a release, and check its files. OSError where the disk is full."""
+    wanted = module.params
     beside.mkdir(parents=True)
     beside.chmod(0o755)
     for file, content in every.items():
@@ -300,11 +342,6 @@ def stage(module: AnsibleModule, store: Store) -> dict:
         if done[0]:
             shutil.rmtree(beside)
             module.fail_json(msg=f"{file} is not as it should be: {(done[2] or done[1]).strip()}", rc=done[0])
-    for leftover in store.folder.glob(f".{name}.*"):
-        if leftover != beside and own(leftover):
-            shutil.rmtree(leftover, ignore_errors=True)
-    beside.rename(place)
-    return result
 
 
 def mark(store: Store, name: str, good: bool, check_mode: bool) -> bool:
@@ -556,7 +593,8 @@ def main() -> None:
                 result |= prune_all(module, store, shared)
                 result["changed"] = result["changed"] or bool(result["removed"])
     except OSError as error:
-        module.fail_json(msg=str(error))
+        unnamed = error.errno and not error.filename
+        module.fail_json(msg=f"{wanted['root']}: {error.strerror}" if unnamed else str(error))
     module.exit_json(**result, **store.report(wanted["id"] or result.get("id") or store.current))
 
 

@@ -107,6 +107,64 @@ def test_what_a_killed_run_left_is_no_release(release: Release, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "releases").iterdir()] == [name]
 
 
+@pytest.mark.fault("current-missing")
+@pytest.mark.parametrize("how", ["gone", "to nothing", "a folder"])
+def test_a_link_to_the_current_release_that_is_lost(
+    how: str, release: Release, tmp_path: Path, fault: Any
+) -> None:
+    (tmp_path / "etc").mkdir()
+    first = stage(release, tmp_path, "one\n")["id"]
+    release("current", id=first, shown=["plan.json"])
+    release("proven", id=first, environments="vllm")
+    current = tmp_path / "current"
+    current.unlink()
+    if how == "to nothing":
+        current.symlink_to("releases/removed-by-hand")
+    if how == "a folder":
+        current.mkdir()
+    seen = release("read")
+    # what an upgrade and a rollback go by, and nothing is pruned for a link that names nothing
+    assert seen["current"] == ("removed-by-hand" if how == "to nothing" else "")
+    assert seen["fallback"] == first
+    again = stage(release, tmp_path, "one\n")
+    assert (again["id"], again["changed"], again["mended"]) == (first, True, [])
+    done = release("current", id=first, shown=["plan.json"])
+    if how == "a folder":
+        assert done["msg"] == (
+            f"{current} is a folder, and this project has a link there: move it away, and run this again"
+        )
+        current.rmdir()
+        done = release("current", id=first, shown=["plan.json"])
+    assert (done["changed"], done["current"]) == (True, first)
+    assert (tmp_path / "etc/plan.json").read_text() == "{}\n"
+    assert [path.name for path in tmp_path.glob(".current*")] == []
+    fault.saw(
+        "gone, to nothing, or a folder in its place: the next play sets it, or says that a folder is there"
+    )
+
+
+def test_a_damaged_release_is_mended_file_by_file(release: Release, tmp_path: Path) -> None:
+    made = stage(release, tmp_path, "one\n")
+    folder = Path(made["path"])
+    release("proven", id=made["id"], environments="vllm")
+    (folder / "receipt.json").write_text("{}")
+    (folder / "low_mem.sh").write_text("tw")
+    (folder / "engine.env").unlink()
+    (folder / "env").unlink()
+    assert stage(release, tmp_path, "one\n", _ansible_check_mode=True)["mended"] == [
+        "low_mem.sh",
+        "engine.env",
+        "env",
+    ]
+    assert not (folder / "env").is_symlink()
+    again = stage(release, tmp_path, "one\n")
+    assert (again["changed"], again["mended"]) == (True, ["low_mem.sh", "engine.env", "env"])
+    assert (folder / "low_mem.sh").read_text() == "one\n"
+    assert ((folder / "engine.env").stat().st_mode & 0o777, (folder / "env").exists()) == (0o600, True)
+    assert ((folder / "receipt.json").read_text(), (folder / ".proven").exists()) == ("{}", True)
+    assert [path.name for path in (tmp_path / "releases").iterdir()] == [made["id"]]
+
+
 def test_the_switch_is_a_rename_and_shows_the_files_in_etc(release: Release, tmp_path: Path) -> None:
     first, second = (stage(release, tmp_path, text)["id"] for text in ("one\n", "two\n"))
     (tmp_path / "etc").mkdir()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lowmem.checkpoint import lock, manifest
+from lowmem.checkpoint import lock, manifest, own_code, seal
 
 from .stub_hub import COMMIT, FILES, StubHub
 from .support import HOST, PYTHON, REPOSITORY, include, play
@@ -27,7 +27,7 @@ def scripts() -> Iterator[Callable[[str, str], ModuleType]]:
     """scripts(role, name): a script under roles/<role>/files as a module; what it imports of its neighbours
     on the host is lowmem's.
     """
-    sys.modules |= {"manifest": manifest, "lock": lock}
+    sys.modules |= {"manifest": manifest, "lock": lock, "own_code": own_code, "seal": seal}
     path = list(sys.path)
 
     def load(role: str, name: str) -> ModuleType:
@@ -41,7 +41,8 @@ def scripts() -> Iterator[Callable[[str, str], ModuleType]]:
 
     yield load
     sys.path[:] = path
-    del sys.modules["manifest"], sys.modules["lock"]
+    for name in ("manifest", "lock", "own_code", "seal"):
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

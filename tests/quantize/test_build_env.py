@@ -112,6 +112,84 @@ def test_other_local_wheels_make_another_environment_from_the_one_that_is_there(
     assert calls == ["build", "wheels", "build"]
 
 
+@pytest.fixture
+def sealed(build_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Path]:
+    """sealed(name, digest): an environment of one package, which counts in `built` how often it was built."""
+
+    def build(env: Path, spec: dict[str, Any]) -> None:
+        with (tmp_path / "built").open("a") as file:
+            file.write(f"{env.name}\n")
+        (env / "bin").mkdir(parents=True)
+        (env / "bin/python").touch()
+        (env / "bin/tool").write_text(f"#!{env}/bin/python\n")
+        (env / "pkg/__pycache__").mkdir(parents=True)
+        (env / "pkg/a.py").write_text("a = 1\n")
+        (env / "pkg/b.so").write_text("b" * 100)
+        (env / "lib64").symlink_to("pkg")
+
+    monkeypatch.setattr(build_env, "build", build)
+    monkeypatch.setattr(build_env, "install_wheels", lambda env, wheels: None)
+    monkeypatch.setattr(build_env, "works", lambda env: (env / "bin/python").exists())
+
+    def make(name: str = "env", *wheels: str) -> Path:
+        build_env.ensure(tmp_path / name, spec(wheels=wheels))
+        return tmp_path / name
+
+    return make
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "pkg/a.py: missing": lambda env: (env / "pkg/a.py").unlink(),
+    "pkg/b.so: altered": lambda env: (env / "pkg/b.so").write_text("c" * 100),
+    "bin/tool: altered": lambda env: (env / "bin/tool").write_text(""),
+    "lib64: missing": lambda env: (env / "lib64").unlink(),
+    ".files.json: unreadable (JSONDecodeError)": lambda env: (env / ".files.json").write_text("{"),
+    ".files.json: unreadable (AttributeError)": lambda env: (env / ".files.json").write_text("[]"),
+}
+
+
+@pytest.mark.fault("environment-damaged")
+@pytest.mark.parametrize("said", DAMAGE)
+def test_a_damaged_environment_is_named_and_made_anew(
+    said: str,
+    sealed: Callable[..., Path],
+    build_env: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fault: Any,
+) -> None:
+    env = sealed()
+    (env / "pkg/__pycache__/a.pyc").touch()
+    (env / "pkg/later.json").touch()  # what a program adds is no damage
+    sealed()
+    assert (tmp_path / "built").read_text() == "env\n"
+    DAMAGE[said](env)
+    assert build_env.stamp_of(env) is None
+    sealed()
+    assert f"env: {said}\n" in capsys.readouterr().out
+    # beside it first, so that it is away for a moment only
+    assert (tmp_path / "built").read_text() == "env\n.env.new\n"
+    assert (env / "bin/tool").read_text() == f"#!{env}/bin/python\n"
+    assert build_env.stamp_of(env) == spec()["stamp"]
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["env"]
+    fault.saw(f"each named, and the environment made anew beside it: {'; '.join(DAMAGE)}")
+
+
+def test_a_damaged_environment_gives_its_files_to_no_other(
+    sealed: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Both names of a hard link show what was written to one; a file that was removed is missing in one."""
+    first, second = sealed("env-1", "1/lowmem-1.whl"), sealed("env-2", "2/lowmem-1.whl")
+    assert (tmp_path / "built").read_text() == "env-1\n"
+    (first / "pkg/a.py").unlink()
+    sealed("env-1", "1/lowmem-1.whl")
+    assert (first / "pkg/a.py").samefile(second / "pkg/a.py")
+    (first / "pkg/a.py").write_text("a = 2\n")
+    sealed("env-1", "1/lowmem-1.whl")
+    assert (tmp_path / "built").read_text() == "env-1\n.env-1.new\n"
+    assert (first / "pkg/a.py").read_text() == "a = 1\n"
+
+
 def test_another_lock_is_another_build(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
     build_env.ensure(tmp_path / "env", spec("d"))
     build_env.ensure(tmp_path / "env", spec("e"))
@@ -154,7 +232,8 @@ def test_an_environment_built_through_a_link_is_whole_while_the_link_is_there(
         == f"{tmp_path}/data/env-2"
     )
     build_env.ensure(tmp_path / "data/env", spec())
-    assert made == [tmp_path / "link/env", tmp_path / "data/env"]
+    assert made == [tmp_path / "link/env", tmp_path / "data/.env.new"]
+    assert not (tmp_path / "data/.env.new").exists()
     assert (
         subprocess.check_output([tmp_path / "data/env/bin/pip"], text=True).strip() == f"{tmp_path}/data/env"
     )
@@ -171,11 +250,12 @@ def test_scripts_of_a_path_that_is_too_long_for_a_first_line(build_env: ModuleTy
 def test_it_is_asked_without_being_changed(build_env: ModuleType, calls: list[str], tmp_path: Path) -> None:
     script = REPOSITORY / "roles/python_env/files/build_env.py"
     asked = [sys.executable, str(script), str(tmp_path / "env")]
-    assert subprocess.check_output(asked, text=True) == "null\n"
+    beside = {"PYTHONPATH": str(REPOSITORY / "lowmem/checkpoint"), "PYTHONDONTWRITEBYTECODE": "1"}
+    assert subprocess.check_output(asked, text=True, env=beside) == "null\n"
     assert list(tmp_path.iterdir()) == []
     venv(tmp_path / "env")
     (tmp_path / "env/.complete").write_text('{"digest": "d"}')
-    assert subprocess.check_output(asked, text=True) == '{"digest": "d"}\n'
+    assert subprocess.check_output(asked, text=True, env=beside) == '{"digest": "d"}\n'
 
 
 def preflight(*arguments: str) -> str:

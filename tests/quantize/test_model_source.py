@@ -22,6 +22,10 @@ from .support import HOST, PYTHON, REPOSITORY, include, play
 
 PATTERNS = ["*.safetensors", "*.json"]
 SCRIPTS = REPOSITORY / "roles/model_source/files"
+OWN_CODE = {
+    "own_code": (REPOSITORY / "lowmem/checkpoint/own_code.py").read_text(),
+    "native": json.loads((REPOSITORY / "lowmem/data/native_types.json").read_text()),
+}
 
 
 def spec(models: Path, source: dict[str, Any]) -> dict[str, Any]:
@@ -67,7 +71,7 @@ def preflight(what: dict[str, Any], endpoint: str = "http://127.0.0.1:9", token:
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "preflight.py"), json.dumps(what)],
         env={"HF_ENDPOINT": endpoint},
-        input=token,
+        input=f"{token}\n{json.dumps(OWN_CODE)}",
         capture_output=True,
         text=True,
         check=False,
@@ -315,6 +319,25 @@ def test_preflight_reads_the_size_from_the_hub(
     other = from_hub(tmp_path)
     other["source"]["revision"] = "f" * 40
     assert "404; no such repository or revision" in preflight(other, hub.endpoint)
+
+
+EVIL = {"model_type": "evil", "auto_map": {"AutoConfig": "configuration_evil.EvilConfig"}}
+
+
+def test_a_checkpoint_with_code_of_its_own_is_refused_before_it_comes(
+    tmp_path: Path, checkpoint: Path, scripts: Callable[[str, str], Any]
+) -> None:
+    (checkpoint / "config.json").write_text(json.dumps(EVIL))
+    said = "config.json: model_type 'evil' needs the code 'configuration_evil.EvilConfig' of auto_map"
+    assert preflight(local(tmp_path, checkpoint)).startswith(f"model_source_path {checkpoint}: {said}")
+    module = scripts("model_source", "fetch_model")
+    with pytest.raises(module.SourceError, match="needs the code 'configuration_evil"):
+        module.look_at(checkpoint)
+    evil = StubHub({**FILES, "config.json": json.dumps(EVIL).encode()}, COMMIT)
+    try:
+        assert preflight(from_hub(tmp_path), evil.endpoint).startswith(f"owner/name at {COMMIT}: {said}")
+    finally:
+        evil.close()
 
 
 def test_space_is_counted_in_gib(

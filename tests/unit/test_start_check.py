@@ -130,6 +130,10 @@ def test_what_does_not_pass_by_itself(two_cards: Plan, on_cpu: Plan) -> None:
         "VLLM_CPU_OMP_THREADS_BIND is 0-1, and this service may not run on core 1: "
         "set it in vllm_service_extra_environment to cores of this host"
     ]
+    assert lasting(on_cpu, environment="/e is damaged, pkg/a.py: missing") == [
+        "the environment /e is damaged, pkg/a.py: missing: run site.yml again, which makes the environment"
+        " anew"
+    ]
     assert lasting(on_cpu, checkpoint=("/m: model.safetensors: missing, /m does not have it",)) == [
         "/m: model.safetensors: missing, /m does not have it; it is not served: run site.yml again, which"
         " makes the checkpoint anew"

@@ -56,7 +56,7 @@ def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str,
         safetensors=True,
         trust_remote_code=False,
     )
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     awq.quantize(
         tokenizer,
         quant_config={

@@ -47,6 +47,7 @@ def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str,
         # sample in the model's own type, which passes float16's 65,504 ("No finite loss was found", H100,
         # SmolLM2) and never bfloat16's range
         dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+        trust_remote_code=False,
     )
     weights = {
         "num_bits": recipe["bits"],
@@ -70,4 +71,4 @@ def quantize(model: Path, out: Path, samples: list[list[int]], recipe: dict[str,
     )
     say("writing the quantized model")
     network.save_pretrained(out, save_compressed=True)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
+    AutoTokenizer.from_pretrained(model, trust_remote_code=False).save_pretrained(out)

@@ -33,7 +33,7 @@ def windows(tokens: list[int], length: int) -> torch.Tensor:
 def perplexity(folder: Path, text: str, window: int = 256) -> float:
     """exp of the mean negative log likelihood of each token after the first of its window, in float32."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"):
@@ -51,7 +51,10 @@ def perplexity(folder: Path, text: str, window: int = 256) -> float:
         return module
 
     tokens = windows(
-        AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"], window
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(text, add_special_tokens=False)[
+            "input_ids"
+        ],
+        window,
     ).to(device)
     embedding = fill(core.embed_tokens, "model.embed_tokens")
     hidden = embedding(tokens)

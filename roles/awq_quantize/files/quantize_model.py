@@ -279,7 +279,7 @@ def work(spec: dict[str, Any], recipe: dict[str, Any], recipe_sha256: str) -> No
     from perplexity import perplexity
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     tokens = [tokenizer(text)["input_ids"] for text in passages(Path(spec["calibration"]))]
     samples = blocks(tokens, recipe["sample_tokens"], recipe["calibration_tokens"])
     held_back = Path(spec["perplexity"]).read_text(encoding="utf-8")

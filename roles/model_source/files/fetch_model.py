@@ -33,6 +33,7 @@ from typing import Any
 
 import lock
 import manifest
+import own_code
 
 MIB = 2**20
 REPORT_EVERY_S = 5.0
@@ -265,12 +266,16 @@ FETCH: dict[str, Callable[[dict[str, Any], Path, str], None]] = {
 
 
 def look_at(folder: Path) -> None:
-    """SourceError or ManifestError unless this is a checkpoint whose files are as long as they say."""
+    """SourceError or ManifestError unless this is a checkpoint whose files are as long as they say, and that
+    needs no code of its own.
+    """
     if not (folder / "config.json").is_file():
         raise SourceError("the source has no config.json: it is no checkpoint")
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise SourceError("the source has no .safetensors file; other weight formats are not served")
+    for line in own_code.refusals_of(folder, own_code.table()):
+        raise SourceError(line)
     for path in shards:
         manifest.safetensors_header(path)
 

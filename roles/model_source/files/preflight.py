@@ -1,5 +1,6 @@
 """Whether a model can be fetched to here: `preflight.py SPEC`, the JSON object of fetch_model.py and
-{need_bytes}; a token for the hub as the line on stdin.
+{need_bytes}. On stdin a token for the hub as the first line, then a JSON object {own_code, native}: the
+source of lowmem/checkpoint/own_code.py and its table.
 
 Says what is wrong in one line on stderr, with status 1. Changes nothing. Standard library only.
 """
@@ -9,24 +10,51 @@ import os
 import re
 import shutil
 import sys
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 TIMEOUT_S = 20
+LIMIT_BYTES = 64 * 2**20
+ASKED_FOR_CODE = ("config.json", "tokenizer_config.json")
 
 
-def remote_bytes(source: dict, endpoint: str, token: str) -> tuple[int, str | None]:
-    """Size of the repository at the revision, and what is wrong with asking for it."""
-    url = f"{endpoint}/api/models/{source['repository']}/revision/{source['revision']}?blobs=true"
-    if not url.startswith(("http://", "https://")):
-        return 0, f"HF_ENDPOINT {endpoint} is no http(s) address"
-    request = urllib.request.Request(  # noqa: S310  checked above
-        url, headers={"Authorization": f"Bearer {token}"} if token else {}
-    )
-    try:
+class OwnCode:
+    """Refuses a checkpoint that needs code of its own."""
+
+    def __init__(self, given: dict) -> None:
+        self.module = types.ModuleType("own_code")
+        exec(compile(given["own_code"], "own_code.py", "exec"), self.module.__dict__)  # noqa: S102  the role's own
+        self.native = given["native"]
+
+    def of_folder(self, folder: Path) -> str | None:
+        return next(self.module.refusals_of(folder, self.native), None)
+
+    def of_objects(self, config: dict, tokenizer: dict) -> str | None:
+        return next(self.module.refusals(config, tokenizer, self.native), None)
+
+
+def remote_bytes(source: dict, endpoint: str, token: str, own_code: OwnCode) -> tuple[int, str | None]:
+    """Size of the repository at the revision, and what is wrong with it or with asking for it."""
+
+    def ask(path: str) -> dict:
+        request = urllib.request.Request(  # noqa: S310  checked below
+            f"{endpoint}/{path}", headers={"Authorization": f"Bearer {token}"} if token else {}
+        )
         with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            info = json.load(answer)
+            value = json.loads(answer.read(LIMIT_BYTES))
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is no JSON object")
+        return value
+
+    if not endpoint.startswith(("http://", "https://")):
+        return 0, f"HF_ENDPOINT {endpoint} is no http(s) address"
+    repository, revision = source["repository"], source["revision"]
+    try:
+        files = ask(f"api/models/{repository}/revision/{revision}?blobs=true").get("siblings", [])
+        names = {file.get("rfilename") for file in files}
+        found = [ask(f"{repository}/resolve/{revision}/{n}") if n in names else {} for n in ASKED_FOR_CODE]
     except urllib.error.HTTPError as error:
         hint = {
             401: "set model_source_token",
@@ -36,16 +64,17 @@ def remote_bytes(source: dict, endpoint: str, token: str) -> tuple[int, str | No
         return (
             0,
             (
-                f"{source['repository']} at {source['revision']}: {endpoint} says {error.code};"
+                f"{repository} at {revision}: {endpoint} says {error.code};"
                 f" {hint.get(error.code, 'try later')}"
             ),
         )
-    except (OSError, ValueError) as error:
-        return 0, f"{endpoint} cannot be asked for {source['repository']}: {error}"
-    return sum(file.get("size") or 0 for file in info.get("siblings", [])), None
+    except (OSError, ValueError, RecursionError) as error:
+        return 0, f"{endpoint} cannot be asked for {repository}: {error}"
+    refused = own_code.of_objects(*found)
+    return sum(file.get("size") or 0 for file in files), refused and f"{repository} at {revision}: {refused}"
 
 
-def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
+def source_trouble(source: dict, need_bytes: int, token: str, own_code: OwnCode) -> tuple[int, str | None]:
     """Bytes that the source will bring, and what is wrong with it."""
     if source["type"] == "local":
         path = Path(source["path"])
@@ -56,7 +85,9 @@ def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
                 0,
                 f"model_source_path {path}: no checkpoint there (config.json and *.safetensors are needed)",
             )
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), None
+        refused = own_code.of_folder(path)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return size, refused and f"model_source_path {path}: {refused}"
     if source["type"] == "huggingface":
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", source["repository"]):
             return 0, f"model_source_repository {source['repository']!r} is not of the form owner/name"
@@ -71,7 +102,8 @@ def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
         return remote_bytes(
             source,
             os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/"),
-            sys.stdin.readline().strip(),
+            token,
+            own_code,
         )
     if not re.fullmatch(r"[0-9a-f]{64}", source["sha256"]):
         return (
@@ -81,7 +113,7 @@ def source_trouble(source: dict, need_bytes: int) -> tuple[int, str | None]:
     return need_bytes, None
 
 
-def trouble(spec: dict) -> str | None:
+def trouble(spec: dict, token: str, own_code: OwnCode) -> str | None:
     if not re.fullmatch(r"[\w][\w.-]*", spec["name"]):
         return f"model_source_name {spec['name']!r}: use letters, digits, '.', '_' and '-'"
     models = Path(spec["models"])
@@ -93,7 +125,7 @@ def trouble(spec: dict) -> str | None:
             return None
     except (OSError, ValueError, KeyError):
         pass
-    size, problem = source_trouble(spec["source"], spec["need_bytes"])
+    size, problem = source_trouble(spec["source"], spec["need_bytes"], token, own_code)
     if problem:
         return problem
     folder = next(parent for parent in (models, *models.parents) if parent.exists())
@@ -108,5 +140,6 @@ def trouble(spec: dict) -> str | None:
     return None
 
 
-if problem := trouble(json.loads(sys.argv[1])):
+first_line = sys.stdin.readline().strip()
+if problem := trouble(json.loads(sys.argv[1]), first_line, OwnCode(json.load(sys.stdin))):
     sys.exit(problem)

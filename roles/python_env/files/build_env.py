@@ -8,13 +8,15 @@ An environment is never changed once it is complete: other wheels are another fo
 the old one keeps it. The new one is then made of hard links to an old one with the same lock, in seconds and
 without room of its own.
 
-The environment counts as complete when its `.complete` file exists, which is written last: an interrupted
-build leaves none and is begun again. Two runs at once are kept apart by a lock; the second finds the work
-done.
+The environment counts as complete when its `.complete` file exists, which is written last, and all its files
+are as they were then (seal.py): an interrupted build leaves no such file and is begun again. A damaged
+environment is made anew beside it, and takes its place in seconds, since a server may run in it. Two runs at
+once are kept apart by a lock; the second finds the work done.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -26,6 +28,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+# beside this file on the host; both come along where a stamp is only read
+import lock
+import seal
+
+SHOWN = 3
 BUILD_TOOLS = ("setuptools", "wheel")  # what the few packages without a wheel are built with
 
 
@@ -125,13 +132,13 @@ def works(env: Path) -> bool:
 
 
 def stamp_of(env: Path) -> dict[str, Any] | None:
-    """What a complete environment was built from; None where it is not complete, or its Python does not
-    start.
+    """What a complete environment was built from; None where it is not complete or is damaged, or its Python
+    does not start.
     """
     mark = env / ".complete"
-    stamp: dict[str, Any] | None = (
-        json.loads(mark.read_text(encoding="utf-8")) if mark.exists() and works(env) else None
-    )
+    if not mark.exists() or not works(env) or next(seal.troubles(env), None):
+        return None
+    stamp: dict[str, Any] = json.loads(mark.read_text(encoding="utf-8"))
     return stamp
 
 
@@ -169,8 +176,9 @@ def clone(old: Path, env: Path) -> None:
     names = b"|".join(re.escape(os.fsencode(path)) for path in (home(old) or old, old, old.resolve()))
     named = re.compile(rb"(?:" + names + rb")(?![\w.-])")
     shutil.copytree(
-        old.resolve(), env, symlinks=True, copy_function=link, ignore=shutil.ignore_patterns(".complete")
-    )
+        old.resolve(), env, symlinks=True, copy_function=link,
+        ignore=shutil.ignore_patterns(".complete", seal.NAME),
+    )  # fmt: skip
     for path in [env / "pyvenv.cfg", *(env / "bin").iterdir()]:
         content = b"" if path.is_symlink() or not path.is_file() else path.read_bytes()
         if named.search(content):
@@ -188,8 +196,6 @@ class Foreign(Exception):
 def ensure(env: Path, spec: dict[str, Any]) -> None:
     """Build the environment unless it is complete. Foreign for a folder of somebody else in its place."""
     env.parent.mkdir(parents=True, exist_ok=True)
-    import lock  # beside this file on the host; what only reads a stamp is sent alone
-
     if foreign := lock.refusal_to_replace(env, env / ".complete"):
         raise Foreign(foreign)
     waiting = f"{env.name}: waiting for another run that is building it"
@@ -197,15 +203,29 @@ def ensure(env: Path, spec: dict[str, Any]) -> None:
         if stamp_of(env) == spec["stamp"]:
             return
         mark = env / ".complete"
-        mark.unlink(missing_ok=True)
-        if old := donor(env, spec["stamp"]):
-            clone(old, env)
-            install_wheels(env, spec["wheels"])
-        else:
-            build(env, spec)
-        beside = env / ".complete.new"
-        beside.write_text(json.dumps(spec["stamp"]), encoding="utf-8")
-        beside.replace(mark)
+        for trouble in itertools.islice(seal.troubles(env) if mark.exists() else (), SHOWN):
+            say(f"{env.name}: {trouble}")
+        fresh = env.with_name(f".{env.name}.new")
+        try:
+            if old := donor(env, spec["stamp"]):
+                clone(old, env)
+                install_wheels(env, spec["wheels"])
+            elif mark.exists():
+                build(fresh, spec)
+                clone(fresh, env)
+            else:
+                build(env, spec)
+            seal.write(env)
+            beside = env / ".complete.new"
+            beside.write_text(json.dumps(spec["stamp"]), encoding="utf-8")
+            beside.replace(mark)
+        except (subprocess.CalledProcessError, OSError):
+            # half of one is of no use, and whoever serves from this disk needs the room
+            if not mark.exists():
+                shutil.rmtree(env, ignore_errors=True)
+            raise
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def main() -> int:
@@ -223,6 +243,12 @@ def main() -> int:
             f"cannot build {sys.argv[1]}: step '{' '.join(error.cmd[:8])} …' ended with status"
             f" {error.returncode}\n"
         )
+        return 1
+    except shutil.Error as error:  # of a whole tree: one file stands for all
+        sys.stderr.write(f"cannot build {sys.argv[1]}: {error.args[0][0][2]}\n")
+        return 1
+    except OSError as error:
+        sys.stderr.write(f"cannot build {sys.argv[1]}: {error}\n")
         return 1
     return 0
 
