@@ -17,7 +17,7 @@ import http
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +65,11 @@ COMPILE_S = 1.0
 
 LOOP_BYTES = 2**16
 """Size of a body from which on a thread parses it, in bytes, and the event loop goes on."""
+
+UNCOMPILED = b"Internal server error"
+"""What vLLM 0.32.0 says with status 500 of a grammar that its compiler refuses (entrypoints/generate/base).
+It says something else of an engine that has died.
+"""
 
 READ_S = 2.0
 """Time after which a client that does not read its answer loses its place; the engine does not wait."""
@@ -182,7 +187,7 @@ class Admission:
         answer = path.startswith("/v1/responses/") and path.endswith("/cancel")
         key: str = scope.get(CLIENT, "")
         try:
-            if path not in SERVED and not answer:
+            if not answer and (path not in SERVED or path not in _routes(scope)):
                 raise Refusal(f"POST {path[:80]} is not served here", status=404, code="not_found")
             async with self._read(scope, key, receive) as body:
                 await self.pace.body(key, len(body))
@@ -225,8 +230,10 @@ class Admission:
             ticket.work.prompt * self.limits.prompt_token_s, self.queue.computed, ticket
         )  # an answer that is no stream shows nothing of its prompt
 
+        failed: MutableMapping[str, Any] | None = None
+
         async def send(message: MutableMapping[str, Any]) -> None:
-            nonlocal compiling
+            nonlocal compiling, failed
             if message.get("status", 0) >= http.HTTPStatus.BAD_REQUEST:  # the engine refuses
                 self.queue.leave(ticket)
                 await self.pace.refusal(request.key)
@@ -235,8 +242,23 @@ class Admission:
                 if compiling:
                     compiling = False
                     self.queue.compiled(ticket)
+            if message.get("status") == http.HTTPStatus.INTERNAL_SERVER_ERROR and ticket.work.grammar:
+                failed = message  # its body says whose fault it is
+                return
             unread = loop.call_later(READ_S, self.queue.leave, ticket)
             try:
+                if failed and UNCOMPILED in message.get("body", b""):
+                    await _refuse(
+                        request.send,
+                        Refusal(
+                            "the engine cannot compile what has to constrain the"
+                            " answer: a grammar that never ends, or too great a pattern; simplify it"
+                        ),
+                    )
+                    return
+                if failed:
+                    await request.send(failed)
+                    failed = None
                 await request.send(message)
             finally:
                 unread.cancel()
@@ -331,6 +353,12 @@ def _replay(body: bytes, then: Receive) -> Receive:
         return await then()
 
     return receive
+
+
+def _routes(scope: Scope) -> Container[str]:
+    """Return the paths of the app that the server gives in `scope`; without one, every path is its own."""
+    app = scope.get("app")
+    return {getattr(route, "path", "") for route in app.routes} if app is not None else SERVED
 
 
 def _too_large(size: str, limits: AdmissionLimits) -> Refusal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,6 +153,8 @@ def _check_values(body: dict[str, Any], limits: AdmissionLimits) -> None:
                 f"{key.encode('ascii', 'replace').decode()[:80]} has half of a surrogate pair, which is no"
                 " character; correct it"
             )
+        if key == "arguments" and isinstance(node, str) and _levels(node) > limits.json_depth:
+            raise over(key, f"{_levels(node)} levels", limits.json_depth, "levels of a call's arguments")
         objects += isinstance(node, dict)
         if objects > limits.json_objects:
             raise over("the body", f"{objects} objects", limits.json_objects, "objects of a body")
@@ -170,6 +173,18 @@ def _check_values(body: dict[str, Any], limits: AdmissionLimits) -> None:
 
 _LENGTH_PENALTY = 10
 """Greatest exponent of a length in a beam's score, which the engine computes after the whole answer."""
+
+
+def _levels(text: str) -> int:
+    """Return the levels of a JSON text's lists and objects, an upper bound: brackets in texts count too."""
+    level = deepest = 0
+    for found in _BRACKET.finditer(text):
+        level = level + 1 if found[0] in "[{" else max(0, level - 1)
+        deepest = max(deepest, level)
+    return deepest
+
+
+_BRACKET = re.compile(r"[][{}]")
 
 
 def _unpaired(text: str) -> bool:

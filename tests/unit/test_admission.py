@@ -353,6 +353,41 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         "tools",
         "more than the limit of 500",
     ),
+    "optional parts": (structured(regex=".?" * 32), "structured_outputs.regex", "1032 items"),
+    "optional parts behind what is escaped": (
+        structured(regex=r"\(?" * 32),
+        "structured_outputs.regex",
+        "1036 items",
+    ),
+    "optional parts that repeat": (
+        formatted({"patternProperties": {"(.?){30}": {}}}),
+        "response_format",
+        "items, more than the limit of 500",
+    ),
+    "optional parts of a property": (
+        formatted({"type": "string", "pattern": "[a-z?]?" * 30}),
+        "response_format",
+        "items, more than the limit of 500",
+    ),
+    "a repetition of many digits": (
+        structured(regex="a{2147483648}"),
+        "structured_outputs.regex",
+        "214748364 repetitions, more than the limit of 250",
+    ),
+    "structured outputs as a list": (
+        {"prompt": "x", "structured_outputs": [{"choice": ["a"]}]},
+        "structured_outputs",
+        "structured_outputs is no object",
+    ),
+    "arguments that are deep": (
+        chat(
+            messages=[
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 3000}}]}
+            ]
+        ),
+        "arguments",
+        "3000 levels, more than the limit of 64",
+    ),
     "media": (
         picture({"url": "http://169.254.169.254/x"}),
         "messages",
@@ -393,6 +428,13 @@ ADMITTED: dict[str, Any] = {
     "no number in a schema's text": structured(json='{"maxLength": NaN}'),
     "a schema's text that is none": structured(json="{"),
     "a pattern": structured(regex=r"\d{3}-\d{4}"),
+    "a telephone's number": structured(regex=r"\+?(\d{1,3})?[ -]?\(?\d{3}\)?[ -]?\d{3}[ -]?\d{4}"),
+    "lazy parts": structured(regex="(?:a+?b*?c??)" * 12),
+    "arguments": chat(
+        messages=[
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": [1, {}]}'}}]}
+        ]
+    ),
     "an identifier": structured(regex="[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"),
     "strings of one length": formatted(
         {"properties": {f"p{n}": {"type": "string", "maxLength": 255} for n in range(20)}}
@@ -736,7 +778,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
         self.waits: list[float] = []
-        monkeypatch.setattr(pace.asyncio, "sleep", self.sleep)
+        monkeypatch.setattr(asyncio, "sleep", self.sleep)
 
     async def sleep(self, seconds: float) -> None:
         self.waits.append(round(seconds, 4))
@@ -807,13 +849,56 @@ def test_every_refusal_waits_its_time_ours_and_the_engines(
     assert sorted(set(clock.waits)) == [0.025, 0.05]
 
 
+@pytest.mark.parametrize(
+    ("said", "body", "status"),
+    [
+        (b'{"error": {"message": "Internal server error"}}', structured(regex="a"), 400),
+        (b'{"error": {"message": "EngineCore encountered an issue."}}', structured(regex="a"), 500),
+        (b'{"error": {"message": "Internal server error"}}', {"prompt": "x"}, 500),
+    ],
+)
+def test_a_grammar_that_the_engine_cannot_compile_is_the_clients_fault(
+    said: bytes, body: dict[str, Any], status: int, limits: AdmissionLimits
+) -> None:
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": said})
+
+    seen, error = asyncio.run(post(build(limits, failing), body))
+    assert seen == status
+    assert ("cannot compile what has to constrain the answer" in error["message"]) == (status == 400)
+
+
+def test_a_path_that_this_model_does_not_serve_is_refused_in_openais_shape(limits: AdmissionLimits) -> None:
+    class App:
+        routes = (type("Route", (), {"path": "/v1/completions"}), object())
+
+    async def play() -> None:
+        engine = Engine()
+        app = build(limits, engine)
+        for path, status in (("/v1/completions", 200), ("/pooling", 404)):
+            sent: list[Any] = []
+
+            async def send(message: Any, sent: list[Any] = sent) -> None:
+                sent.append(message)
+
+            messages = once({"type": "http.request", "body": b'{"prompt": "x"}'})
+            scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": App}
+            await app(scope, messages.__anext__, send)
+            assert sent[0]["status"] == status
+        assert json.loads(sent[1]["body"])["error"]["message"] == "POST /pooling is not served here"
+        assert len(engine.bodies) == 1
+
+    asyncio.run(play())
+
+
 def test_a_key_lists_models_at_its_pace(limits: AdmissionLimits, monkeypatch: pytest.MonkeyPatch) -> None:
     async def play() -> None:
         async def send(message: Any) -> None: ...
 
         scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], CLIENT: "alice"}
         for _ in range(3):
-            await app(scope, once, send)
+            await app(scope, once().__anext__, send)
 
     app = build(limits)
     clock = Clock(monkeypatch)
