@@ -2,11 +2,12 @@
 
     benchmarks/abuse.py --url http://127.0.0.1:8000 --model m --abuser KEY --polite KEY
 
-The polite client asks for a few tokens, one request after another. For each kind it does so in turns, without
-and with the abuse, so that a busy machine weighs on both. A line says what the abuser was told, the polite
-client's time to the first token (median and p99, both ways) and the ratio of the p99. The exit status is 1 if
-a ratio is above `--most` or a polite request failed. The abusers are processes of their own with the least
-priority, as those of another machine would take nothing from the server. Standard library only.
+The polite client asks as one client of the plan's load does, one request after another. For each kind it asks
+in turns, without and with the abuse, so that a busy machine weighs on both. A line says what the abuser was
+told, the polite client's time to the first token (median and p99, both ways) and the ratio of the p99. The
+exit status is 1 if a ratio is above `--most` or a polite request failed. The abusers are processes of their
+own with the least priority, as those of another machine would take nothing from the server. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ KINDS: dict[str, Callable[[int], Body]] = {
         "prompt": "x",
         "structured_outputs": {"choice": [f"{n} {m}" for m in range(100_000)]},
     },
+    "schema without end": lambda n: {
+        "prompt": "x", "structured_outputs": {"json": {"type": "array", "minItems": 2**62}},
+    },
+    "pattern of 64 optional parts": lambda n: {"prompt": "x", "structured_outputs": {"regex": ".?" * 64}},
     "numbers out of range": lambda n: {"prompt": "x", "top_k": 2**70, "vllm_xargs": {"a": "b"}},
     "widest within the limits": lambda n: {
         "prompt": f"{n} x", "n": 4, "max_tokens": 2000, "ignore_eos": True, "temperature": 1, "stream": True,
@@ -134,11 +139,12 @@ def _abuse(target: Target, key: str, kind: str, clients: int, ending: Event, res
     results.put(statuses)
 
 
-def polite(target: Target, key: str, requests: int) -> tuple[list[float], int]:
-    """Return times to the first token in seconds, and how many requests failed."""
+def polite(target: Target, key: str, requests: int, tokens: int) -> tuple[list[float], int]:
+    """Return times to the first token in seconds, and how many failed; a prompt has `tokens` tokens."""
     times, failed = [], 0
     for number in range(requests):
-        body = {"prompt": f"{number} Once upon a time", "max_tokens": 4, "stream": True}
+        prompt = [10 + (time.time_ns() // 1000 * 31 + number + m * m) % 900 for m in range(tokens)]
+        body = {"prompt": prompt, "max_tokens": 2, "stream": True}
         began, first = time.monotonic(), None
         for status, line in target.post(target.encoded(body), key, 300):
             if status == 200 and line.startswith(b"data: {") and first is None:
@@ -164,20 +170,23 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=16, help="abusing clients at once")
     parser.add_argument("--requests", type=int, default=30, help="polite requests beside each kind")
     parser.add_argument("--most", type=float, default=3.0, help="greatest ratio of p99 to the quiet p99")
+    parser.add_argument(
+        "--tokens", type=int, default=128, help="of a polite prompt: those of the plan's load"
+    )
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS), metavar="KIND")
     chosen = parser.parse_args()
     target = Target(chosen.url, chosen.model)
-    polite(target, chosen.polite, 3)
+    polite(target, chosen.polite, 2, chosen.tokens)
     worst, lost = 0.0, 0
     for kind in chosen.kinds:
         quiet: list[float] = []
         beside: list[float] = []
         told: Counter[int] = Counter()
         for _ in range(ROUNDS):
-            times, failed = polite(target, chosen.polite, chosen.requests // ROUNDS)
+            times, failed = polite(target, chosen.polite, chosen.requests // ROUNDS, chosen.tokens)
             quiet += times
             with Abuse(target, chosen.abuser, kind, chosen.clients) as abuse:
-                times, missed = polite(target, chosen.polite, chosen.requests // ROUNDS)
+                times, missed = polite(target, chosen.polite, chosen.requests // ROUNDS, chosen.tokens)
             beside += times
             told += abuse.statuses
             lost += failed + missed
