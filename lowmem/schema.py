@@ -320,6 +320,14 @@ class AdmissionLimits(Strict):
     """
 
     places: int = Field(ge=1, description="sequences that the engine serves together")
+    # Plans of older releases have no field with a default here.
+    kept_places: int = Field(1, ge=0, description="of these, kept free for keys that have none")
+    prompt_at_once: int = Field(
+        2048, ge=1, description="tokens of prompts that the engine computes for one key while others are here"
+    )
+    prompt_token_s: float = Field(
+        0.0, ge=0, description="seconds that the engine is expected to take for a token of a prompt"
+    )
     max_model_len: int = Field(ge=1, description="tokens of the longest sequence")
     body_bytes: Bytes = Field(ge=1, description="of one request's body")
     held_bytes: Bytes = Field(ge=1, description="of all open bodies; one key may hold half of it")
@@ -329,6 +337,9 @@ class AdmissionLimits(Strict):
     prompt_bytes: Bytes = Field(ge=1, description="of one prompt's text, before any truncation")
     json_depth: int = Field(64, ge=1, description="levels of one body's objects and lists")
     json_objects: int = Field(4096, ge=1, description="of one body: messages, parts and schemas")
+    json_values: int = Field(
+        2**20, ge=1, description="of one body: token ids, texts, numbers, objects and lists"
+    )
     grammar_items: int = Field(ge=1, description="properties, enum values, choices and rules of one request")
     grammar_bytes: Bytes = Field(ge=1, description="of one request's schemas, grammars and patterns")
     grammar_depth: int = Field(32, ge=1, description="levels of one schema")

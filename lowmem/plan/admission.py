@@ -13,6 +13,10 @@ LOGPROB_BYTES = 192
 """Bytes of one log probability in the server: an object, a rank and a share of a dictionary."""
 
 
+VALUES_BESIDE = 2**16
+"""JSON values of a body beside its token ids."""
+
+
 TOKEN_BYTES = 8
 """Bytes of one token of the load in a body, as an id with its comma or as text."""
 
@@ -22,11 +26,12 @@ def admission_of(
 ) -> AdmissionLimits:
     """Return the limits of work for an engine, whose open requests may take a share of the memory limit.
 
-    A request may take half of the engine's places, so that one client's request leaves room for another's.
-    One key can always send the whole load.
+    A quarter of the engine's places is kept for other keys, so a request may take three quarters. One key can
+    always send the whole load.
     """
     budget = math.floor(limit_bytes * _of("share_of_limit"))
-    together = max(1, engine.max_num_seqs // 2)
+    kept = max(1, engine.max_num_seqs // 4) if engine.max_num_seqs > 1 else 0
+    together = engine.max_num_seqs - kept
     request_tokens = min(together, round(_of("request_prompts"))) * engine.max_model_len
     prompt_bytes = round(_of("prompt_bytes_per_token")) * engine.max_model_len
     parsed, held = round(_of("parsed_bytes_per_byte")), round(_of("held_bytes_per_byte"))
@@ -44,6 +49,9 @@ def admission_of(
     items, grammar_bytes = round(_of("grammar_items")), round(_of("grammar_bytes"))
     return AdmissionLimits(
         places=engine.max_num_seqs,
+        kept_places=kept,
+        prompt_at_once=engine.max_num_batched_tokens,
+        json_values=request_tokens + VALUES_BESIDE,
         max_model_len=engine.max_model_len,
         body_bytes=body,
         held_bytes=open_bytes,

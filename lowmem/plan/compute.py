@@ -159,6 +159,8 @@ def compute(inputs: Inputs) -> Plan:
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, load, inputs.link)
     speed = latency(steps)
+    token_s = round(speed.prefill_expected / load.input_tokens / 1000, 9)
+    admission = admission.model_copy(update={"prompt_token_s": token_s})
     requests = memory.kv.requests_of(engine.held_tokens(load))
     pipeline, drafts = pipeline_of(steps, limits), speculation_of(steps, limits)
     checkpoint, refused = checkpoint_of(inputs, engine)

@@ -89,6 +89,11 @@ def _server_arguments(inputs: Inputs, place: Deploy) -> list[Argument]:
             why="hosts from which media URLs of requests are fetched (lowmem_media_domains)",
         ),
         *(Argument(flag="", value=domain, why="one more of these hosts") for domain in domains[1:]),
+        Argument(
+            flag="--structured-outputs-config",
+            value='{"backend":"xgrammar"}',
+            why="whose work Admission counts; by default what it refuses goes to compilers without a bound",
+        ),
     ]
     if knobs.version(inputs.vllm_version) >= knobs.version(DRAINS_SINCE):
         arguments.append(

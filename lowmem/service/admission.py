@@ -5,18 +5,20 @@ middleware outside of the one before it, so a client without a key costs nothing
 
 A request is read within the limits of LOWMEM_ADMISSION, the plan's `admission` as JSON. It is counted
 (`request_work`), waits its turn between the keys (`fair_queue`) and goes to the engine whole. A request that
-exceeds a limit gets a 4xx in OpenAI's shape, which names limit and value. A stream that has begun is not
-touched.
+exceeds a limit gets a 4xx in OpenAI's shape, which names limit and value. One key's bodies and refusals are
+spaced (`pace`). A stream that has begun is not touched.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import http
 import logging
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,7 @@ from pydantic import ValidationError
 from lowmem.schema import AdmissionLimits
 from lowmem.service.api_keys import CLIENT, App, Receive, Scope, Send
 from lowmem.service.fair_queue import FairQueue, Ticket
+from lowmem.service.pace import Pace
 from lowmem.service.refusal import Refusal
 from lowmem.service.request_work import Work, parse_body, work_of
 
@@ -60,6 +63,14 @@ BODY_S = 60.0
 COMPILE_S = 1.0
 """Time that a grammar of the greatest size compiles on, in seconds, after its client has left."""
 
+LOOP_BYTES = 2**16
+"""Size of a body from which on a thread parses it, in bytes, and the event loop goes on."""
+
+UNCOMPILED = b"Internal server error"
+"""What vLLM 0.32.0 says with status 500 of a grammar that its compiler refuses (entrypoints/generate/base).
+It says something else of an engine that has died.
+"""
+
 READ_S = 2.0
 """Time after which a client that does not read its answer loses its place; the engine does not wait."""
 
@@ -85,9 +96,26 @@ class Held:
     limits: AdmissionLimits
     bytes: Counter[str]
     requests: Counter[str]
+    arriving: Counter[str]
 
     @contextlib.contextmanager
-    def one_more(self, key: str) -> Any:
+    def one_arriving(self, key: str) -> Iterator[None]:
+        """Count a request while its body arrives: slow bodies leave half of a key's requests to others."""
+        most = max(1, self.limits.open_requests // 2)
+        if self.arriving[key] >= most:
+            raise Refusal(
+                f"the bodies of {most} requests of this key are arriving, the limit; send them faster",
+                status=429,
+                code="too_many_requests",
+            )
+        self.arriving[key] += 1
+        try:
+            yield
+        finally:
+            self.arriving[key] -= 1
+
+    @contextlib.contextmanager
+    def one_more(self, key: str) -> Iterator[None]:
         """Count a request while it is open. Raises Refusal if its key has too many."""
         if self.requests[key] >= self.limits.open_requests:
             raise Refusal(
@@ -129,7 +157,9 @@ class Admission:
         self.app = app
         self.limits = limits or read_limits()
         self.queue = FairQueue(self.limits)
-        self.held = Held(self.limits, Counter(), Counter())
+        self.pace = Pace()
+        self.held = Held(self.limits, Counter(), Counter(), Counter())
+        self.parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
         self.metrics = Metrics(registry)
         self.metrics.waiting.set_function(lambda: self.queue.waiting)
         log.info("Admission: %s", self.limits.model_dump_json())
@@ -137,30 +167,45 @@ class Admission:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":  # no model of a plan listens
             await send({"type": "websocket.close", "code": 1008, "reason": "not served here"})
-        elif scope["type"] != "http" or scope["method"] != "POST":
+        elif scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif scope["method"] != "POST":
+            if CLIENT in scope:
+                await self.pace.body(scope[CLIENT], 0)
             await self.app(scope, receive, send)
         else:
             try:
-                await self._admit(scope, receive, send)
-            except Refusal as refusal:
+                with self.held.one_more(scope.get(CLIENT, "")):
+                    await self._admit(scope, receive, send)
+            except Refusal as refusal:  # beyond its open requests, a key is not even kept waiting
                 self.metrics.refused.labels(str(refusal.status)).inc()
                 await _refuse(send, refusal)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read, count and serve a request. Raises Refusal once its key may have the next one."""
         path: str = scope["path"].removeprefix(scope.get("root_path", ""))
         answer = path.startswith("/v1/responses/") and path.endswith("/cancel")
-        if path not in SERVED and not answer:
-            raise Refusal(f"POST {path[:80]} is not served here", status=404, code="not_found")
         key: str = scope.get(CLIENT, "")
-        with self.held.one_more(key):
+        try:
+            if not answer and (path not in SERVED or path not in _routes(scope)):
+                raise Refusal(f"POST {path[:80]} is not served here", status=404, code="not_found")
             async with self._read(scope, key, receive) as body:
+                await self.pace.body(key, len(body))
                 if answer:
                     await self.app(scope, _replay(body, receive), send)
                     return
-                parsed = parse_body(body)
-                work = work_of(parsed, self.limits)
-                del parsed
+                work = await self._count(body)
                 await self._serve(scope, _Request(key, work, body, receive, send))
+        except Refusal:
+            await self.pace.refusal(key)
+            raise
+
+    async def _count(self, body: bytes) -> Work:
+        """Count a body's work, beside the event loop if it is large. Raises Refusal."""
+        if len(body) < LOOP_BYTES:
+            return work_of(parse_body(body), self.limits)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.parser, lambda: work_of(parse_body(body), self.limits))
 
     async def _serve(self, scope: Scope, request: _Request) -> None:
         """Let the request wait its turn and have its answer."""
@@ -181,14 +226,39 @@ class Admission:
     ) -> None:
         compiling = bool(ticket.work.grammar)
         loop = asyncio.get_running_loop()
+        computed = loop.call_later(
+            ticket.work.prompt * self.limits.prompt_token_s, self.queue.computed, ticket
+        )  # an answer that is no stream shows nothing of its prompt
+
+        failed: MutableMapping[str, Any] | None = None
 
         async def send(message: MutableMapping[str, Any]) -> None:
-            nonlocal compiling
-            if compiling and message.get("body"):  # the first token follows the compiling
-                compiling = False
-                self.queue.compiled(ticket)
+            nonlocal compiling, failed
+            if message.get("status", 0) >= http.HTTPStatus.BAD_REQUEST:  # the engine refuses
+                self.queue.leave(ticket)
+                await self.pace.refusal(request.key)
+            if message.get("body"):  # the first token follows prompt and compiling
+                self.queue.computed(ticket)
+                if compiling:
+                    compiling = False
+                    self.queue.compiled(ticket)
+            if message.get("status") == http.HTTPStatus.INTERNAL_SERVER_ERROR and ticket.work.grammar:
+                failed = message  # its body says whose fault it is
+                return
             unread = loop.call_later(READ_S, self.queue.leave, ticket)
             try:
+                if failed and UNCOMPILED in message.get("body", b""):
+                    await _refuse(
+                        request.send,
+                        Refusal(
+                            "the engine cannot compile what has to constrain the"
+                            " answer: a grammar that never ends, or too great a pattern; simplify it"
+                        ),
+                    )
+                    return
+                if failed:
+                    await request.send(failed)
+                    failed = None
                 await request.send(message)
             finally:
                 unread.cancel()
@@ -196,6 +266,7 @@ class Admission:
         try:
             await self.app(scope, _replay(request.body, lambda: asyncio.shield(gone)), send)
         finally:
+            computed.cancel()
             if compiling:
                 loop.call_later(COMPILE_S, self.queue.compiled, ticket)
 
@@ -204,29 +275,33 @@ class Admission:
         """Read the body within the limits, and hold it until the answer has ended."""
         self._check_headers(dict(scope["headers"]))
         chunks: list[bytes] = []
+        try:
+            with self.held.one_arriving(key):
+                await self._arrive(key, receive, chunks)
+            chunks[:] = [b"".join(chunks)]
+            yield chunks[0]
+        finally:
+            self.held.give_back(key, sum(map(len, chunks)))
+
+    async def _arrive(self, key: str, receive: Receive, chunks: list[bytes]) -> None:
+        """Add what the client sends to `chunks`. Raises Refusal if that is too much or takes too long."""
         size = 0
         try:
-            try:
-                async with asyncio.timeout(BODY_S):
-                    more = True
-                    while more:
-                        message = await receive()
-                        if message["type"] == "http.disconnect":
-                            raise Refusal("the client left", status=499)
-                        chunk = message.get("body", b"")
-                        if size + len(chunk) > self.limits.body_bytes:
-                            raise _too_large(f"at least {size + len(chunk)}", self.limits)
-                        self.held.take(key, len(chunk))
-                        size += len(chunk)
-                        chunks.append(chunk)
-                        more = message.get("more_body", False)
-            except TimeoutError:
-                raise Refusal(
-                    f"the body did not arrive in {BODY_S:g} s", status=408, code="timeout"
-                ) from None
-            yield b"".join(chunks)
-        finally:
-            self.held.give_back(key, size)
+            async with asyncio.timeout(BODY_S):
+                more = True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refusal("the client left", status=499)
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > self.limits.body_bytes:
+                        raise _too_large(f"at least {size}", self.limits)
+                    self.held.take(key, len(chunk))
+                    chunks.append(chunk)
+                    more = message.get("more_body", False)
+        except TimeoutError:
+            raise Refusal(f"the body did not arrive in {BODY_S:g} s", status=408, code="timeout") from None
 
     def _check_headers(self, headers: dict[bytes, bytes]) -> None:
         encoding = headers.get(b"content-encoding", b"identity").strip().lower()
@@ -278,6 +353,12 @@ def _replay(body: bytes, then: Receive) -> Receive:
         return await then()
 
     return receive
+
+
+def _routes(scope: Scope) -> Container[str]:
+    """Return the paths of the app that the server gives in `scope`; without one, every path is its own."""
+    app = scope.get("app")
+    return {getattr(route, "path", "") for route in app.routes} if app is not None else SERVED
 
 
 def _too_large(size: str, limits: AdmissionLimits) -> Refusal:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class Work:
     """Work that one admitted request asks for."""
 
     tokens: int  # estimate: its prompts and the longest answers that it may get
+    prompt: int  # those of its prompts
     sequences: int  # places that it takes in the engine
     grammar: int  # items of its grammars; 0: unconstrained
 
@@ -97,7 +99,7 @@ def work_of(body: dict[str, Any], limits: AdmissionLimits) -> Work:
             "tokens that one request may ask for",
         )
     _check_logprobs(body, limits, sum(prompts), sequences * answer)
-    return Work(tokens, sequences, grammar_work(body, limits))
+    return Work(tokens, sum(prompts), sequences, grammar_work(body, limits))
 
 
 def _count(body: dict[str, Any], name: str) -> int | None:
@@ -114,8 +116,19 @@ def _count(body: dict[str, Any], name: str) -> int | None:
     except OverflowError:
         raise over(name, "infinity", _INT32, "greatest whole number of this field") from None
     if whole is not None and abs(whole) > _INT32:
-        raise over(name, whole, _INT32, "greatest whole number of this field")
+        raise _outside(name, whole, -_INT32, _INT32)
     return whole
+
+
+def _outside(name: str, value: int | float, least: int, most: int) -> Refusal:
+    if value > most:
+        return over(name, value, most, "greatest number of this field")
+    shown = "a number of many digits" if isinstance(value, int) and value < -(10**40) else f"{value}"
+    return Refusal(
+        f"{name[:80]}={shown}, less than the limit of {least} (least number of this field); raise it",
+        name[:80],
+        code="limit_exceeded",
+    )
 
 
 def _nodes(value: Any) -> Iterator[tuple[str, Any, int]]:
@@ -132,18 +145,57 @@ def _nodes(value: Any) -> Iterator[tuple[str, Any, int]]:
 
 def _check_values(body: dict[str, Any], limits: AdmissionLimits) -> None:
     objects = 0
-    for key, node, level in _nodes(body):
+    for values, (key, node, level) in enumerate(_nodes(body)):
+        if values > limits.json_values:
+            raise over("the body", f"{values} values", limits.json_values, "values of a body")
+        if _unpaired(key) or (isinstance(node, str) and _unpaired(node)):
+            raise Refusal(
+                f"{key.encode('ascii', 'replace').decode()[:80]} has half of a surrogate pair, which is no"
+                " character; correct it"
+            )
+        if key == "arguments" and isinstance(node, str) and _levels(node) > limits.json_depth:
+            raise over(key, f"{_levels(node)} levels", limits.json_depth, "levels of a call's arguments")
         objects += isinstance(node, dict)
         if objects > limits.json_objects:
             raise over("the body", f"{objects} objects", limits.json_objects, "objects of a body")
         if level > limits.json_depth:
             raise over("the body", f"{level} levels", limits.json_depth, "levels of a body")
-        if isinstance(node, int) and abs(node) > _INT64:
-            raise over(key, node, _INT64, "greatest whole number")
+        if isinstance(node, int) and not -_INT64 - 1 <= node <= _INT64:
+            raise _outside(key, node, -_INT64 - 1, _INT64)
         if isinstance(node, float) and not math.isfinite(node):
             raise Refusal(f"{key} is not a finite number; correct it", key)
     for name in _COUNTS:
         _count(body, name)
+    penalty = body.get("length_penalty")
+    if isinstance(penalty, int | float) and abs(penalty) > _LENGTH_PENALTY:
+        raise _outside("length_penalty", penalty, -_LENGTH_PENALTY, _LENGTH_PENALTY)
+
+
+_LENGTH_PENALTY = 10
+"""Greatest exponent of a length in a beam's score, which the engine computes after the whole answer."""
+
+
+def _levels(text: str) -> int:
+    """Return the levels of a JSON text's lists and objects, an upper bound: brackets in texts count too."""
+    level = deepest = 0
+    for found in _BRACKET.finditer(text):
+        level = level + 1 if found[0] in "[{" else max(0, level - 1)
+        deepest = max(deepest, level)
+    return deepest
+
+
+_BRACKET = re.compile(r"[][{}]")
+
+
+def _unpaired(text: str) -> bool:
+    """Tell whether a text cannot be written as UTF-8. The engine answers it with 500."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _check_lists(body: dict[str, Any], limits: AdmissionLimits) -> None:
@@ -167,7 +219,7 @@ def _check_lists(body: dict[str, Any], limits: AdmissionLimits) -> None:
         ids = body.get(name)
         for one in ids if isinstance(ids, list) else []:
             if isinstance(one, int) and not 0 <= one <= _INT32:
-                raise over(name, one, _INT32, "greatest token id")
+                raise _outside(name, one, 0, _INT32)
     bias = body.get("logit_bias")
     for one in bias if isinstance(bias, dict) else {}:
         if not (one.isascii() and one.isdecimal() and int(one[:20]) <= _INT32):
@@ -231,7 +283,7 @@ def _prompt_tokens(name: str, prompt: Any, limits: AdmissionLimits) -> int:
         elif isinstance(node, int):
             ids += 1
             if abs(node) > _INT32 and name != "the body":
-                raise over(name, node, _INT32, "greatest token id")
+                raise _outside(name, node, 0, _INT32)
     if text > limits.prompt_bytes:
         raise over(name, f"{text} bytes of text", limits.prompt_bytes, "bytes of one prompt")
     if name != "the body" and ids > limits.max_model_len:

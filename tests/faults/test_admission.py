@@ -39,6 +39,11 @@ TOO_MUCH: dict[str, dict[str, Any]] = {
     "2,000 properties": formatted(schema(2000)),
     "100,000 choices": {"structured_outputs": {"choice": [str(n) for n in range(100_000)]}},
     "an endless reference": formatted({"$ref": "#"}),
+    "items without end": {"structured_outputs": {"json": {"type": "array", "minItems": 2**62}}},
+    "64 optional parts": {"structured_outputs": {"regex": ".?" * 64}},
+    "a grammar that never ends": {"structured_outputs": {"grammar": "root ::= root"}},
+    "half of a surrogate pair": {"stop": "\ud800"},
+    "an exponent of 1e300": {"use_beam_search": True, "n": 2, "length_penalty": -1e300},
     "top_k of 2^70": {"top_k": 2**70},
     "vllm_xargs": {"vllm_xargs": {"a": "b"}},
 }

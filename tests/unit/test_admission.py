@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import AdmissionLimits
-from lowmem.service import admission
+from lowmem.service import admission, pace
 from lowmem.service.admission import Admission, read_limits
 from lowmem.service.api_keys import CLIENT
 
@@ -29,6 +29,13 @@ def limits() -> AdmissionLimits:
     found = make_plan(PlanRequest("demo_cpu", deploy=DEPLOY, search=False)).admission
     assert found is not None
     return found
+
+
+@pytest.fixture(autouse=True)
+def unpaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let requests follow each other at once; the tests of the pace itself say what it costs."""
+    for name in ("REQUEST_S", "BYTE_S", "REFUSAL_S"):
+        monkeypatch.setattr(pace, name, 0.0)
 
 
 class Engine:
@@ -152,12 +159,12 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "sequences": (
         {"prompt": "x", "n": 16384, "max_tokens": 2000, "stream": True},
         "n",
-        "n=16384, more than the limit of 4",
+        "n=16384, more than the limit of 6",
     ),
     "prompts": (
         {"prompt": ["x"] * 1024, "n": 64},
         "prompt",
-        "prompt has 1024 prompts x 64 answers, more than the limit of 4",
+        "prompt has 1024 prompts x 64 answers, more than the limit of 6",
     ),
     "schema of 2,000 properties": (formatted(schema(700)), "response_format", "more than the limit of 500"),
     "choices": (
@@ -178,15 +185,19 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "xargs": ({"prompt": "x", "vllm_xargs": {"a": "b"}}, "vllm_xargs", "vllm_xargs is not served here"),
     "recursive reference": (formatted({"$ref": "#"}), "response_format", "a $ref that leads to itself"),
     # of the same kinds
-    "n as text": ({"prompt": "x", "n": "16384"}, "n", "n=16384, more than the limit of 4"),
+    "n as text": ({"prompt": "x", "n": "16384"}, "n", "n=16384, more than the limit of 6"),
     "n as a float": ({"prompt": "x", "n": 1e300}, "n", "more than the limit of 2147483647"),
-    "best_of": ({"prompt": "x", "best_of": 400}, "n", "n=400, more than the limit of 4"),
+    "best_of": ({"prompt": "x", "best_of": 400}, "n", "n=400, more than the limit of 6"),
     "product": ({"prompt": ["x"] * 3, "n": 3}, "prompt", "3 prompts x 3 answers"),
-    "prompts of ids": ({"prompt": [[1], [2], [3], [4], [5]]}, "prompt", "prompt=5, more than the limit of 4"),
-    "chat of several": (
-        {"messages": [[{"role": "user", "content": "x"}]] * 5},
+    "prompts of ids": (
+        {"prompt": [[1], [2], [3], [4], [5], [6], [7]]},
         "prompt",
-        "prompt=5, more than the limit of 4",
+        "prompt=7, more than the limit of 6",
+    ),
+    "chat of several": (
+        {"messages": [[{"role": "user", "content": "x"}]] * 7},
+        "prompt",
+        "prompt=7, more than the limit of 6",
     ),
     "tokens": (
         {"prompt": [1] * 2000, "n": 4, "max_tokens": 2000},
@@ -307,6 +318,76 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "no object": (b"[1]", "", "the body is a JSON list and not an object"),
     "no JSON": (b"hello", "", "the body is not JSON"),
     "nothing": (b"", "", "the body is not JSON"),
+    "seed": ({"prompt": "x", "seed": -(2**64)}, "seed", "less than the limit of -9223372036854775808"),
+    "penalty": (
+        {"prompt": "x", "use_beam_search": True, "n": 2, "length_penalty": -1e300},
+        "length_penalty",
+        "length_penalty=-1e+300, less than the limit of -10",
+    ),
+    "exponent": (
+        {"prompt": "x", "use_beam_search": True, "length_penalty": 1e300},
+        "length_penalty",
+        "1e+300, more than the limit of 10",
+    ),
+    "negative id": ({"prompt": "x", "stop_token_ids": [-1]}, "stop_token_ids", "less than the limit of 0"),
+    "half a pair": (b'{"prompt": "x", "stop": "\\ud800"}', "", "stop has half of a surrogate pair"),
+    "half a pair in a list": (b'{"prompt": ["\\udfff x"]}', "", "prompt has half of a surrogate pair"),
+    "half a pair as a name": (b'{"prompt": "x", "\\ud800": 1}', "", "? has half of a surrogate pair"),
+    "items without end": (
+        structured(json={"type": "array", "minItems": 2**62}),
+        "structured_outputs.json: minItems",
+        "more than the limit of 2147483647",
+    ),
+    "lengths without end": (
+        structured(json='{"minLength": 1e999}'),
+        "structured_outputs.json: minLength",
+        "has inf, more than the limit of 2147483647",
+    ),
+    "properties that are counted": (
+        formatted({**schema(100), "minProperties": 50}),
+        "response_format",
+        "more than the limit of 500",
+    ),
+    "properties that are counted, of tools": (
+        chat(tools=[{"function": {"parameters": {**schema(80), "maxProperties": 60}}}]),
+        "tools",
+        "more than the limit of 500",
+    ),
+    "optional parts": (structured(regex=".?" * 32), "structured_outputs.regex", "1032 items"),
+    "optional parts behind what is escaped": (
+        structured(regex=r"\(?" * 32),
+        "structured_outputs.regex",
+        "1036 items",
+    ),
+    "optional parts that repeat": (
+        formatted({"patternProperties": {"(.?){30}": {}}}),
+        "response_format",
+        "items, more than the limit of 500",
+    ),
+    "optional parts of a property": (
+        formatted({"type": "string", "pattern": "[a-z?]?" * 30}),
+        "response_format",
+        "items, more than the limit of 500",
+    ),
+    "a repetition of many digits": (
+        structured(regex="a{2147483648}"),
+        "structured_outputs.regex",
+        "214748364 repetitions, more than the limit of 250",
+    ),
+    "structured outputs as a list": (
+        {"prompt": "x", "structured_outputs": [{"choice": ["a"]}]},
+        "structured_outputs",
+        "structured_outputs is no object",
+    ),
+    "arguments that are deep": (
+        chat(
+            messages=[
+                {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 3000}}]}
+            ]
+        ),
+        "arguments",
+        "3000 levels, more than the limit of 64",
+    ),
     "media": (
         picture({"url": "http://169.254.169.254/x"}),
         "messages",
@@ -330,13 +411,11 @@ def test_what_exceeds_a_limit_is_refused_by_name_and_value(case: str, limits: Ad
 
 ADMITTED: dict[str, Any] = {
     "plain": {"prompt": "Hello", "max_tokens": 4},
-    "half of the places": {"prompt": "x", "n": 4, "max_tokens": 2000, "stream": True},
+    "three quarters of the places": {"prompt": "x", "n": 6, "max_tokens": 1300, "stream": True},
     "a long prompt": {"prompt": "word " * 2000, "max_tokens": 16},
     "as many ids as fit": {"prompt": [1] * 2040, "max_tokens": 8},
     "an answer that the engine shortens": {"prompt": "x", "max_tokens": 100_000},
-    "a chat": chat(
-        temperature=0.7, top_p=0.9, top_k=50, stop=["\n"], logit_bias={"50": -1.5}, seed=2**63 - 1
-    ),
+    "a chat": chat(temperature=0.7, top_p=0.9, top_k=50, stop=["\n"], logit_bias={"50": -1.5}, seed=-(2**63)),
     "a schema": formatted(schema(400)),
     "a tree": formatted(
         {"properties": {"children": {"type": "array", "items": {"$ref": "#"}}, "not": {"$ref": "#"}}}
@@ -346,9 +425,16 @@ ADMITTED: dict[str, Any] = {
     ),
     "tools": chat(tools=[tool(5)], tool_choice="auto"),
     "choices": structured(choice=["yes", "no"]),
-    "false numbers in a schema's text": structured(json='{"maxLength": NaN, "minLength": 1e999}'),
+    "no number in a schema's text": structured(json='{"maxLength": NaN}'),
     "a schema's text that is none": structured(json="{"),
     "a pattern": structured(regex=r"\d{3}-\d{4}"),
+    "a telephone's number": structured(regex=r"\+?(\d{1,3})?[ -]?\(?\d{3}\)?[ -]?\d{3}[ -]?\d{4}"),
+    "lazy parts": structured(regex="(?:a+?b*?c??)" * 12),
+    "arguments": chat(
+        messages=[
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a": [1, {}]}'}}]}
+        ]
+    ),
     "an identifier": structured(regex="[0-9a-f]{8}-([0-9a-f]{4}-){3}[0-9a-f]{12}"),
     "strings of one length": formatted(
         {"properties": {f"p{n}": {"type": "string", "maxLength": 255} for n in range(20)}}
@@ -686,18 +772,275 @@ def test_one_key_holds_at_most_half_of_the_open_bodies(limits: AdmissionLimits) 
     scenario(limits.model_copy(update={"held_bytes": 400_000, "body_bytes": 40_000}), play)
 
 
+class Clock:
+    """Time that passes only where something waits for it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        self.waits: list[float] = []
+        monkeypatch.setattr(asyncio, "sleep", self.sleep)
+
+    async def sleep(self, seconds: float) -> None:
+        self.waits.append(round(seconds, 4))
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_keys_refusals_are_spaced_and_another_key_waits_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(pace, "REFUSAL_S", 0.025)
+    spaced = pace.Pace(clock)
+
+    async def play() -> None:
+        for _ in range(4):
+            await spaced.refusal("alice")
+        assert clock.waits == [0.025, 0.05, 0.075]
+        await spaced.refusal("bob")
+        assert clock.waits == [0.025, 0.05, 0.075]
+        clock.now += 0.09
+        await spaced.refusal("alice")
+        assert clock.waits == [0.025, 0.05, 0.075, 0.01]
+        for _ in range(1000):  # whose clients have left
+            await spaced.refusal("alice")
+        assert clock.waits[-1] == 4.0
+
+    asyncio.run(play())
+
+
+def test_a_keys_bodies_take_half_of_the_loops_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(pace, "REQUEST_S", 0.001)
+    monkeypatch.setattr(pace, "BYTE_S", 60e-9)
+    spaced = pace.Pace(clock)
+
+    async def play() -> None:
+        await spaced.body("alice", 1_000_000)
+        await spaced.body("alice", 0)
+        await spaced.body("alice", 0)
+        assert clock.waits == [0.122, 0.124]
+
+    asyncio.run(play())
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [({"prompt": "x", "n": 100}, "/v1/completions"), ({}, "/pause"), ({"user": "ill"}, "/v1/completions")],
+)
+def test_every_refusal_waits_its_time_ours_and_the_engines(
+    body: dict[str, Any], path: str, limits: AdmissionLimits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Refusing(Engine):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            assert app.queue.free == 7
+            await send({"type": "http.response.start", "status": 422, "headers": []})
+            assert app.queue.free == 8  # its place is not kept while it waits
+            await send({"type": "http.response.body", "body": b'{"error": {}}'})
+
+    async def play() -> None:
+        for _ in range(3):
+            assert (await post(app, body, path=path))[0] >= 400
+
+    app = build(limits, Refusing())
+    clock = Clock(monkeypatch)
+    app.pace.clock = clock
+    monkeypatch.setattr(pace, "REFUSAL_S", 0.025)
+    asyncio.run(play())
+    assert sorted(set(clock.waits)) == [0.025, 0.05]
+
+
+@pytest.mark.parametrize(
+    ("said", "body", "status"),
+    [
+        (b'{"error": {"message": "Internal server error"}}', structured(regex="a"), 400),
+        (b'{"error": {"message": "EngineCore encountered an issue."}}', structured(regex="a"), 500),
+        (b'{"error": {"message": "Internal server error"}}', {"prompt": "x"}, 500),
+    ],
+)
+def test_a_grammar_that_the_engine_cannot_compile_is_the_clients_fault(
+    said: bytes, body: dict[str, Any], status: int, limits: AdmissionLimits
+) -> None:
+    async def failing(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": said})
+
+    seen, error = asyncio.run(post(build(limits, failing), body))
+    assert seen == status
+    assert ("cannot compile what has to constrain the answer" in error["message"]) == (status == 400)
+
+
+def test_a_path_that_this_model_does_not_serve_is_refused_in_openais_shape(limits: AdmissionLimits) -> None:
+    class App:
+        routes = (type("Route", (), {"path": "/v1/completions"}), object())
+
+    async def play() -> None:
+        engine = Engine()
+        app = build(limits, engine)
+        for path, status in (("/v1/completions", 200), ("/pooling", 404)):
+            sent: list[Any] = []
+
+            async def send(message: Any, sent: list[Any] = sent) -> None:
+                sent.append(message)
+
+            messages = once({"type": "http.request", "body": b'{"prompt": "x"}'})
+            scope = {"type": "http", "method": "POST", "path": path, "headers": [], "app": App}
+            await app(scope, messages.__anext__, send)
+            assert sent[0]["status"] == status
+        assert json.loads(sent[1]["body"])["error"]["message"] == "POST /pooling is not served here"
+        assert len(engine.bodies) == 1
+
+    asyncio.run(play())
+
+
+def test_a_key_lists_models_at_its_pace(limits: AdmissionLimits, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def play() -> None:
+        async def send(message: Any) -> None: ...
+
+        scope = {"type": "http", "method": "GET", "path": "/v1/models", "headers": [], CLIENT: "alice"}
+        for _ in range(3):
+            await app(scope, once().__anext__, send)
+
+    app = build(limits)
+    clock = Clock(monkeypatch)
+    app.pace.clock = clock
+    monkeypatch.setattr(pace, "REQUEST_S", 0.001)
+    asyncio.run(play())
+    assert clock.waits == [0.002, 0.004]
+
+
+def long_prompt(name: str, tokens: int = 1500, **more: Any) -> dict[str, Any]:
+    return {"prompt": [1] * tokens, "user": name, "max_tokens": 4, **more}
+
+
+def test_one_long_prompt_of_a_key_is_computed_at_a_time_while_others_are_here(
+    limits: AdmissionLimits,
+) -> None:
+    async def play(app: Admission, engine: Engine) -> None:
+        for n in range(4):
+            engine.gates[f"a{n}"] = asyncio.Event()
+        alone = [asyncio.ensure_future(post(app, long_prompt(f"a{n}"))) for n in range(2)]
+        await settle()
+        assert engine.running == ["a0", "a1"]  # nobody else is here
+        engine.gates["a0"].set()
+        engine.gates["a1"].set()
+        await asyncio.gather(*alone)
+        engine.gates["a0"].clear()
+        engine.gates["a1"].clear()
+        assert await post(app, body_of("bob"), key="bob") == (200, {})
+        flood = [asyncio.ensure_future(post(app, long_prompt(f"a{n}"))) for n in range(4)]
+        await settle()
+        assert engine.running == ["a0"]
+        assert await post(app, body_of("bob"), key="bob") == (200, {})
+        engine.gates["a0"].set()
+        await settle()
+        assert engine.running == ["a1"]
+        for gate in engine.gates.values():
+            gate.set()
+        await asyncio.gather(*flood)
+        assert app.queue.clients["alice"].prompt == 0
+
+    scenario(limits, play)
+
+
+def test_short_prompts_of_a_key_are_computed_together(limits: AdmissionLimits) -> None:
+    async def play(app: Admission, engine: Engine) -> None:
+        for n in range(6):
+            engine.gates[f"a{n}"] = asyncio.Event()
+        assert await post(app, body_of("bob"), key="bob") == (200, {})
+        flood = [asyncio.ensure_future(post(app, long_prompt(f"a{n}", 40))) for n in range(6)]
+        await settle()
+        assert engine.running == ["a0", "a1", "a2"]  # of 40 tokens each, of 128
+        for gate in engine.gates.values():
+            gate.set()
+        await asyncio.gather(*flood)
+
+    scenario(limits, play)
+
+
+def test_an_answer_that_is_no_stream_holds_the_next_prompt_for_the_planned_time(
+    limits: AdmissionLimits,
+) -> None:
+    async def play(app: Admission, engine: Engine) -> None:
+        for n in range(2):
+            engine.gates[f"a{n}"] = asyncio.Event()
+        assert await post(app, body_of("bob"), key="bob") == (200, {})
+        flood = [asyncio.ensure_future(post(app, long_prompt(f"a{n}"))) for n in range(2)]
+        await settle()
+        assert engine.running == ["a0"]
+        await asyncio.sleep(0.1)  # 1,500 tokens of 20 us
+        assert engine.running == ["a0", "a1"]
+        for gate in engine.gates.values():
+            gate.set()
+        await asyncio.gather(*flood)
+
+    scenario(limits.model_copy(update={"prompt_token_s": 2e-5}), play)
+
+
+def test_a_wide_request_that_waits_leaves_the_kept_places_to_others(limits: AdmissionLimits) -> None:
+    """Alice holds three places of eight and waits for six; Bob and Carol find the two that are kept."""
+
+    async def play(app: Admission, engine: Engine) -> None:
+        names = ["a0", "wide", "b", "c", "d"]
+        for name in names:
+            engine.gates[name] = asyncio.Event()
+        asked = [asyncio.ensure_future(post(app, body_of("a0", n=3), key="alice"))]
+        await settle()
+        asked.append(asyncio.ensure_future(post(app, body_of("wide", 1, n=6), key="dave")))
+        await settle()
+        assert engine.running == ["a0"]
+        for name in "bcd":
+            asked.append(asyncio.ensure_future(post(app, body_of(name), key=name)))
+            await settle()
+        assert engine.running == ["a0", "b", "c"]  # a third would keep the wide one out
+        engine.gates["a0"].set()
+        await settle()
+        assert engine.running == ["b", "c", "wide"]
+        for gate in engine.gates.values():
+            gate.set()
+        await asyncio.gather(*asked)
+        assert (app.queue.free, app.queue.passing) == (8, 0)
+
+    scenario(limits, play)
+
+
+def test_bodies_that_arrive_slowly_leave_half_of_a_keys_requests(limits: AdmissionLimits) -> None:
+    async def play(app: Admission, engine: Engine) -> None:
+        stuck = asyncio.Event()
+
+        async def slow() -> dict[str, Any]:
+            await stuck.wait()
+            return {"type": "http.disconnect"}
+
+        asked = [asyncio.ensure_future(post(app, b"", receive=slow)) for _ in range(64)]
+        await settle()
+        status, error = await post(app, b"", receive=slow)
+        assert (status, error["message"]) == (
+            429,
+            "the bodies of 64 requests of this key are arriving, the limit; send them faster",
+        )
+        stuck.set()
+        await asyncio.gather(*asked)
+        assert await post(app, body_of("a")) == (200, {})
+
+    scenario(limits, play)
+
+
 def test_the_demos_limits(limits: AdmissionLimits) -> None:
     assert limits.model_dump() == {
         "places": 8,
+        "kept_places": 2,
+        "prompt_at_once": 128,
+        "prompt_token_s": 0.005388413,
         "max_model_len": 2048,
         "body_bytes": 196_608,
         "held_bytes": 2_796_202,
         "open_requests": 128,
-        "sequences": 4,
+        "sequences": 6,
         "request_tokens": 8192,
         "prompt_bytes": 32_768,
         "json_depth": 64,
         "json_objects": 4096,
+        "json_values": 73_728,
         "grammar_items": 500,
         "grammar_bytes": 32_768,
         "grammar_depth": 32,
@@ -726,8 +1069,8 @@ def test_the_plan_counts_what_open_requests_cost_and_tells_server_and_engine() -
         name: value for name, value in named.items() if name.startswith(("VLLM_MAX", "VLLM_XG", "VLLM_MED"))
     }
     assert engine == {
-        "VLLM_MAX_N_SEQUENCES": "4",
-        "VLLM_MAX_COMPLETION_PROMPTS": "4",
+        "VLLM_MAX_N_SEQUENCES": "6",
+        "VLLM_MAX_COMPLETION_PROMPTS": "6",
         "VLLM_MAX_STOP_STRINGS": "4",
         "VLLM_MAX_NUM_BAD_WORDS": "128",
         "VLLM_XGRAMMAR_CACHE_MB": "24",

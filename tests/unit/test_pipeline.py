@@ -259,7 +259,7 @@ def test_what_each_host_runs():
     server = [
         "--served-model-name", "m", "--host", "127.0.0.1", "--port", "8000", "--middleware",
         "lowmem.service.admission.Admission", "--middleware", "lowmem.api_keys.ApiKeys",
-        "--allowed-media-domains", "media.invalid",
+        "--allowed-media-domains", "media.invalid", "--structured-outputs-config", '{"backend":"xgrammar"}',
         "--shutdown-timeout", "62",
     ]  # fmt: skip
     meet = ["--master-addr", "10.0.0.1", "--master-port", "29501"]

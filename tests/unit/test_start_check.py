@@ -108,7 +108,7 @@ def test_a_driver_that_does_not_answer(two_cards: Plan) -> None:
 
 def test_too_little_ram(on_cpu: Plan) -> None:
     [line] = passing(on_cpu, ram_available_bytes=2**30)
-    assert line.startswith("1.00 GiB of RAM available, the plan needs 2.35 GiB: stop what holds it")
+    assert line.startswith("1.00 GiB of RAM available, the plan needs 2.33 GiB: stop what holds it")
 
 
 def test_a_taken_port(on_cpu: Plan) -> None:
