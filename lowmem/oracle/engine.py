@@ -200,7 +200,7 @@ def _kv_cache(config: Any, pool_bytes: int, way: str) -> tuple[tuple[str, ...], 
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_configs, get_max_concurrency_for_kv_cache_config
+    from vllm.v1.core import kv_cache_utils
 
     current_platform.update_block_size_for_backend(config)
     layers = get_layers_from_vllm_config(config, AttentionLayerBase)
@@ -216,8 +216,8 @@ def _kv_cache(config: Any, pool_bytes: int, way: str) -> tuple[tuple[str, ...], 
         return names, None
     layouts = [layout.name for layout in get_supported_kv_cache_layouts(backends)]
     resolve_kv_cache_layout(config, [layouts], list(specs.values()))
-    laid = get_kv_cache_configs(config, [specs], [pool_bytes])[0]
-    concurrency = get_max_concurrency_for_kv_cache_config(config, laid)
+    laid = kv_cache_utils.get_kv_cache_configs(config, [specs], [pool_bytes])[0]
+    concurrency = kv_cache_utils.get_max_concurrency_for_kv_cache_config(config, laid)
     groups = tuple(
         KvGroup(
             spec=type(group.kv_cache_spec).__name__,
@@ -229,7 +229,7 @@ def _kv_cache(config: Any, pool_bytes: int, way: str) -> tuple[tuple[str, ...], 
     )
     return names, KvAnswer(
         blocks=laid.num_blocks,
-        bytes_per_block=sum(tensor.size for tensor in laid.kv_cache_tensors) // laid.num_blocks,
+        bytes_per_block=kv_cache_utils._pool_bytes_per_block(config, laid.kv_cache_groups),
         blocks_per_request=round(laid.num_blocks / concurrency),
         groups=groups,
     )
