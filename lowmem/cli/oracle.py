@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowmem.artefacts import read_plan
 from lowmem.errors import BadInput
+from lowmem.files import JSON_LIMIT_BYTES, parse_json
+from lowmem.inputs.devices import load_device
 from lowmem.oracle.compare import Term, problem, terms
 from lowmem.oracle.question import (
+    CONFIG_FILES,
     Answer,
     Question,
     Record,
@@ -25,7 +32,14 @@ from lowmem.text import visible, visible_json
 
 
 def oracle(
-    model: Annotated[Path, typer.Argument(help="directory with config.json; weights need not be there")],
+    model: Annotated[
+        Path,
+        typer.Argument(
+            allow_dash=True,
+            help="directory with config.json; weights need not be there. -: one JSON object on stdin, of"
+            " files by name; its plan.json is the plan",
+        ),
+    ],
     against: Annotated[Path | None, typer.Option(help="plan.json to compare with; its settings hold")] = None,
     device: Annotated[str, typer.Option(help="without a plan: name in the device table, or auto")] = "auto",
     set_: Annotated[
@@ -43,19 +57,19 @@ def oracle(
 
     Exit 0: asked, and the plan agrees to 1 %. 2: it does not. 1: bad input, or vLLM refuses the model.
     """
-    from lowmem.artefacts import read_plan
-    from lowmem.inputs.devices import load_device
-
     if reuse and record is None:
         raise BadInput("--reuse needs --record, the file with the answer")
-    plan = read_plan(against) if against else None
-    if plan and set_:
-        raise BadInput("--set and --against exclude each other: the settings are the plan's")
-    if plan:
-        question = question_of_plan(model, plan, load_device(plan.device))
-    else:
-        question = question_of(model, _arguments(set_ or []), {}, card_of(load_device(device), 1024))
-    answer = _asked(model, question, record, reuse)
+    with _checkpoint(model) as folder:
+        if folder != model and (folder / "plan.json").exists():
+            against = folder / "plan.json"
+        plan = read_plan(against) if against else None
+        if plan and set_:
+            raise BadInput("--set and --against exclude each other: the settings are the plan's")
+        if plan:
+            question = question_of_plan(folder, plan, load_device(plan.device))
+        else:
+            question = question_of(folder, _arguments(set_ or []), {}, card_of(load_device(device), 1024))
+        answer = _asked(folder, question, record, reuse)
     compared = terms(plan, answer) if plan else []
     differ = [term for term in compared if not term.agrees]
     if json_:
@@ -69,6 +83,22 @@ def oracle(
     for term in differ:
         sys.stderr.write(f"oracle: {problem(term)}\n")
     raise typer.Exit(2 if differ else 0)
+
+
+@contextlib.contextmanager
+def _checkpoint(model: Path) -> Iterator[Path]:
+    """Give the directory of the checkpoint; for `-` one of the files that stdin names."""
+    if str(model) != "-":
+        yield model
+        return
+    files = parse_json(sys.stdin.buffer.read(JSON_LIMIT_BYTES + 1)[:JSON_LIMIT_BYTES], "stdin")
+    known = (*CONFIG_FILES, "plan.json")
+    if not isinstance(files, dict) or not all(n in known and isinstance(f, dict) for n, f in files.items()):
+        raise BadInput(f"stdin is no JSON object of files; it may hold {', '.join(known)}, each an object")
+    with tempfile.TemporaryDirectory(prefix="lowmem-oracle-") as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_text(json.dumps(content), encoding="utf-8")
+        yield Path(folder)
 
 
 def _asked(model: Path, question: Question, record: Path | None, reuse: bool) -> Answer:

@@ -24,8 +24,7 @@ def load_yaml(name: str) -> Any:
     """Load one file of this folder; it is read once in a process.
 
     YAML takes a third of the time of a plan. So a parsed table is kept where Python keeps the bytecode of
-    this folder, and by the same rules: for this size and time of the source, and not where Python may write
-    none.
+    this folder, for one size and time of the source. Where Python may write no bytecode, none is kept.
     """
     source = Path(__file__).parent / name
     status = source.stat()

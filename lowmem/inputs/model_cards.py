@@ -450,6 +450,21 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
     )
 
 
+def served_files(card: ModelCard) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of the checkpoint that is served, by name, with a recipe that is still to come.
+
+    They are what the engine decides by. A card without its config.json gives none.
+    """
+    published = card.published
+    if published is None:
+        return {}
+    named = {"architectures": [known_architecture(published.config, published.headers).name]}
+    files = {"config.json": {**named, **published.config}}
+    if published.hf_quant_config is not None:
+        files["hf_quant_config.json"] = dict(published.hf_quant_config)
+    return files
+
+
 def _recipe(q: Quantization) -> dict[str, Any]:
     """Write the quantization_config that a checkpoint to be made will have."""
     ignored = [*q.ignored]

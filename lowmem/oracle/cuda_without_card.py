@@ -1,13 +1,12 @@
 """Takes vLLM's CUDA paths on a machine that has no card: stubs of NVML, of CUDA and of compiled kernels.
 
-It is used only where no card is found. Nothing computes with the stubs: modules are built on the meta device,
-and what is read of them are shapes and types. What is stubbed:
+It is used only where no card is found. Nothing computes with the stubs: modules are built on the meta device.
 
-- NVML: capability, name, memory, UUID, number and links of cards come from a `Card`.
-- Kernels: the modules of compiled kernels are empty, for they need libcuda. A kernel that is asked whether it
-  supports a capability answers as its source does; one that is called does nothing.
-- CUDA: streams, events, the current device, and its properties.
-- Triton: the configuration of a kernel, which Triton has only with a driver.
+NVML is stubbed: capability, name, memory, UUID, number and links of cards come from a `Card`.
+The modules of compiled kernels are empty, for they need libcuda.
+A kernel that is asked whether it supports a capability answers as its source does, and does nothing else.
+CUDA's streams, events, current device and properties are stubbed.
+So is Triton's configuration of a kernel, which Triton has only with a driver.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Asks vLLM's own model classes and KV code for bytes, groups and blocks, on the meta device.
 
-No weight is read and no memory of a card is taken. vLLM 0.32.0 is what was read; another version may move the
-names that are imported here, and then the answer is one line that says so.
+No weight is read and no memory of a card is taken. The names that are imported here are those of vLLM 0.32.0.
+Where another version has moved one, the answer is one line that says so.
 """
 
 from __future__ import annotations

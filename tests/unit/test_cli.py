@@ -2,12 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 
-from .command import ROOT, lowmem
+from .command import lowmem
 
 
 @pytest.mark.parametrize(
