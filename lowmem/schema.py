@@ -45,7 +45,8 @@ Port = Annotated[int, BeforeValidator(_plain_number), Field(ge=1, le=65535)]
 class Strict(BaseModel):
     """Refuses unknown keys, so that a mistyped name is never a silent default."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # most models of this file are not needed by a command: each is built when it is first used
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -10,6 +10,7 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,29 @@ def tensor_bytes(tensor: Any, name: str) -> int:
     """Return the bytes of one tensor by its dtype and shape. BadInput where it has no usable ones."""
     dtype = tensor.get("dtype") if isinstance(tensor, dict) else None
     shape = tensor.get("shape") if isinstance(tensor, dict) else None
-    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
-    if bits is None or not isinstance(shape, list | tuple) or len(shape) > _DIMENSIONS_LIMIT:
+    if not isinstance(dtype, str) or not isinstance(shape, list | tuple) or len(shape) > _DIMENSIONS_LIMIT:
         raise _unusable(name, f"dtype {str(dtype)[:20]!r}, shape {str(shape)[:40]}")
+    try:
+        return _size(dtype, *shape)
+    except (TypeError, ValueError) as error:  # a dimension that has no hash is no number either
+        raise _unusable(
+            name, str(error) if isinstance(error, ValueError) else f"shape {shape}"[:60]
+        ) from None
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _size(dtype: str, *shape: Any) -> int:
+    """Return the bytes of a shape; a checkpoint has few shapes. ValueError says what is wrong."""
+    bits = _BITS.get(dtype)
+    if bits is None:
+        raise ValueError(f"dtype {dtype[:20]!r}, shape {str(list(shape))[:40]}")
     elements = 1
     for size in shape:
         if type(size) is not int or size < 0:
-            raise _unusable(name, f"dimension {str(size)[:40]!r}, which is no whole number from 0")
+            raise ValueError(f"dimension {str(size)[:40]!r}, which is no whole number from 0")
         elements *= size
         if elements > ELEMENTS_LIMIT:
-            raise _unusable(name, f"shape {str(shape)[:60]}, above the limit of 2**48 elements")
+            raise ValueError(f"shape {str(list(shape))[:60]}, above the limit of 2**48 elements")
     return (elements * bits + 7) // 8
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lowmem.checkpoint.architectures import (
@@ -76,6 +76,7 @@ class Inventory:
     """Of each decoder layer the parameters' names inside it and their bytes, in the table's order."""
     schemes: Mapping[str, frozenset[Scheme | None]]
     """Formats of each linear module; `*` stands for the layer in the name."""
+    modules: tuple[Module, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def active_bytes(self) -> int:
@@ -102,9 +103,10 @@ def inventory_of(
     recipe = recipe_of(config, hf_quant_config, architecture, stored)
     engine_dtype = engine_dtype_of(config, architecture, dtype, stored)
     ledger = _Ledger(recipe, engine_dtype)
-    for module in modules(architecture, config, tp, recipe.method):
+    listed = tuple(modules(architecture, config, tp, recipe.method))
+    for module in listed:
         ledger.add(module)
-    return ledger.inventory(architecture.name)
+    return replace(ledger.inventory(architecture.name), modules=listed)
 
 
 def known_architecture(

@@ -25,6 +25,7 @@ COMMANDS = {
     "explain": "lowmem.cli.explain:explain",
     "frontier": "lowmem.cli.frontier:frontier_command",
     "fleet": "lowmem.cli.fleet:fleet",
+    "oracle": "lowmem.cli.oracle:oracle",
     "check-article": "lowmem.cli.check_article:check_article",
     "measure": "lowmem.cli.measure:measure",
     "calibrate": "lowmem.cli.calibrate:calibrate",

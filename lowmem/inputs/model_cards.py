@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.checkpoint import own_code
-from lowmem.checkpoint.architectures import Module, dimensions, modules
+from lowmem.checkpoint.architectures import Module, dimensions
 from lowmem.checkpoint.headers import checkpoint_headers, read_config, tensor_bytes
 from lowmem.checkpoint.inventory import Inventory, inventory_of, known_architecture
 from lowmem.checkpoint.patterns import matches
@@ -208,13 +208,15 @@ def card_from_config(
     kind = config.get("model_type")
     named = config.get("architectures")
     plain = not named or (isinstance(named, list) and named[0] == _CLASSES.get(str(kind)))
-    if kind not in MODEL_TYPES or not plain:
-        inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
-        return _counted_card(published, inventory, name, source)
     try:
         inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
-    except BadInput:  # said by the plan: the engine refuses it, or the fields are damaged
-        return _named_card(published, name, source)
+    except BadInput:
+        if kind not in MODEL_TYPES or not plain:
+            raise
+        return _named_card(published, name, source)  # the plan says why the engine refuses it
+    published.inventories[1, inventory.dtype] = inventory
+    if kind not in MODEL_TYPES or not plain:
+        return _counted_card(published, inventory, name, source)
     if _is_uniform(inventory) and _is_named_recipe(config):
         card = _named_card(published, name, source)
         if _agrees(card, inventory):
@@ -271,7 +273,7 @@ def _counted_card(published: Published, inventory: Inventory, name: str, source:
     architecture = known_architecture(config, header)
     size = dimensions(architecture, config)
     found: dict[tuple[Any, ...], WeightGroup] = {}
-    for module in modules(architecture, config, 1, inventory.method):
+    for module in inventory.modules:
         for group in _groups_of(module, inventory):
             key = (group.name, group.out_features, group.in_features)
             count = group.count + (found[key].count if key in found else 0)
@@ -451,6 +453,21 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
     return card.model_copy(
         update={"quantization": quantization, "groups": groups, "header_bytes": None, "published": published}
     )
+
+
+def served_files(card: ModelCard) -> dict[str, dict[str, Any]]:
+    """Return the JSON files of the checkpoint that is served, by name, with a recipe that is still to come.
+
+    They are what the engine decides by. A card without its config.json gives none.
+    """
+    published = card.published
+    if published is None:
+        return {}
+    named = {"architectures": [known_architecture(published.config, published.headers).name]}
+    files = {"config.json": {**named, **published.config}}
+    if published.hf_quant_config is not None:
+        files["hf_quant_config.json"] = dict(published.hf_quant_config)
+    return files
 
 
 def _recipe(q: Quantization) -> dict[str, Any]:

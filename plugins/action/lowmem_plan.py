@@ -23,13 +23,13 @@ try:
 
     from lowmem.errors import BadInput
     from lowmem.inputs.devices import load_device
-    from lowmem.inputs.model_cards import load_card
+    from lowmem.inputs.model_cards import load_card, served_files
     from lowmem.inputs.profiles import load_profile
     from lowmem.plan.calibration import read_calibration
     from lowmem.plan.knobs import checked
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
-    from lowmem.plan.request import BadPlace, PlanRequest
+    from lowmem.plan.request import BadPlace, PlanRequest, gather
     from lowmem.schema import Deploy
     from lowmem.text import visible
 except ModuleNotFoundError as error:
@@ -42,6 +42,7 @@ module: lowmem_plan
 short_description: Compute the plan of a deployment and refuse an impossible one
 description:
   - Prints its terms and verdict, and returns it as V(plan), which equals the JSON of C(lowmem plan).
+  - Returns V(files) too, the JSON files of the checkpoint that will be served, such as config.json.
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options:
   profile: {description: Name of a profile in C(profiles/)., type: str, required: true}
@@ -156,25 +157,25 @@ class ActionModule(ActionBase):
                     f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
                     " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
                 )
-            plan = make_plan(
-                PlanRequest(
-                    wanted["profile"],
-                    model=wanted["model"] or None,
-                    device=wanted["device"] or None,
-                    count=wanted["count"] or None,
-                    overrides=wanted["overrides"],
-                    deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
-                    calibration=calibration_of(wanted["calibration"]),
-                    weights="profile",  # role awq_quantize makes what the profile asks for
-                )
+            request = PlanRequest(
+                wanted["profile"],
+                model=load_card(wanted["model"] or load_profile(wanted["profile"]).model),
+                device=wanted["device"] or None,
+                count=wanted["count"] or None,
+                overrides=wanted["overrides"],
+                deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+                calibration=calibration_of(wanted["calibration"]),
+                weights="profile",  # role awq_quantize makes what the profile asks for
             )
+            plan = make_plan(request)
+            files = served_files(gather(request).card)
         except BadPlace as error:
             # what it names is in the inventory under the same name
             raise AnsibleActionFail(f"lowmem_{error}") from None
         except BadInput as error:
             raise AnsibleActionFail(of_the_inventory(str(error))) from None
         self._display.display(plan_text(plan))
-        result = {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        result = {"changed": False, "plan": json.loads(plan.model_dump_json()), "files": files}
         if plan.verdict != "impossible":
             return result
         # with the plan: preflight looks for the other problems with it
