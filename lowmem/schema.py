@@ -130,7 +130,7 @@ class WeightGroup(Strict):
     """
 
     name: str
-    kind: Literal["linear", "embedding", "lm_head", "norm", "bias", "router"]
+    kind: Literal["linear", "embedding", "lm_head", "norm", "bias", "router", "vision"]
     count: int = Field(ge=1)
     out_features: int = Field(ge=1)
     in_features: int = Field(ge=1)

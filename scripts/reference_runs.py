@@ -13,6 +13,7 @@ from typing import Any
 from lowmem.artefacts import read
 from lowmem.inputs import profiles
 from lowmem.inputs.devices import by_nvml_name
+from lowmem.inputs.model_cards import card_from_config
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan, Receipt, Scalar
@@ -118,6 +119,63 @@ def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
 def load_runs(path: Path) -> list[Compared]:
     """Load all runs of a reference file."""
     return [compare(run) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """Run of another model on the default kernels, with its plan and its measurement at one load."""
+
+    name: str
+    clients: int
+    plan: Plan
+    weights_gib: float
+    kv_gib: float
+    kv_tokens: int
+    idle_mib: float
+    peak_mib: float
+    step_ms: float
+    tpot_ms: float
+
+
+def load_models(path: Path) -> list[ModelRun]:
+    """Load the runs of other models (tests/data/gpu_runs_models.json), each at eight clients and at one."""
+    found = []
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        empty = profiles.load_profile("low_mem").model_copy(
+            update={"name": run["name"], "knobs": {}, "environment": {}}
+        )
+        card = card_from_config(run["config"], run["model"], "config.json")
+        for load in (run["load8"], run["load1"]):
+            plan = make_plan(
+                PlanRequest(
+                    empty,
+                    card,
+                    "h200",
+                    run["gpus"],
+                    knobs_of(shlex.join(run["args"])),
+                    clients=load["clients"],
+                    input_tokens=load["in"],
+                    output_tokens=load["out"],
+                    memory_limit_bytes=143771 * MIB,
+                    weights="stored",
+                    search=False,
+                )
+            )
+            found.append(
+                ModelRun(
+                    name=run["name"],
+                    clients=load["clients"],
+                    plan=plan,
+                    weights_gib=run["weights_gib"],
+                    kv_gib=run["kv_available_gib"],
+                    kv_tokens=run["kv_tokens"],
+                    idle_mib=max(run["idle_mib"]),
+                    peak_mib=run["peaks_mib"]["load"],
+                    step_ms=load["itl_p50"],
+                    tpot_ms=load["tpot_mean_ms"],
+                )
+            )
+    return found
 
 
 @dataclass(frozen=True)
