@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.weights import Weights, inventory_of_card, resident_buffers
+from lowmem.plan.weights import Weights, inventory_of_card, is_expert, resident_buffers
 from lowmem.schema import ModelCard, WeightGroup
-
-_EXPERTS = re.compile(r"(?:^|\.)experts\.")  # of the routed ones, not of shared_experts
-
-
-def is_expert(name: str) -> bool:
-    """Tell whether a tensor belongs to routed experts."""
-    return bool(_EXPERTS.search(name))
 
 
 def expert_share(card: ModelCard, tokens: float) -> float:
@@ -76,7 +68,7 @@ def step_weights(card: ModelCard, engine: EngineConfig, weights: Weights) -> Ste
 
     The embedding is looked up by rows, and a vision tower runs only for the prompts that have images.
     """
-    experts = sum(p.loaded for layer in weights.layers for p in layer if is_expert(p.name))
+    experts = weights.expert_bytes
     read = weights.sharded + weights.replicated - resident_buffers(card, engine)
     looked_up = (g for g in card.groups if g.kind == "embedding" and not _is_head(g, card))
     read -= _vision_bytes(card, engine) + sum(_bytes(g, engine) for g in looked_up)

@@ -14,7 +14,7 @@ from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory
-from lowmem.plan.reads import StepWeights, expert_share, is_expert, step_weights
+from lowmem.plan.reads import StepWeights, expert_share, step_weights
 from lowmem.plan.speculation import acceptance_of
 from lowmem.plan.stages import Part, hop_bytes_per_token
 from lowmem.plan.weights import streamed_layers
@@ -154,15 +154,21 @@ class StepModel:
 
     def work(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> dict[str, float]:
         """Compute the floors of a step of `tokens` tokens on one stage, by term."""
-        weights, kv = stage[1].weights, stage[1].kv
-        hbm = self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
-        context = self.load.input_tokens + self.load.output_tokens // 2
+        weights, hbm = stage[1].weights, self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
         return {
             "hbm_weights": self.weights(stage).read(expert_share(self.card, tokens)) / hbm,
-            "hbm_kv": kv.layout.bytes_read(context, kv.layers) * sequences / hbm,
+            "hbm_kv": self.kv_bytes(stage, sequences) / hbm,
             "link_offload": weights.offloaded / (self.device.link_gb_per_s * GB / 1e3),
             "flops": sum(self.operations(stage, tokens)),
         }
+
+    def kv_bytes(self, stage: tuple[Part, CardMemory], sequences: float) -> int:
+        """Return the bytes of keys, values and states that a step reads on one card.
+
+        A request is in the middle of its answer on average.
+        """
+        kv, context = stage[1].kv, self.load.input_tokens + self.load.output_tokens // 2
+        return round(kv.layout.bytes_read(context, kv.layers) * sequences)
 
     def _reading(self, stage: tuple[Part, CardMemory], tokens: float) -> float:
         """Return the expected time to read the weights, each by its kernel."""
@@ -223,10 +229,9 @@ class StepModel:
         layers, kv_dtype = stage[0].card.layers, self.engine.kv_dtype
         few_bits = float(constant("latency", "kv_ms_per_layer").get(kv_dtype, 0.0))
         few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(kv_dtype, 0.0)) / 1e3
-        routed = sum(any(is_expert(p.name) for p in layer) for layer in stage[1].weights.layers)
-        return layers * (
-            _figure("graph_ms_per_layer", self.engine.kernel, self.device) + few_bits
-        ) + routed * _figure("expert_ms_per_layer", self.engine.expert_kernel, self.device)
+        return layers * (_figure("graph_ms_per_layer", self.engine.kernel, self.device) + few_bits) + stage[
+            1
+        ].weights.expert_layers * _figure("expert_ms_per_layer", self.engine.expert_kernel, self.device)
 
     def _drafts(self, layers: int) -> float:
         """Return the time that the draft rows of the decoding requests take beside their matrix products."""
@@ -236,12 +241,26 @@ class StepModel:
     def _attention(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return the time of a prompt's products with keys and values.
 
-        Each token meets half of the prompt on average. No weights are in these products.
+        Each token meets half of the prompt on average, up to a layer's window. No weights are in these
+        products.
         """
         if not self._cuda:
             return 0.0
-        heads = 4 * self.card.heads * self.card.head_dim
-        operations = heads * tokens * (self.load.input_tokens / 2) * stage[0].card.layers
+        kv, half = stage[1].kv, self.load.input_tokens / 2
+        met = kv.layout.tokens_met(half, kv.layers) if kv.layout.groups else half * stage[0].card.layers
+        operations = 4 * self.card.heads * self.card.head_dim * tokens * met
+        return operations / self.flops_per_ms / _figure("attention_efficiency", "any", self.device)
+
+    def _latent_attention(self, stage: tuple[Part, CardMemory]) -> float:
+        """Return the time of a decode step's products with latent vectors.
+
+        Every head multiplies with the same vector, which makes these products long. Each number of a vector
+        is multiplied for the scores and again for the sum.
+        """
+        kv, context = stage[1].kv, self.load.input_tokens + self.load.output_tokens // 2
+        size = 1 if self.engine.kv_dtype.startswith("fp8") else DTYPE_BYTES[self.engine.dtype]
+        numbers = kv.layout.latent_bytes(context, kv.layers) / size
+        operations = 4 * self.card.heads * numbers * self.decode_tokens
         return operations / self.flops_per_ms / _figure("attention_efficiency", "any", self.device)
 
     def expected(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
@@ -258,7 +277,7 @@ class StepModel:
             + self._drafts(layers)
             + self._attention(stage, prompt)
             + max(
-                self._reading(stage, tokens) + t["hbm_kv"],
+                self._reading(stage, tokens) + max(t["hbm_kv"], self._latent_attention(stage)),
                 self._multiplying(stage, rows),
             )
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowmem.checkpoint.inventory import Inventory, inventory_of
 from lowmem.errors import BadInput
@@ -59,6 +61,14 @@ def _parts(
     return parts
 
 
+_EXPERTS = re.compile(r"(?:^|\.)experts\.")  # of the routed ones, not of shared_experts
+
+
+def is_expert(name: str) -> bool:
+    """Tell whether a tensor belongs to routed experts."""
+    return bool(_EXPERTS.search(name))
+
+
 @dataclass(frozen=True)
 class Parameter:
     """Parameter of one decoder layer as the engine registers it, on one card."""
@@ -82,6 +92,16 @@ class Weights:
     repacking: int
     offloaded: int
     layers: tuple[tuple[Parameter, ...], ...]
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Return the bytes of the routed experts."""
+        return sum(p.loaded for layer in self.layers for p in layer if is_expert(p.name))
+
+    @cached_property
+    def expert_layers(self) -> int:
+        """Count the layers with routed experts."""
+        return sum(any(is_expert(p.name) for p in layer) for layer in self.layers)
 
     @property
     def on_card(self) -> int:
@@ -129,7 +149,7 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
         for part in sorted(parts, key=_PART_ORDER.index):
             extra = 0
             if (
-                part == "zeros" and engine.kernel == "machete" and q.bits == 4 and "experts" not in name
+                part == "zeros" and engine.kernel == "machete" and q.bits == 4 and not is_expert(name)
             ):  # Machete keeps scale x zero point in 16 bits
                 extra = parts[part] * 16 // q.bits - parts[part]
             entry = merged.setdefault((name, part), [0, 0])
@@ -262,7 +282,7 @@ def _counted_parameter(
 
     Machete keeps the product of scale and zero point of 4-bit weights in 16 bits.
     """
-    q, expert = card.quantization, "experts." in name and "shared" not in name
+    q, expert = card.quantization, is_expert(name)
     zeros = name.endswith(("zero_point", "qzeros")) and q.zero_point and q.bits == 4
     grown = 3 * size if zeros and not expert and engine.kernel == "machete" else 0
     return Parameter(name, round(size * expert_ratio) if expert else size, grown)
