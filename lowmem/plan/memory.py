@@ -259,7 +259,8 @@ def card_memory(
     }
     if part and engine.pp > 1:
         terms["pipeline_buffers"] = pipeline_buffers(part, engine)
-    load = {"activations": round(act * float(constant("memory", "load_activation_ratio")[engine.kernel]))}
+    ratio = constant("memory", "load_activation_ratio")
+    load = {"activations": round(act * float(ratio.get(engine.kernel, ratio["any"])))}
     pool = empty_pool(card, engine, part)
     if engine.kv_bytes is not None:
         available = engine.kv_bytes

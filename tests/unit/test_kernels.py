@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lowmem.data import load_yaml
 from lowmem.inputs.devices import load_device
 from lowmem.inputs.model_cards import card_from_config, load_card
 from lowmem.plan.compute import engine_of
+from lowmem.plan.planner import make_plan
 from lowmem.plan.reads import active_parameters, expert_share
 from lowmem.plan.request import PlanRequest, gather
 
@@ -101,3 +103,30 @@ def test_distinct_experts():
     assert expert_share(card, 1) == pytest.approx(8 / 128)
     assert expert_share(card, 8) == pytest.approx(0.403281, abs=1e-6)
     assert expert_share(load_card("llama-2-70b"), 1) == 1.0
+
+
+def test_every_kernel_has_its_figures():
+    rules = load_yaml("kernels.yml")
+    named = {
+        section: {rule["kernel"] for found in rules[section].values() for rule in found}
+        for section in ("linear", "experts")
+    }
+    assert named == {
+        "linear": {"fp8", "int8", "fp4", "marlin", "humming"},
+        "experts": {"fp8", "int8", "fp4", "marlin", "humming", "triton", "triton_mxfp4"},
+    }
+    figures = load_yaml("calibration.yml")
+    linear = {*named["linear"], "machete", "native16", "cpu"}
+    for table in ("hbm_efficiency", "flop_efficiency"):
+        assert linear <= set(figures["latency"][table]["value"])
+    experts = {*named["experts"], "cpu"}
+    assert experts <= set(figures["latency"]["expert_hbm_efficiency"]["value"])
+    assert experts <= set(figures["memory"]["expert_kernel_mib"]["value"])
+
+
+@pytest.mark.parametrize("recipe", [FP8, BLOCK_FP8, NVFP4])
+def test_a_checkpoint_of_floats_has_a_plan(recipe):
+    config = {**RUNS["llama-3.1-8b"], "quantization_config": recipe}
+    card = card_from_config(config, "m", "config.json")
+    plan = make_plan(PlanRequest("lab", card, "h200", 1, weights="stored", search=False))
+    assert plan.decode_step.linear_kernel == {"modelopt": "humming"}.get(recipe["quant_method"], "fp8")
