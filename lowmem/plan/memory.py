@@ -14,6 +14,7 @@ from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.kv_layout import KvLayout, kv_layout
 from lowmem.plan.kv_specs import KvSettings
 from lowmem.plan.stages import Part, parts, pipeline_buffers
+from lowmem.plan.vision import vision_memory
 from lowmem.plan.weights import (
     Weights,
     _wanted,
@@ -261,6 +262,8 @@ def card_memory(
         terms["pipeline_buffers"] = pipeline_buffers(part, engine)
     ratio = constant("memory", "load_activation_ratio")
     load = {"activations": round(act * float(ratio.get(engine.kernel, ratio["any"])))}
+    if seen := images_of(card, engine, load["activations"]):
+        load["images"] = seen
     pool = empty_pool(card, engine, part)
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
@@ -287,6 +290,15 @@ def card_memory(
     return CardMemory(terms, load, w, pool, before + terms["nccl"])
 
 
+def images_of(card: ModelCard, engine: EngineConfig, activations: int) -> int:
+    """Return the bytes that a load with images adds: the cache of their encodings, and the tower's tensors.
+
+    The tower runs between steps, so only what it needs beyond the other `activations` counts.
+    """
+    vision = vision_memory(card, engine)
+    return vision.cache + max(0, vision.activations - activations)
+
+
 def profiled(card: ModelCard, engine: EngineConfig, activations: int) -> int:
     """Return the bytes beside weights and context that the engine finds in its profile run.
 
@@ -297,7 +309,8 @@ def profiled(card: ModelCard, engine: EngineConfig, activations: int) -> int:
         return max(compiling(card, engine), activations + expert_workspace(card, engine))
     stays = 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
     stays += _mib("idle_cache_mib") + expert_kernels(card, engine)
-    return stays + max(compiling(card, engine), expert_workspace(card, engine) + activations)
+    peak = max(activations, vision_memory(card, engine).activations)
+    return stays + max(compiling(card, engine), expert_workspace(card, engine) + peak)
 
 
 def empty_pool(card: ModelCard, engine: EngineConfig, part: Part | None) -> KvPool:
@@ -393,6 +406,8 @@ def cpu_memory(
         + expert_workspace(card, engine),
         "admission": admission_bytes,
     }
+    if seen := images_of(card, engine, load["activations"]):
+        load["images"] = seen
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:
