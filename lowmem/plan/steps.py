@@ -215,7 +215,8 @@ class StepModel:
 
     def launches(self, stage: tuple[Part, CardMemory]) -> float:
         """Return the time of kernel launches by the host, which captured graphs avoid."""
-        each = _figure("eager_ms_per_layer", "any", self.device)
+        each = float(constant("latency", "eager_ms_per_layer"))
+        each *= _figure("eager_host_share", "any", self.device)
         return stage[0].card.layers * each if self.engine.eager and self._cuda else 0.0
 
     def _beside(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
