@@ -127,7 +127,7 @@ class StepModel:
         With n-gram drafts the host makes them between two steps, and schedules the next one only then.
         """
         between = float(constant("latency", "draft_ms")["step"]) if self.engine.speculation else 0.0
-        return _figure("step_ms", self.device.kind, self.device) + between
+        return float(constant("latency" if self._cuda else "cpu", "step_ms")) + between
 
     @property
     def flops_per_ms(self) -> float:
