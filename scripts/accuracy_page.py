@@ -6,16 +6,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from reference_runs import load_models, load_receipts, load_runs
+from reference_runs import knobs_of, load_models, load_receipts, load_runs
 
 from lowmem.data import load_yaml
 from lowmem.inputs.devices import load_device
+from lowmem.inputs.model_cards import card_from_config
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Scalar
@@ -45,6 +47,7 @@ A run calibrates constants of `lowmem/data/calibration.yml`, or it tests them; t
   Made-up weights with a bias in the router send all tokens to the same experts.
   `gpt-oss-20b` therefore reads less at eight clients than a real checkpoint would.
 - What a layer costs beside its bytes depends on the kernel: 0.02 ms at 16 bits, 0.05 ms at 4 bits.
+- 16-bit layers reach the same share of the bandwidth on an A100, as a published run shows.
 - Without captured graphs the host decides: 0.4 ms a layer on one host, 0.8 ms on another, for 8B and for 70B.
 - A token takes longer than a step, since prompts of other clients pass.
   Their share is the least certain term: it depends on when requests arrive.
@@ -176,6 +179,39 @@ def reference() -> Iterator[Row]:
         )
 
 
+def public() -> Iterator[Row]:
+    """Yield what others measured and published, for models whose config.json is in the runs above."""
+    data = TOP / "tests" / "data"
+    configs = {
+        run["model"]: run["config"]
+        for run in json.loads((data / "gpu_runs_models.json").read_text(encoding="utf-8"))["runs"]
+    }
+    for run in json.loads((data / "public_runs.json").read_text(encoding="utf-8"))["runs"]:
+        plan = make_plan(
+            PlanRequest(
+                str(TOP / "benchmarks" / "gpu" / "plain.yml"),
+                card_from_config(configs[run["model"]], run["model"], "config.json"),
+                run["device"],
+                run["gpus"],
+                {"tensor_parallel_size": run["gpus"], **knobs_of(shlex.join(run["args"]))},
+                clients=run["clients"],
+                input_tokens=run["in"],
+                output_tokens=run["out"],
+                vllm_version=run["vllm"],
+                weights="stored",
+                search=False,
+            )
+        )
+        yield Row(
+            plan.model,
+            f"{plan.device_count} x {load_device(plan.device).title}",
+            run["vllm"],
+            f"[{run['name']}]({run['source'].split(': ')[0]})",
+            False,
+            {"ms a token": (plan.latency_ms.decode_expected, run["ms_per_token"])},
+        )
+
+
 def _worst_of(rows: list[Row], term: str) -> str:
     errors = [row.errors[term] for row in rows if term in row.errors]
     return f"{max(errors, key=abs):+.1%}" if errors else ""
@@ -224,7 +260,7 @@ def _spread(rows: list[Row], term: str) -> str:
 
 def page() -> str:
     """Render the whole page."""
-    rows = [*receipts(), *drafted(), *reference()]
+    rows = [*receipts(), *drafted(), *reference(), *public()]
     tests = [row for row in rows if not row.calibrates]
     return "\n".join(
         [

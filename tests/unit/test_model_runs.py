@@ -5,6 +5,7 @@ Four of them calibrated it (lowmem/data/calibration.yml), the others try it.
 
 from pathlib import Path
 
+import accuracy_page
 import pytest
 from reference_runs import load_models
 
@@ -70,3 +71,10 @@ def test_a_batch_reads_the_distinct_experts_that_it_hits():
     eight, one = (RUNS["qwen3-30b-a3b", n].plan.latency_ms.terms["hbm_weights"] for n in (8, 1))
     expert_ms = 57_982_058_496 / 4800e9 * 1e3
     assert eight - one == pytest.approx(expert_ms * (51.613 - 8) / 128, abs=0.001)
+
+
+def test_what_others_measured_within_fifteen_percent():
+    (row,) = accuracy_page.public()
+    planned, measured = row.terms["ms a token"]
+    assert measured == 13.33
+    assert planned == pytest.approx(measured, rel=0.15)
