@@ -97,6 +97,17 @@ class KvLayout:
                     met[layer] = max(met.get(layer, 0.0), min(tokens, cache.window or tokens))
         return sum(met.values())
 
+    def layers_with(self, *kinds: str, layers: range = _ALL) -> int:
+        """Count the layers that keep a cache of one of these kinds."""
+        return len(
+            {
+                layer
+                for group in self.groups
+                for cache, layer in zip(group.caches, group.layers, strict=True)
+                if layer in layers and cache.kind in kinds
+            }
+        )
+
     def latent_bytes(self, tokens: int, layers: range = _ALL) -> int:
         """Return the bytes of latent vectors that a decode step reads for a request of `tokens` tokens."""
         return sum(

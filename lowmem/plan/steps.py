@@ -222,17 +222,20 @@ class StepModel:
     def _beside(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return the time that layers take beside their matrix products.
 
-        A layer of experts also routes. A quantized KV cache of few bits is packed and unpacked by kernels of
-        its own.
+        A layer of experts also routes, and one with a state or latent vectors has more and smaller kernels. A
+        quantized KV cache of few bits is packed and unpacked by kernels of its own.
         """
         if not self._cuda:
             return 0.0
-        layers, kv_dtype = stage[0].card.layers, self.engine.kv_dtype
+        layers, kv_dtype, kv = stage[0].card.layers, self.engine.kv_dtype, stage[1].kv
+        more = constant("latency", "other_layer_ms")
+        other = kv.layout.layers_with("mamba", layers=kv.layers) * float(more["state"])
+        other += kv.layout.layers_with("mla", "sliding_mla", layers=kv.layers) * float(more["latent"])
         few_bits = float(constant("latency", "kv_ms_per_layer").get(kv_dtype, 0.0))
         few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(kv_dtype, 0.0)) / 1e3
-        return layers * (_figure("graph_ms_per_layer", self.engine.kernel, self.device) + few_bits) + stage[
-            1
-        ].weights.expert_layers * _figure("expert_ms_per_layer", self.engine.expert_kernel, self.device)
+        each = _figure("graph_ms_per_layer", self.engine.kernel, self.device) + few_bits
+        routing = _figure("expert_ms_per_layer", self.engine.expert_kernel, self.device)
+        return layers * each + stage[1].weights.expert_layers * routing + other
 
     def _drafts(self, layers: int) -> float:
         """Return the time that the draft rows of the decoding requests take beside their matrix products."""

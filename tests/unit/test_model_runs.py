@@ -3,6 +3,7 @@
 Four of them calibrated it (lowmem/data/calibration.yml), the others try it.
 """
 
+import json
 from pathlib import Path
 
 import accuracy_page
@@ -10,11 +11,14 @@ import pytest
 from reference_runs import load_models
 
 from lowmem.data import load_yaml
+from lowmem.inputs.model_cards import card_from_config
+from lowmem.plan import steps
+from lowmem.plan.planner import make_plan
+from lowmem.plan.request import PlanRequest
 from lowmem.units import GIB, MIB
 
-RUNS = {
-    (r.name, r.clients): r for r in load_models(Path(__file__).parents[1] / "data" / "gpu_runs_models.json")
-}
+DATA = Path(__file__).parents[1] / "data"
+RUNS = {(r.name, r.clients): r for r in load_models(DATA / "gpu_runs_models.json")}
 
 # name: weights GiB, "Available KV cache memory" GiB, KV tokens, idle MiB, peak MiB as measured
 MEMORY = {
@@ -78,3 +82,21 @@ def test_what_others_measured_within_fifteen_percent():
     planned, measured = row.terms["ms a token"]
     assert measured == 13.33
     assert planned == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "kind"), [("Qwen3.5-35B-A3B", 30, "state"), ("DeepSeek-V3", 61, "latent")]
+)
+def test_layers_with_states_or_latent_vectors_take_more_beside_their_bytes(monkeypatch, name, layers, kind):
+    known = json.loads((DATA / "checkpoints" / "models_vllm_0.32.json").read_text())["models"]
+    card = card_from_config(known[name]["config"], name, "config.json")
+    request = PlanRequest("lab", card, "h200", 1, weights="stored", search=False)
+    given = steps.constant
+
+    def free(section, field):
+        return {"state": 0.0, "latent": 0.0} if field == "other_layer_ms" else given(section, field)
+
+    with_, each = make_plan(request).latency_ms, given("latency", "other_layer_ms")[kind]
+    monkeypatch.setattr(steps, "constant", free)
+    without = make_plan(request).latency_ms
+    assert with_.terms["steady_step"] - without.terms["steady_step"] == pytest.approx(layers * each, abs=1e-3)
