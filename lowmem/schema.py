@@ -131,7 +131,7 @@ class WeightGroup(Strict):
     """
 
     name: str
-    kind: Literal["linear", "embedding", "lm_head", "norm", "bias", "router"]
+    kind: Literal["linear", "embedding", "lm_head", "norm", "bias", "router", "vision"]
     count: int = Field(ge=1)
     out_features: int = Field(ge=1)
     in_features: int = Field(ge=1)
@@ -497,6 +497,16 @@ class Checkpoint(Strict):
     active_bytes: Bytes = Field(description="parameters that one token reads: all but the idle experts")
 
 
+class DecodeStep(Strict):
+    """Bytes that one decode step of the load reads on the fullest card, and the kernels that read them."""
+
+    active_parameters: int = Field(description="of the model, that one token multiplies with")
+    weight_bytes: Bytes = Field(description="of one card, with the routed experts that the batch hits")
+    kv_bytes: Bytes = Field(description="of one card: keys and values up to a window, or states")
+    linear_kernel: str
+    expert_kernel: str | None = Field(None, description="None: the model has no routed experts")
+
+
 class Plan(Strict):
     """Everything that is known before a host is touched.
 
@@ -565,6 +575,7 @@ class Plan(Strict):
     kv_tokens: int
     kv_cache: KvCache | None = Field(None, description="layout of the pool; None: a plan of an older release")
     max_requests: int
+    decode_step: DecodeStep | None = Field(None, description="None: a plan of an older release")
     latency_ms: Latency
     arguments: tuple[Argument, ...]
     environment: tuple[EnvironmentVariable, ...]

@@ -7,12 +7,14 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lowmem.artefacts import read
 from lowmem.inputs import profiles
 from lowmem.inputs.devices import by_nvml_name
+from lowmem.inputs.model_cards import card_from_config, names
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan, Receipt, Scalar
@@ -115,9 +117,68 @@ def compare(run: Mapping[str, Any], device: str = "h200") -> Compared:
     )
 
 
+@cache
 def load_runs(path: Path) -> list[Compared]:
     """Load all runs of a reference file."""
     return [compare(run) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+
+
+@dataclass(frozen=True)
+class ModelRun:
+    """Run of another model on the default kernels, with its plan and its measurement at one load."""
+
+    name: str
+    clients: int
+    plan: Plan
+    weights_gib: float
+    kv_gib: float
+    kv_tokens: int
+    idle_mib: float
+    peak_mib: float
+    step_ms: float
+    tpot_ms: float
+
+
+@cache
+def load_models(path: Path) -> list[ModelRun]:
+    """Load the runs of other models (tests/data/gpu_runs_models.json), each at eight clients and at one."""
+    found = []
+    for run in json.loads(path.read_text(encoding="utf-8"))["runs"]:
+        empty = profiles.load_profile("low_mem").model_copy(
+            update={"name": run["name"], "knobs": {}, "environment": {}}
+        )
+        card = card_from_config(run["config"], run["model"], "config.json")
+        for load in (run["load8"], run["load1"]):
+            plan = make_plan(
+                PlanRequest(
+                    empty,
+                    card,
+                    "h200",
+                    run["gpus"],
+                    knobs_of(shlex.join(run["args"])),
+                    clients=load["clients"],
+                    input_tokens=load["in"],
+                    output_tokens=load["out"],
+                    memory_limit_bytes=143771 * MIB,
+                    weights="stored",
+                    search=False,
+                )
+            )
+            found.append(
+                ModelRun(
+                    name=run["name"],
+                    clients=load["clients"],
+                    plan=plan,
+                    weights_gib=run["weights_gib"],
+                    kv_gib=run["kv_available_gib"],
+                    kv_tokens=run["kv_tokens"],
+                    idle_mib=max(run["idle_mib"]),
+                    peak_mib=run["peaks_mib"]["load"],
+                    step_ms=load["itl_p50"],
+                    tpot_ms=load["tpot_mean_ms"],
+                )
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -214,7 +275,7 @@ def received(name: str, receipt: Receipt) -> Received:
     words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
     knobs = {k: v for k, v in knobs_of(shlex.join(words)).items() if k not in _PLAYED}
-    names = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CUDA_ALLOC_CONF")
+    kept = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CUDA_ALLOC_CONF")
     old, load = receipt.plan, receipt.loads[0].load
     empty = profiles.load_profile("low_mem").model_copy(
         update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}
@@ -222,14 +283,14 @@ def received(name: str, receipt: Receipt) -> Received:
     plan = make_plan(
         PlanRequest(
             empty,
-            "llama-2-70b",
+            old.model if old.model in names() else "llama-2-70b",
             by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
             old.device_count,
             knobs,
             clients=load.clients,
             input_tokens=load.input_tokens,
             output_tokens=load.output_tokens,
-            environment={n: receipt.environment[n] for n in names if n in receipt.environment},
+            environment={n: receipt.environment[n] for n in kept if n in receipt.environment},
             vllm_version=old.vllm_version,
             memory_limit_bytes=143771 * MIB,
             search=False,
@@ -238,6 +299,7 @@ def received(name: str, receipt: Receipt) -> Received:
     return Received(name, receipt, plan)
 
 
+@cache
 def load_receipts(folder: Path) -> list[Received]:
     """Load the receipts of a folder whose service answered a load, by name, each planned for its own card.
 
@@ -245,7 +307,8 @@ def load_receipts(folder: Path) -> list[Received]:
     """
     found = []
     for file in sorted(folder.glob("*.json")):
-        if '"argv"' in file.read_text(encoding="utf-8"):
+        text = file.read_text(encoding="utf-8")
+        if '"argv"' in text and '"ready_s"' in text:
             receipt = read(file)
             if receipt.loads:
                 found.append(received(file.stem, receipt))

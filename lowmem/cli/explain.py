@@ -28,6 +28,8 @@ def explain(
     """
     from rich.markup import escape
 
+    from lowmem.plan.compute import compute
+    from lowmem.plan.render import step_text
     from lowmem.text import terminal
 
     inputs = gather(PlanRequest(profile, model, device, count, parse_assignments(set_ or [])))
@@ -41,6 +43,9 @@ def explain(
     out.print(
         f"{escape(inputs.card.name)} on {each}; differences are against the engine's default, computed\n"
     )
+    plan = compute(inputs)
+    if plan.decode_step:
+        out.print(step_text(plan, plan.decode_step) + "\n")
     measured = measured_effects(measurements, inputs.profile.name)
 
     def quote(sentence: str) -> None:

@@ -335,6 +335,7 @@ def _groups_of(module: Module, inventory: Inventory) -> Iterable[WeightGroup]:
                           split="none", layered=layered)  # fmt: skip
     elif module.out:
         kind = _KINDS.get(module.kind, "router" if module.use == "router" else "linear")
+        kind = "vision" if module.use == "vision" else kind
         yield WeightGroup(name=short, kind=kind, count=1, out_features=sum(module.out),
                           in_features=module.inp, split=_SPLITS.get(module.kind, "none"),
                           quantized=quantized, layered=layered)  # fmt: skip

@@ -23,6 +23,7 @@ from lowmem.plan.memory import (
     stage_ram,
     start_peak,
 )
+from lowmem.plan.reads import active_parameters, expert_share
 from lowmem.plan.request import Inputs
 from lowmem.plan.resolve import resolve
 from lowmem.plan.speculation import acceptance_of
@@ -44,6 +45,7 @@ from lowmem.schema import (
     AdmissionLimits,
     Argument,
     Checkpoint,
+    DecodeStep,
     Device,
     EnvironmentVariable,
     KvCache,
@@ -202,6 +204,7 @@ def compute(inputs: Inputs) -> Plan:
         kv_tokens=memory.kv.tokens,
         kv_cache=kv_cache_of(memory.kv),
         max_requests=requests,
+        decode_step=decode_step_of(steps),
         latency_ms=speed,
         arguments=arguments,
         environment=environment,
@@ -222,6 +225,19 @@ def kv_cache_of(pool: KvPool) -> KvCache:
         blocks_per_request=pool.layout.blocks_per_request,
         bytes_per_block=pool.block_bytes,
         groups=tuple(KvCacheGroup.model_validate(row) for row in group_rows(pool.layout, pool.layers)),
+    )
+
+
+def decode_step_of(steps: StepModel) -> DecodeStep:
+    """Say what a decode step of the load reads on the fullest card."""
+    stage, engine = fullest(steps.stages), steps.engine
+    reads = steps.weights(stage).read(expert_share(steps.card, steps.decode_tokens))
+    return DecodeStep(
+        active_parameters=active_parameters(steps.card),
+        weight_bytes=reads,
+        kv_bytes=steps.kv_bytes(stage, steps.together),
+        linear_kernel=engine.kernel,
+        expert_kernel=engine.expert_kernel if steps.card.experts else None,
     )
 
 

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowmem.errors import BadInput
-from lowmem.plan.knobs import _capability
 from lowmem.plan.speculation import Speculation
-from lowmem.schema import Device, Load, ModelCard, Scalar
+from lowmem.schema import Load, Scalar
 
 # Each KV type with the CUDA compute capability and the vLLM version that it needs. FlashAttention takes fp8
 # on 9.0 and 10.0 only, and Triton's fp8 needs 8.9. The per-token-head integer types and TurboQuant's integer
@@ -74,7 +73,8 @@ class EngineConfig:
     kv_offload_bytes: int
     dummy: bool
     prefix_caching: bool
-    kernel: str  # of the quantized linear layers: marlin, machete, humming, native16 or cpu
+    kernel: str = "native16"  # of the linear layers (lowmem/plan/kernels.py)
+    expert_kernel: str = "triton"
     environment: Mapping[str, str] = field(default_factory=dict)
     hosts: int = 1
     partition: tuple[int, ...] = ()  # decoder layers of each pipeline stage; empty: one stage
@@ -140,25 +140,3 @@ def layer_partition(layers: int, stages: int, wanted: str = "") -> tuple[int, ..
     for i in range(2, left + 2):
         layers_of[-i] += 1
     return tuple(layers_of)
-
-
-def linear_kernel(
-    card: ModelCard, device: Device, vllm: tuple[int, int, int], wanted: str, disabled: str
-) -> str:
-    """Choose the kernel of the linear layers as vLLM does.
-
-    Source: 0.32.0, model_executor/kernels/linear and quantization/utils/humming/priority.py.
-    """
-    if device.kind == "cpu":
-        return "cpu"
-    if card.quantization.method in ("none", "fp8"):
-        return "native16"
-    if card.quantization.bits in (2, 3):
-        return "humming"
-    if wanted in ("marlin", "machete", "humming"):
-        return wanted
-    if _capability(device.capability) != (9, 0):
-        return "marlin"
-    if "MacheteLinearKernel" not in disabled:
-        return "machete"
-    return "humming" if vllm >= (0, 30, 0) and "HummingLinearKernel" not in disabled else "marlin"

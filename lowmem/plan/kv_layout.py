@@ -74,15 +74,47 @@ class KvLayout:
         return self.blocks_per_request * self.bytes_per_block(layers)
 
     def bytes_read(self, tokens: int, layers: range = _ALL) -> int:
-        """Return the bytes that one decode step reads for a request of `tokens` tokens.
+        """Return the bytes that one decode step moves for a request of `tokens` tokens.
 
-        A layer reads no further back than its window.
+        A layer reads no further back than its window. A state is read and written again.
         """
         return sum(
             _bytes_read(cache, tokens)
             for group in self.groups
             for cache, layer in zip(group.caches, group.layers, strict=True)
             if layer in layers
+        )
+
+    def tokens_met(self, tokens: float, layers: range = _ALL) -> float:
+        """Return the tokens that one token attends to among the `tokens` before it, summed over layers.
+
+        A layer with a window meets no more than that, and one with a state none.
+        """
+        met: dict[int, float] = {}
+        for group in self.groups:
+            for cache, layer in zip(group.caches, group.layers, strict=True):
+                if layer in layers and cache.kind != "mamba":
+                    met[layer] = max(met.get(layer, 0.0), min(tokens, cache.window or tokens))
+        return sum(met.values())
+
+    def layers_with(self, *kinds: str, layers: range = _ALL) -> int:
+        """Count the layers that keep a cache of one of these kinds."""
+        return len(
+            {
+                layer
+                for group in self.groups
+                for cache, layer in zip(group.caches, group.layers, strict=True)
+                if layer in layers and cache.kind in kinds
+            }
+        )
+
+    def latent_bytes(self, tokens: int, layers: range = _ALL) -> int:
+        """Return the bytes of latent vectors that a decode step reads for a request of `tokens` tokens."""
+        return sum(
+            _bytes_read(cache, tokens)
+            for group in self.groups
+            for cache, layer in zip(group.caches, group.layers, strict=True)
+            if layer in layers and cache.kind in ("mla", "sliding_mla")
         )
 
     @cached_property
@@ -146,7 +178,7 @@ def _blocks_of(cache: LayerCache, tokens: int, settings: KvSettings) -> int:
 
 def _bytes_read(cache: LayerCache, tokens: int) -> int:
     if cache.kind == "mamba":
-        return cache.page_bytes
+        return 2 * cache.page_bytes
     return min(tokens, cache.window or tokens) * cache.page_bytes // cache.block_tokens
 
 

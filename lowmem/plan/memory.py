@@ -14,6 +14,7 @@ from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.kv_layout import KvLayout, kv_layout
 from lowmem.plan.kv_specs import KvSettings
 from lowmem.plan.stages import Part, parts, pipeline_buffers
+from lowmem.plan.vision import vision_memory
 from lowmem.plan.weights import (
     Weights,
     _wanted,
@@ -55,10 +56,8 @@ def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True
     """
     e = DTYPE_BYTES[engine.dtype]
     tokens, tp = engine.max_num_batched_tokens, engine.tp
-    if card.experts:
-        mlp = card.experts_per_token * (3 * card.intermediate_size // tp + card.hidden_size) * e
-    else:
-        mlp = 3 * card.intermediate_size // tp * e
+    # Products of routed experts lie in a workspace of their own.
+    mlp = 0 if card.experts else 3 * card.intermediate_size // tp * e
     attention = (2 * card.heads + 2 * max(card.kv_heads, tp)) * card.head_dim // tp * e
     per_token = 2 * card.hidden_size * e + max(mlp, attention)
     copies = (
@@ -66,6 +65,44 @@ def peak_activations(card: ModelCard, engine: EngineConfig, samples: bool = True
     )  # 32-bit copies; the older sampler also sorts, with 64-bit indices
     logits = min(engine.max_num_seqs * engine.rows, tokens) * card.vocab_size * (e + copies) if samples else 0
     return max(tokens * per_token, logits + tokens * 2 * card.hidden_size * e)
+
+
+def expert_workspace(card: ModelCard, engine: EngineConfig) -> int:
+    """Return the bytes of the buffers that the layers of routed experts share and keep.
+
+    One holds the gate and up products or the output of each token's experts, and the other what is between
+    (0.32.0, fused_moe/modular_kernel.py and v1/worker/workspace.py).
+    """
+    inner = next((g.in_features for g in card.groups if g.name.endswith("experts.w2")), None)
+    if not card.experts or inner is None:
+        return 0
+    inner = inner // engine.tp
+    rows = engine.max_num_batched_tokens * card.experts_per_token
+    widths = max(2 * inner, card.hidden_size) + max(inner, card.hidden_size)
+    return rows * widths * DTYPE_BYTES[engine.dtype]
+
+
+def expert_kernels(card: ModelCard, engine: EngineConfig) -> int:
+    """Return the bytes of the code and tables that the experts' kernels bring to the card."""
+    return (
+        round(float(constant("memory", "expert_kernel_mib")[engine.expert_kernel]) * MIB)
+        if card.experts
+        else 0
+    )
+
+
+def compiling(card: ModelCard, engine: EngineConfig) -> int:
+    """Return the bytes that compiling adds to the peak of the profile run.
+
+    Inductor tunes its kernels on inputs that it makes up (autotune_at_compile_time), and one of them is as
+    large as the embedding. On several cards the look-up is an operator of vLLM's own, which Inductor does not
+    see (0.32.0, vocab_parallel_embedding.py, use_fused_embedding). With weights read from the host no such
+    peak was seen (uva20).
+    """
+    if engine.eager or engine.tp > 1 or engine.offload == "uva":
+        return 0
+    rows = card.vocab_size * card.hidden_size if any(g.kind == "embedding" for g in card.groups) else 0
+    return rows * DTYPE_BYTES[engine.dtype]
 
 
 def graphs(card: ModelCard, engine: EngineConfig) -> int:
@@ -211,6 +248,7 @@ def card_memory(
         kept += _mib("eager_cache_mib") if engine.eager else 0
         kept += round(float(of_loading("loading_cache_mib", card, engine) or 0) * MIB)
         kept += 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
+        kept += expert_workspace(card, engine) + expert_kernels(card, engine)
     terms = {
         "weights": w.on_card,
         "kv_cache": 0,
@@ -222,7 +260,10 @@ def card_memory(
     }
     if part and engine.pp > 1:
         terms["pipeline_buffers"] = pipeline_buffers(part, engine)
-    load = {"activations": round(act * float(constant("memory", "load_activation_ratio")[engine.kernel]))}
+    ratio = constant("memory", "load_activation_ratio")
+    load = {"activations": round(act * float(ratio.get(engine.kernel, ratio["any"])))}
+    if seen := images_of(card, engine, load["activations"]):
+        load["images"] = seen
     pool = empty_pool(card, engine, part)
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
@@ -233,21 +274,43 @@ def card_memory(
         )
     else:
         budget = math.ceil(device.torch_total_mib * MIB * engine.utilization)
-        profiled = 0 if engine.eager else _mib("compile_profile_mib") + graph
         available = (
             budget
             - w.on_card
             - terms["offload_buffers"]
             - terms.get("pipeline_buffers", 0)
-            - act
+            - profiled(card, engine, act)
             - growth
-            - profiled
+            - graph
         )
     pool = filled(pool, available)
     if engine.kv_blocks_override is not None and pool.blocks:
         pool = replace(pool, blocks=engine.kv_blocks_override)
     terms["kv_cache"] = pool.blocks * pool.block_bytes
     return CardMemory(terms, load, w, pool, before + terms["nccl"])
+
+
+def images_of(card: ModelCard, engine: EngineConfig, activations: int) -> int:
+    """Return the bytes that a load with images adds: the cache of their encodings, and the tower's tensors.
+
+    The tower runs between steps, so only what it needs beyond the other `activations` counts.
+    """
+    vision = vision_memory(card, engine)
+    return vision.cache + max(0, vision.activations - activations)
+
+
+def profiled(card: ModelCard, engine: EngineConfig, activations: int) -> int:
+    """Return the bytes beside weights and context that the engine finds in its profile run.
+
+    What stays is buffers and the experts' workspace; of the rest the peak counts. Older engines report the
+    peak of activations alone.
+    """
+    if engine.vllm < (0, 28, 0):
+        return max(compiling(card, engine), activations + expert_workspace(card, engine))
+    stays = 4 * engine.max_num_batched_tokens * card.hidden_size * DTYPE_BYTES[engine.dtype]
+    stays += _mib("idle_cache_mib") + expert_kernels(card, engine)
+    peak = max(activations, vision_memory(card, engine).activations)
+    return stays + max(compiling(card, engine), expert_workspace(card, engine) + peak)
 
 
 def empty_pool(card: ModelCard, engine: EngineConfig, part: Part | None) -> KvPool:
@@ -339,9 +402,12 @@ def cpu_memory(
     pool = empty_pool(card, engine, part)
     fixed = {"weights": w.on_card, "runtime": round(float(constant("cpu", "runtime_mib")) * MIB)}
     load = {
-        "activations": peak_activations(card, engine, part is None or part.last),
+        "activations": peak_activations(card, engine, part is None or part.last)
+        + expert_workspace(card, engine),
         "admission": admission_bytes,
     }
+    if seen := images_of(card, engine, load["activations"]):
+        load["images"] = seen
     if engine.kv_bytes is not None:
         available = engine.kv_bytes
     elif engine.kv_auto:

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from lowmem.plan.search import Option
-from lowmem.schema import Node, Pipeline, Plan
+from lowmem.schema import DecodeStep, Node, Pipeline, Plan
 from lowmem.text import bar, terminal
-from lowmem.units import GIB, MIB, gib, mib
+from lowmem.units import GB, GIB, MIB, gib, mib
 
 _COLOUR = {"fits": "green", "slow": "yellow", "impossible": "red"}
 
@@ -51,6 +51,8 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         f" {speed.decode_floor:,.1f}; limit {plan.limits.tpot_p99_ms:g}"
     )
     out.print(f"prefill {speed.prefill_expected:,.0f} ms a prompt expected, floor {speed.prefill_floor:,.0f}")
+    if plan.decode_step:
+        out.print(step_text(plan, plan.decode_step))
     if plan.pipeline:
         show_pipeline(plan, plan.pipeline, out)
     ram = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.host_ram.items())
@@ -64,6 +66,17 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
         out.print("vllm serve " + shlex.join(start.argv), markup=False, soft_wrap=True)
         for variable in start.environment:
             out.print(f"  {variable.name}={variable.value}", markup=False)
+
+
+def step_text(plan: Plan, step: DecodeStep) -> str:
+    """Say the parameters of a token, what a decode step reads, and by which kernels."""
+    experts = f", experts {step.expert_kernel}" if step.expert_kernel else ""
+    used, whole = step.active_parameters / 1e9, plan.parameters / 1e9
+    return (
+        f"a token uses {used:,.2f} of {whole:,.2f} billion parameters; a decode step reads"
+        f" {step.weight_bytes / GB:,.2f} GB of weights and {step.kv_bytes / GB:,.2f} GB of KV cache a card"
+        f" (kernels: {step.linear_kernel}{experts})"
+    )
 
 
 def _memory_table(plan: Plan) -> Table:

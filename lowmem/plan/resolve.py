@@ -11,8 +11,8 @@ from lowmem.plan.engine_config import (
     EngineConfig,
     graph_sizes,
     layer_partition,
-    linear_kernel,
 )
+from lowmem.plan.kernels import with_kernels
 from lowmem.plan.knobs import version
 from lowmem.plan.kv_types import stored_kv_dtype
 from lowmem.plan.speculation import Speculation, speculation_of
@@ -52,7 +52,7 @@ def resolve(
     support.refuse_offload(v, card)
     backend, disabled = str(v.get("linear_backend", "auto")), environment.get("VLLM_DISABLED_KERNELS", "")
     wanted_partition = environment.get("VLLM_PP_LAYER_PARTITION", "")
-    return EngineConfig(
+    engine = EngineConfig(
         vllm=vllm,
         tp=tp,
         dtype=dtype,
@@ -77,12 +77,12 @@ def resolve(
         kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
         dummy=v.get("load_format") == "dummy",
         prefix_caching=bool(v.get("enable_prefix_caching", True)),
-        kernel=linear_kernel(card, device, vllm, backend, disabled),
         environment=dict(environment),
         hosts=hosts,
         partition=layer_partition(card.layers, pp, wanted_partition) if pp > 1 else (),
         speculation=speculation,
     )
+    return with_kernels(engine, card, device, backend, disabled)
 
 
 def _dtype(v: Mapping[str, Any], card: ModelCard, device: Device) -> str:

@@ -14,6 +14,7 @@ from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory
+from lowmem.plan.reads import StepWeights, expert_share, step_weights
 from lowmem.plan.speculation import acceptance_of
 from lowmem.plan.stages import Part, hop_bytes_per_token
 from lowmem.plan.weights import streamed_layers
@@ -21,47 +22,14 @@ from lowmem.schema import Device, Link, Load, ModelCard
 from lowmem.units import GB
 
 
-def _active_parameters(card: ModelCard) -> int:
-    """Count the parameters that one token multiplies with.
+def _figure(section: str, kernel: str, device: Device) -> float:
+    """Return the measured figure of a kernel.
 
-    A mixture of experts uses only some of them, and the embedding is a look-up.
-    """
-    total = 0
-    for g in card.groups:
-        if g.kind == "embedding" and not card.tied:
-            continue
-        share = card.experts_per_token / card.experts if card.experts and ".experts." in g.name else 1.0
-        total += int(g.parameters * share)
-    return total
-
-
-def _expert_share(card: ModelCard, tokens: float) -> float:
-    """Return the share of the experts' weights that a step reads.
-
-    Its `tokens` tokens are routed evenly and independently.
-    """
-    if not card.experts:
-        return 1.0
-    return float(1 - (1 - card.experts_per_token / card.experts) ** tokens)
-
-
-def _embedding_bytes(card: ModelCard, engine: EngineConfig) -> int:
-    return sum(g.parameters * 2 // engine.tp for g in card.groups if g.kind == "embedding" and not card.tied)
-
-
-def _efficiency(section: str, kernel: str, device: Device) -> float:
-    """Return the measured efficiency of a kernel.
-
-    The most specific figure counts: for this card, for its compute capability, or for the kernel alone.
+    The most specific one counts: for this card, for its compute capability, for the kernel alone, or for any.
     """
     table = constant("latency", section)
-    return float(
-        next(
-            table[key]
-            for key in (f"{kernel}@{device.name}", f"{kernel}@{device.capability}", kernel)
-            if key in table
-        )
-    )
+    keys = (f"{kernel}@{device.name}", f"{kernel}@{device.capability}", kernel, "any")
+    return float(next(table[key] for key in keys if key in table))
 
 
 @dataclass(frozen=True)
@@ -159,7 +127,7 @@ class StepModel:
         With n-gram drafts the host makes them between two steps, and schedules the next one only then.
         """
         between = float(constant("latency", "draft_ms")["step"]) if self.engine.speculation else 0.0
-        return float(constant("latency", "step_ms")) + between
+        return float(constant("latency" if self._cuda else "cpu", "step_ms")) + between
 
     @property
     def flops_per_ms(self) -> float:
@@ -174,23 +142,55 @@ class StepModel:
     def _new(self) -> bool:
         return self.engine.vllm >= (0, 28, 0)
 
+    def weights(self, stage: tuple[Part, CardMemory]) -> StepWeights:
+        """Return the weights of one card of a stage by the kernel that reads them."""
+        return step_weights(stage[0].card, self.engine, stage[1].weights)
+
+    def operations(self, stage: tuple[Part, CardMemory], tokens: float) -> tuple[float, float]:
+        """Return the time of the products with weights at full rate: outside of experts, and inside."""
+        w = self.weights(stage)
+        times = 2 * tokens / self.flops_per_ms
+        return w.dense_parameters * times, w.expert_parameters * times
+
     def work(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> dict[str, float]:
         """Compute the floors of a step of `tokens` tokens on one stage, by term."""
-        mine, weights, kv = stage[0].card, stage[1].weights, stage[1].kv
-        hbm = self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
-        context = self.load.input_tokens + self.load.output_tokens // 2
-        expert_bytes = sum(
-            p.loaded for layer in weights.layers for p in layer if p.name.startswith("experts.")
-        )
-        idle = int(expert_bytes * (1 - _expert_share(self.card, tokens)))
-        # A step reads the loaded weights without the embedding, of which it reads only the looked-up rows.
-        read = weights.sharded + weights.replicated - weights.offloaded - _embedding_bytes(mine, self.engine)
+        weights, hbm = stage[1].weights, self.device.hbm_gb_per_s * GB / 1e3  # bytes per ms
         return {
-            "hbm_weights": max(0, read - idle) / hbm,
-            "hbm_kv": kv.layout.bytes_read(context, kv.layers) * sequences / hbm,
+            "hbm_weights": self.weights(stage).read(expert_share(self.card, tokens)) / hbm,
+            "hbm_kv": self.kv_bytes(stage, sequences) / hbm,
             "link_offload": weights.offloaded / (self.device.link_gb_per_s * GB / 1e3),
-            "flops": 2 * _active_parameters(mine) * tokens / self.flops_per_ms,
+            "flops": sum(self.operations(stage, tokens)),
         }
+
+    def kv_bytes(self, stage: tuple[Part, CardMemory], sequences: float) -> int:
+        """Return the bytes of keys, values and states that a step reads on one card.
+
+        A request is in the middle of its answer on average.
+        """
+        kv, context = stage[1].kv, self.load.input_tokens + self.load.output_tokens // 2
+        return round(kv.layout.bytes_read(context, kv.layers) * sequences)
+
+    def _reading(self, stage: tuple[Part, CardMemory], tokens: float) -> float:
+        """Return the expected time to read the weights, each by its kernel."""
+        w, device = self.weights(stage), self.device
+        hbm = device.hbm_gb_per_s * GB / 1e3
+        experts = w.experts * expert_share(self.card, tokens)
+        dense = w.plain / _figure("hbm_efficiency", self._plain_kernel, device)
+        dense += (w.quantized - w.offloaded) / _figure("hbm_efficiency", self.engine.kernel, device)
+        return (
+            max(0.0, dense) + experts / _figure("expert_hbm_efficiency", self.engine.expert_kernel, device)
+        ) / hbm
+
+    def _multiplying(self, stage: tuple[Part, CardMemory], tokens: float) -> float:
+        """Return the expected time of the products with weights, each by its kernel."""
+        dense, experts = self.operations(stage, tokens)
+        return dense / _figure("flop_efficiency", self.engine.kernel, self.device) + experts / _figure(
+            "expert_flop_efficiency", self.engine.expert_kernel, self.device
+        )
+
+    @property
+    def _plain_kernel(self) -> str:
+        return "cpu" if self.device.kind == "cpu" else "native16"
 
     def floor(self, stage: tuple[Part, CardMemory], tokens: float, sequences: float) -> float:
         """Return the least time of a step on one stage."""
@@ -215,20 +215,27 @@ class StepModel:
 
     def launches(self, stage: tuple[Part, CardMemory]) -> float:
         """Return the time of kernel launches by the host, which captured graphs avoid."""
-        each = float(constant("latency", "eager_ms_per_layer" if self._new else "eager_old_ms_per_layer"))
+        each = float(constant("latency", "eager_ms_per_layer"))
+        each *= _figure("eager_host_share", "any", self.device)
         return stage[0].card.layers * each if self.engine.eager and self._cuda else 0.0
 
-    def _beside(self, layers: int, tokens: int) -> float:
+    def _beside(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return the time that layers take beside their matrix products.
 
-        A quantized KV cache of few bits is packed and unpacked by kernels of its own.
+        A layer of experts also routes, and one with a state or latent vectors has more and smaller kernels. A
+        quantized KV cache of few bits is packed and unpacked by kernels of its own.
         """
         if not self._cuda:
             return 0.0
-        kv_dtype = self.engine.kv_dtype
+        layers, kv_dtype, kv = stage[0].card.layers, self.engine.kv_dtype, stage[1].kv
+        more = constant("latency", "other_layer_ms")
+        other = kv.layout.layers_with("mamba", layers=kv.layers) * float(more["state"])
+        other += kv.layout.layers_with("mla", "sliding_mla", layers=kv.layers) * float(more["latent"])
         few_bits = float(constant("latency", "kv_ms_per_layer").get(kv_dtype, 0.0))
         few_bits += tokens * float(constant("latency", "kv_us_per_layer_token").get(kv_dtype, 0.0)) / 1e3
-        return layers * (float(constant("latency", "graph_ms_per_layer")) + few_bits)
+        each = _figure("graph_ms_per_layer", self.engine.kernel, self.device) + few_bits
+        routing = _figure("expert_ms_per_layer", self.engine.expert_kernel, self.device)
+        return layers * each + stage[1].weights.expert_layers * routing + other
 
     def _drafts(self, layers: int) -> float:
         """Return the time that the draft rows of the decoding requests take beside their matrix products."""
@@ -238,13 +245,27 @@ class StepModel:
     def _attention(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return the time of a prompt's products with keys and values.
 
-        Each token meets half of the prompt on average. No weights are in these products.
+        Each token meets half of the prompt on average, up to a layer's window. No weights are in these
+        products.
         """
         if not self._cuda:
             return 0.0
-        heads = 4 * self.card.heads * self.card.head_dim
-        operations = heads * tokens * (self.load.input_tokens / 2) * stage[0].card.layers
-        return operations / self.flops_per_ms / _efficiency("attention_efficiency", "any", self.device)
+        kv, half = stage[1].kv, self.load.input_tokens / 2
+        met = kv.layout.tokens_met(half, kv.layers) if kv.layout.groups else half * stage[0].card.layers
+        operations = 4 * self.card.heads * self.card.head_dim * tokens * met
+        return operations / self.flops_per_ms / _figure("attention_efficiency", "any", self.device)
+
+    def _latent_attention(self, stage: tuple[Part, CardMemory]) -> float:
+        """Return the time of a decode step's products with latent vectors.
+
+        Every head multiplies with the same vector, which makes these products long. Each number of a vector
+        is multiplied for the scores and again for the sum.
+        """
+        kv, context = stage[1].kv, self.load.input_tokens + self.load.output_tokens // 2
+        size = 1 if self.engine.kv_dtype.startswith("fp8") else DTYPE_BYTES[self.engine.dtype]
+        numbers = kv.layout.latent_bytes(context, kv.layers) / size
+        operations = 4 * self.card.heads * numbers * self.decode_tokens
+        return operations / self.flops_per_ms / _figure("attention_efficiency", "any", self.device)
 
     def expected(self, stage: tuple[Part, CardMemory], tokens: int) -> float:
         """Return one stage's expected time for a step of `tokens` tokens.
@@ -256,12 +277,12 @@ class StepModel:
         prompt = max(0, tokens - self.decode_tokens)
         rows = max(tokens, int(constant("latency", "least_prompt_rows").get(name, 0))) if prompt else tokens
         gpu = (
-            self._beside(layers, tokens)
+            self._beside(stage, tokens)
             + self._drafts(layers)
             + self._attention(stage, prompt)
             + max(
-                t["hbm_weights"] / _efficiency("hbm_efficiency", name, self.device) + t["hbm_kv"],
-                t["flops"] * rows / tokens / _efficiency("flop_efficiency", name, self.device),
+                self._reading(stage, tokens) + max(t["hbm_kv"], self._latent_attention(stage)),
+                self._multiplying(stage, rows),
             )
         )
         link = constant("latency", "link_efficiency")
@@ -302,7 +323,7 @@ class StepModel:
         """Return the least time of one prompt on one stage."""
         t = self.work(stage, self.chunk_tokens, self.together)
         return max(
-            2 * _active_parameters(stage[0].card) * self.load.input_tokens / self.flops_per_ms,
+            sum(self.operations(stage, self.load.input_tokens)),
             self.chunks * t["hbm_weights"],
             self.chunks * t["link_offload"],
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from lowmem.checkpoint.inventory import Inventory, inventory_of
 from lowmem.errors import BadInput
@@ -59,6 +61,14 @@ def _parts(
     return parts
 
 
+_EXPERTS = re.compile(r"(?:^|\.)experts\.")  # of the routed ones, not of shared_experts
+
+
+def is_expert(name: str) -> bool:
+    """Tell whether a tensor belongs to routed experts."""
+    return bool(_EXPERTS.search(name))
+
+
 @dataclass(frozen=True)
 class Parameter:
     """Parameter of one decoder layer as the engine registers it, on one card."""
@@ -82,6 +92,16 @@ class Weights:
     repacking: int
     offloaded: int
     layers: tuple[tuple[Parameter, ...], ...]
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Return the bytes of the routed experts."""
+        return sum(p.loaded for layer in self.layers for p in layer if is_expert(p.name))
+
+    @cached_property
+    def expert_layers(self) -> int:
+        """Count the layers with routed experts."""
+        return sum(any(is_expert(p.name) for p in layer) for layer in self.layers)
 
     @property
     def on_card(self) -> int:
@@ -129,7 +149,7 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
         for part in sorted(parts, key=_PART_ORDER.index):
             extra = 0
             if (
-                part == "zeros" and engine.kernel == "machete" and q.bits == 4
+                part == "zeros" and engine.kernel == "machete" and q.bits == 4 and not is_expert(name)
             ):  # Machete keeps scale x zero point in 16 bits
                 extra = parts[part] * 16 // q.bits - parts[part]
             entry = merged.setdefault((name, part), [0, 0])
@@ -168,12 +188,47 @@ def weights(card: ModelCard, engine: EngineConfig) -> Weights:
         for i, p in enumerate(layer)
         if i not in which
     )
+    padding += allocator_padding(card, engine, layers, taken)
+    return Weights(
+        sharded, replicated + resident_buffers(card, engine), padding, repacking, offloaded, layers
+    )
+
+
+_LEAST_WHOLE = 20 * MIB
+"""Larger blocks are not split while weights are loaded (0.32.0, gpu_worker.py, max_split_size_mb)."""
+
+_LARGE_STEP = 2 * MIB
+"""Size to which torch rounds large blocks up (CUDACachingAllocator)."""
+
+
+def allocator_padding(
+    card: ModelCard, engine: EngineConfig, layers: tuple[tuple[Parameter, ...], ...], taken: list[set[int]]
+) -> int:
+    """Return the bytes that the allocator holds beside the parameters that stay on the card.
+
+    A large parameter takes whole steps of 2 MiB, and small ones leave remainders.
+    """
+    rounded = sum(
+        -p.loaded % _LARGE_STEP
+        for layer, which in zip(layers, taken, strict=True)
+        for i, p in enumerate(layer)
+        if i not in which and p.loaded > _LEAST_WHOLE
+    )
+    if engine.kernel == "cpu":
+        return 0
     resident = sum(len(which) < len(layer) for layer, which in zip(layers, taken, strict=True))
-    if any(g.quantized for g in card.groups):
-        padding += round(
-            resident * float(constant("memory", "allocator_slack_mib_per_layer").get(engine.kernel, 0)) * MIB
-        )
-    return Weights(sharded, replicated, padding, repacking, offloaded, layers)
+    slack = float(constant("memory", "allocator_slack_mib_per_layer").get(engine.kernel, 0))
+    quantized = any(g.quantized for g in card.groups)
+    return rounded + (round(resident * slack * MIB) if quantized else 0)
+
+
+def resident_buffers(card: ModelCard, engine: EngineConfig) -> int:
+    """Return the bytes of rotary caches and other buffers on one card; 0 where they cannot be counted."""
+    try:
+        inventory = inventory_of_card(card, engine)
+    except BadInput:  # the plan says why the engine refuses it
+        return 0
+    return inventory.buffer_bytes if inventory else 0
 
 
 def inventory_of_card(card: ModelCard, engine: EngineConfig) -> Inventory | None:
@@ -202,17 +257,52 @@ def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
             " uniform Llama, Mistral, Mixtral and Qwen models; use tensor_parallel_size"
         )
     replicated = sum(size for use, size in inventory.bytes_by_use.items() if use in ("norm", "router"))
-    layers = tuple(tuple(Parameter(name, size, 0) for name, size in layer) for layer in inventory.layers)
+    ratio = _expert_ratio(card, engine)
+    layers = tuple(
+        tuple(_counted_parameter(card, engine, name, size, ratio) for name, size in layer)
+        for layer in inventory.layers
+    )
     taken = offloaded_parameters(engine, layers)
-    offloaded = sum(layer[i].loaded for layer, which in zip(layers, taken, strict=True) for i in which)
+    pairs = [(p, i in which) for layer, which in zip(layers, taken, strict=True) for i, p in enumerate(layer)]
+    smaller = sum(size for layer in inventory.layers for _, size in layer) - sum(p.loaded for p, _ in pairs)
     return Weights(
-        sharded=inventory.parameter_bytes - replicated,
+        sharded=inventory.parameter_bytes - replicated - smaller,
         replicated=replicated + inventory.buffer_bytes,
-        padding=0,
-        repacking=0,
-        offloaded=offloaded,
+        padding=allocator_padding(card, engine, layers, taken),
+        repacking=sum(p.grown for p, away in pairs if not away),
+        offloaded=sum(p.loaded for p, away in pairs if away),
         layers=layers,
     )
+
+
+def _counted_parameter(
+    card: ModelCard, engine: EngineConfig, name: str, size: int, expert_ratio: float
+) -> Parameter:
+    """Return a parameter of the inventory as the kernel lays it out.
+
+    Machete keeps the product of scale and zero point of 4-bit weights in 16 bits.
+    """
+    q, expert = card.quantization, is_expert(name)
+    zeros = name.endswith(("zero_point", "qzeros")) and q.zero_point and q.bits == 4
+    grown = 3 * size if zeros and not expert and engine.kernel == "machete" else 0
+    return Parameter(name, round(size * expert_ratio) if expert else size, grown)
+
+
+def _expert_ratio(card: ModelCard, engine: EngineConfig) -> float:
+    """Return the bytes of GPT-OSS's experts for Triton over those that the inventory has.
+
+    The inventory has Marlin's multiples of hidden and inner size; Triton rounds only the inner size up
+    (0.32.0, oracle/mxfp4.py, mxfp4_round_up_hidden_size_and_intermediate_size).
+    """
+    down = next((g for g in card.groups if g.name.endswith("experts.w2")), None)
+    if engine.expert_kernel != "triton_mxfp4" or down is None:
+        return 1.0
+    hidden, inner = down.out_features, math.ceil(down.in_features / engine.tp)
+
+    def up(size: int, multiple: int) -> int:
+        return math.ceil(size / multiple) * multiple
+
+    return hidden * up(inner, 64) / (up(hidden, 256) * up(inner, 128))
 
 
 def offloaded_parameters(engine: EngineConfig, layers: tuple[tuple[Parameter, ...], ...]) -> list[set[int]]:

@@ -62,12 +62,14 @@ def test_weights_of_each_stage():
     # one end of 32,000 x 8,192
     assert first.weight_terms["sharded"] == 17_112_760_320 + 534_773_760 + 133_693_440 + 524_288_000
     assert last.weight_terms["sharded"] == first.weight_terms["sharded"]
-    # two norms a layer, and the last one before lm_head
-    assert first.weight_terms["replicated"] == 40 * 2 * 8192 * 2
-    assert last.weight_terms["replicated"] == 40 * 2 * 8192 * 2 + 8192 * 2
+    # two norms a layer, and the last one before lm_head; each stage has a rotary cache of 4,096 positions
+    # and the scales of 80 layers
+    buffers = 4096 * 128 * 2 + 80 * 16
+    assert first.weight_terms["replicated"] == 40 * 2 * 8192 * 2 + buffers
+    assert last.weight_terms["replicated"] == 40 * 2 * 8192 * 2 + 8192 * 2 + buffers
     one = make_plan(PlanRequest("low_latency", search=False))
-    for term in ("sharded", "replicated"):
-        assert first.weight_terms[term] + last.weight_terms[term] == one.weight_terms[term]
+    for term, twice in (("sharded", 0), ("replicated", buffers)):
+        assert first.weight_terms[term] + last.weight_terms[term] == one.weight_terms[term] + twice
 
 
 def test_keys_and_values_of_each_stage_and_one_pool_for_both():

@@ -77,7 +77,7 @@ def test_a_host_as_planned_is_not_refused(two_cards: Plan, on_cpu: Plan) -> None
 def test_a_stale_process_on_a_card(two_cards: Plan) -> None:
     held = a100(1, 20_000, holders=("pid 4242 (VLLM::Worker)",))
     assert passing(two_cards, a100(0), held) == [
-        "GPU 1 has 20,000 MiB free, held by pid 4242 (VLLM::Worker); the plan needs 20,452 MiB: stop what"
+        "GPU 1 has 20,000 MiB free, held by pid 4242 (VLLM::Worker); the plan needs 20,453 MiB: stop what"
         " holds it, or wait for it to end"
     ]
 
@@ -293,7 +293,7 @@ def test_a_start_beside_a_stale_process_is_refused(two_cards: Plan, tmp_path: Pa
     [line] = [line for line in done.stderr.splitlines() if "GPU" in line]
     assert (
         line
-        == "start-check: GPU 1 has 20,000 MiB free, held by pid 4242424; the plan needs 20,452 MiB: stop what"
+        == "start-check: GPU 1 has 20,000 MiB free, held by pid 4242424; the plan needs 20,453 MiB: stop what"
         " holds it, or wait for it to end"
     )
     fault.saw(f"refused: {line.removeprefix('start-check: ')}")
