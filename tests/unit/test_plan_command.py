@@ -76,9 +76,7 @@ def test_a_command_of_stdin_and_of_a_file(tmp_path):
 
 
 def test_flags_are_checked_without_a_model():
-    done = run(
-        "--check-flags", "--", "vllm", "serve", "nobody/nothing", "--dtype", "half", "--rope-theta", "1e6"
-    )
+    done = run("--check-flags", "--", "vllm serve nobody/nothing --dtype half --rope-theta 1e6")
     assert (done.exit_code, done.stdout) == (1, "dtype: half\n")
     assert done.stderr.startswith("lowmem: removed: --rope-theta: vLLM 0.32.0 has it no longer")
     assert run("--check-flags", "--", "vllm", "serve", "nobody/nothing").exit_code == 0
@@ -92,8 +90,8 @@ def test_flags_are_checked_without_a_model():
             [
                 "lowmem: removed: --rope-theta: vLLM 0.32.0 has it no longer since 0.12.0 at the latest; use"
                 " hf_overrides with rope_parameters",
-                "lowmem: model 'nobody/nothing' has no config.json here; give the folder of its config.json with"
-                " --model DIR",
+                "lowmem: model 'nobody/nothing' has no config.json here; give the folder of its config.json"
+                " with --model DIR",
             ],
         ),
         (
