@@ -194,7 +194,8 @@ def _chosen(option: Option, value: Any) -> Scalar:
         _check_keys(option, result)
     if option.choices and str(result) not in {str(c) for c in option.choices}:
         listed = ", ".join(map(str, option.choices))
-        close = difflib.get_close_matches(str(result)[:64], [str(c) for c in option.choices], 1, 0.5)
+        names = [c for c in option.choices if isinstance(c, str)]
+        close = difflib.get_close_matches(str(result)[:64], names, 1, 0.5)
         meant = f"; did you mean {close[0]}" if close else ""
         raise BadInput(f"{option.name}={_shown(value)} is not one of {listed}{meant}")
     return result
