@@ -20,7 +20,7 @@ _CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBL
 
 @dataclass
 class Command:
-    """What a command asks for.
+    """Holds what a command asks for.
 
     `faults` are what no plan can be made with. `removed` are the flags that this vLLM no longer has, without
     which the plan is made. `notes` are what of the command is not the plan's.
