@@ -118,8 +118,14 @@ def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, opti
     if match := re.fullmatch(r"-O=?(\w+)", text):
         command.options["optimization_level"] = match[1]
         return
-    if text == "-O":
+    if text == "-O" and left and re.fullmatch(r"\w+", left[0].text):
         text = "--optimization-level"
+    elif text == "-O" or text.startswith(("-O.", "-O=", "-O{")):
+        command.faults.append(
+            "-O takes a level from 0 to 3; write the fields of a configuration with -cc, as -cc.mode 3"
+        )
+        _values(left, 0 if "=" in text else 1)
+        return
     head, sign, value = text.partition("=")
     head, dot, path = head.partition(".")
     if head.startswith("--"):

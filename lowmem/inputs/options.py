@@ -71,7 +71,8 @@ class Removed:
     def __str__(self) -> str:
         since = f" since {self.gone} at the latest" if self.gone else ""
         had = "no vLLM version has it" if self.never else f"vLLM {VLLM_VERSION} has it no longer{since}"
-        return f"--{self.name.replace('_', '-')}: {had}; use {self.use}"
+        use = f"use {self.use}".replace("use nothing", "leave it out", 1)
+        return f"--{self.name.replace('_', '-')}: {had}; {use}"
 
 
 @cache
