@@ -89,6 +89,10 @@ def read_arguments(command: Command, words: list[Word]) -> None:
     _fold(command, dotted)
     _shorthands(command)
     _settle(command)
+    if command.model and not command.model.isprintable():
+        command.faults.append(f"the model {command.model[:60]!r} is not one line of printable characters")
+    for lines in (command.faults, command.removed, command.notes):
+        lines[:] = [" ".join(line.split()) for line in lines]
 
 
 def _is_flag(text: str) -> bool:

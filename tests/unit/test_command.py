@@ -47,6 +47,7 @@ def test_words_that_a_shell_split():
         ("vllm serve m -tp $(nvidia-smi -L | wc -l)", "--tensor-parallel-size is $(nvidia-smi -L | wc -l)"),
         ("vllm serve m -tp `nproc`", "--tensor-parallel-size is `nproc`, which nothing here sets"),
         ("vllm serve ${MODEL}", "the model is MODEL, which nothing here sets"),
+        ("vllm serve 'a\nb'", "the model 'a\\nb' is not one line of printable characters"),
         ("vllm serve m n", "'n' stands alone; vLLM takes one model, m"),
         ("vllm serve m \u2014tensor-parallel-size 2", "begins with a typographic dash; write --"),
         ("vllm serve m --kv-transfer-config {\"a\":1}", "is not JSON, such as {\"name\": 1}; correct it;"),
@@ -134,7 +135,8 @@ def test_nothing_is_run(text):
     "text",
     ["$(" * 30_000, "((" * 30_000, "\\" * 65_000, "${a" * 20_000, "'" * 65_001, "A=$A" * 15_000,
      "--" * 30_000,
-     "\n" * 60_000 + "x", "services: " + "[" * 30_000, "services: {a: &a [*a]}", "A=(" * 9_000 + ")" * 9_000, "`\n" * 30_000,
+     "\n" * 60_000 + "x", "services: " + "[" * 30_000, "services: {a: &a [*a]}",
+     "A=(" * 9_000 + ")" * 9_000, "`\n" * 30_000,
      "export A=aaaaaaaa\n" + "A=$A$A\n" * 64, "args: [" + "a, " * 15_000 + "]"],
     ids=range(14),
 )  # fmt: skip
