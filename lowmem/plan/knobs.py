@@ -77,12 +77,13 @@ def checked(name: str, value: options.Given) -> Scalar:
     kind = spec["type"]
     try:
         result = _typed(kind, value)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, TypeError):
         expected = {
             "int": "a whole number",
             "float": "a number",
             "bool": "true or false",
             "bytes": "a size such as 2GiB or 2147483648",
+            "list": "words with closed quotes",
         }.get(kind, "text")
         raise BadInput(f"{name}={value!r} is not {expected}; correct it") from None
     if isinstance(result, int | float) and not isinstance(result, bool):
@@ -124,7 +125,7 @@ def _typed(kind: str, value: Scalar) -> Scalar:
     if isinstance(value, bool):
         raise ValueError(value)
     if kind == "list":
-        return " ".join(str(value).replace(",", " ").split())
+        return shlex.join(shlex.split(str(value).replace(",", " ")))
     return str(value)
 
 
