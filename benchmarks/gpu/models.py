@@ -3,7 +3,7 @@
 
 Memory and speed are real; the text is noise.
 
-    python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …] [--published Qwen3-VL-8B-Instruct …]
+    python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …] [--published Qwen3-8B-FP8 …]
 
 A folder has config.json and a tokenizer, both made on the spot. The tokenizer has as many whole words as the
 vocabulary. So every prompt of n tokens decodes and encodes to n tokens again. Nothing is downloaded.

@@ -18,7 +18,7 @@ def missing_flags(knobs: Mapping[str, Knob], vllm: tuple[int, int, int]) -> list
     """Return one reason per knob that this version's parser does not know."""
     reasons = []
     for name in knobs:
-        spec, flag = load_yaml("knobs.yml")[name], flag_of(name)
+        spec, flag = load_yaml("knobs.yml").get(name, {}), flag_of(name)
         if spec.get("never"):
             reasons.append(f"unrecognized arguments: {flag}: no vLLM version has it; use {spec['instead']}")
         elif "removed" in spec and vllm >= version_tuple(spec["removed"]):
@@ -96,7 +96,7 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
     return reasons
 
 
-def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
+def refuse_parallel(tp: int, pp: int, count: int, hosts: int, dp: int = 1) -> None:
     """Raise BadInput if a host has too few cards, or if a layer would be split across hosts."""
     if tp > count and hosts > 1:
         raise BadInput(
@@ -107,6 +107,16 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
     if tp > count:
         raise BadInput(
             f"tensor_parallel_size={tp} is more than the {count} card(s); lower it or raise --count"
+        )
+    if dp > 1 and hosts > 1:
+        raise BadInput(
+            f"data_parallel_size={dp} over {hosts} hosts is not planned; use one server a host behind group"
+            " router"
+        )
+    if tp * pp * dp > count and dp > 1:
+        raise BadInput(
+            f"data_parallel_size={dp} replicas of {tp * pp} card(s) need {tp * pp * dp}, and the host has"
+            f" {count}; lower data_parallel_size or raise --count"
         )
     if pp % hosts:
         raise BadInput(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowmem.checkpoint.inventory import Inventory, inventory_of
@@ -12,6 +12,7 @@ from lowmem.errors import BadInput
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
+from lowmem.plan.lora import places_bytes
 from lowmem.schema import ModelCard, Quantization, WeightGroup
 from lowmem.units import MIB
 
@@ -92,6 +93,7 @@ class Weights:
     repacking: int
     offloaded: int
     layers: tuple[tuple[Parameter, ...], ...]
+    lora: int = 0  # places for adapters, made while the model loads
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -106,7 +108,7 @@ class Weights:
     @property
     def on_card(self) -> int:
         """Return the bytes that the engine logs as "Model loading took"."""
-        return self.sharded + self.replicated + self.padding + self.repacking - self.offloaded
+        return self.sharded + self.replicated + self.padding + self.repacking + self.lora - self.offloaded
 
 
 def _cut(g: WeightGroup, card: ModelCard, tp: int) -> tuple[int, int]:
@@ -160,8 +162,12 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
 
 def weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """Compute one card's weights: sharded, replicated, padded, repacked, and less those offloaded."""
-    if card.counted:
-        return _counted_weights(card, engine)
+    own = _counted_weights(card, engine) if card.counted else _named_weights(card, engine)
+    return replace(own, lora=places_bytes(card, engine.lora, engine.tp))
+
+
+def _named_weights(card: ModelCard, engine: EngineConfig) -> Weights:
+    """Count one GPU's weights from the card's groups."""
     dtype = DTYPE_BYTES[engine.dtype]
     sharded = replicated = padding = 0
     for g in card.groups:
@@ -257,6 +263,7 @@ def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
             " uniform Llama, Mistral, Mixtral and Qwen models; use tensor_parallel_size"
         )
     replicated = sum(size for use, size in inventory.bytes_by_use.items() if use in ("norm", "router"))
+    encoders = inventory.bytes_by_use.get("vision", 0) if engine.text_only else 0
     ratio = _expert_ratio(card, engine)
     layers = tuple(
         tuple(_counted_parameter(card, engine, name, size, ratio) for name, size in layer)
@@ -266,7 +273,7 @@ def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
     pairs = [(p, i in which) for layer, which in zip(layers, taken, strict=True) for i, p in enumerate(layer)]
     smaller = sum(size for layer in inventory.layers for _, size in layer) - sum(p.loaded for p, _ in pairs)
     return Weights(
-        sharded=inventory.parameter_bytes - replicated - smaller,
+        sharded=inventory.parameter_bytes - replicated - smaller - encoders,
         replicated=replicated + inventory.buffer_bytes,
         padding=allocator_padding(card, engine, layers, taken),
         repacking=sum(p.grown for p, away in pairs if not away),

@@ -24,6 +24,7 @@ try:
     from lowmem.errors import BadInput
     from lowmem.inputs.devices import load_device
     from lowmem.inputs.model_cards import load_card, served_files
+    from lowmem.inputs.options import folded
     from lowmem.inputs.profiles import load_profile
     from lowmem.plan.calibration import read_calibration
     from lowmem.plan.knobs import checked
@@ -54,6 +55,7 @@ options:
     default: ""}
   count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
+  arguments: {description: Any options of vllm serve., type: dict, default: {}}
   deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host,
       port.", type: dict, required: true}
   members:
@@ -91,6 +93,34 @@ def calibration_of(path: str) -> Any:
     return read_calibration(Path(path)) if path else None
 
 
+def option_name(name: str) -> str:
+    """Return the name of an option in snake_case; the fields of a JSON option stay as they are."""
+    head, dot, field = name.partition(".")
+    return head.replace("-", "_") + dot + field
+
+
+def argument_problems(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with each option of lowmem_arguments, one line each."""
+    found = []
+    for given, value in arguments.items():
+        name = option_name(str(given))
+        head = name.partition(".")[0]
+        if head in overrides:
+            found.append(f"lowmem_arguments.{given} is in lowmem_overrides too: give it in one of them.")
+        if head == "trust_remote_code":
+            found.append(
+                f"lowmem_arguments.{given} is {one_line(value)}: it runs the checkpoint's Python on the host;"
+                " name it in a profile of your own, with the reason."
+            )
+            continue
+        try:
+            for key, one in folded({name: value}).items():
+                checked(key, one)
+        except BadInput as error:
+            found.append(f"lowmem_arguments.{given} is {one_line(value)}: {error}")
+    return found
+
+
 def input_problems(wanted: Mapping[str, Any]) -> list[str]:
     """Say what is wrong with each variable by itself, one line each; `make_plan` ends at the first."""
     found = []
@@ -113,6 +143,7 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
             found.append(f"lowmem_overrides.{knob} is {one_line(value)}: it must be one value; correct it.")
             continue
         attempt(f"overrides.{knob}", value, lambda value, knob=knob: checked(knob, value))
+    found += argument_problems(wanted["arguments"], wanted["overrides"])
     try:
         Deploy.model_validate(wanted["deploy"])
     except ValidationError as error:
@@ -137,6 +168,7 @@ class ActionModule(ActionBase):
                 "calibration": {"type": "str", "default": ""},
                 "count": {"type": "int", "default": 0},
                 "overrides": {"type": "dict", "default": {}},
+                "arguments": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
                 "members": {"type": "dict", "default": {}},
             }
@@ -149,6 +181,7 @@ class ActionModule(ActionBase):
         if problems:
             raise AnsibleActionFail("\n".join(problems))
         try:
+            arguments = folded({option_name(str(k)): v for k, v in wanted["arguments"].items()})
             hosts = load_profile(wanted["profile"]).hosts
             nodes = wanted["members"].get("nodes", [])
             if hosts > 1 and len(nodes) != hosts:
@@ -162,7 +195,7 @@ class ActionModule(ActionBase):
                 model=load_card(wanted["model"] or load_profile(wanted["profile"]).model),
                 device=wanted["device"] or None,
                 count=wanted["count"] or None,
-                overrides=wanted["overrides"],
+                overrides={**wanted["overrides"], **arguments},
                 deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
                 calibration=calibration_of(wanted["calibration"]),
                 weights="profile",  # role awq_quantize makes what the profile asks for
