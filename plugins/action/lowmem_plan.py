@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
@@ -22,14 +23,18 @@ try:
 
     from lowmem.errors import BadInput
     from lowmem.inputs.devices import load_device
-    from lowmem.inputs.model_cards import load_card
+    from lowmem.inputs.host_checkpoint import card_from_report
+    from lowmem.inputs.model_cards import is_builtin, load_card
+    from lowmem.inputs.model_figures import figures
     from lowmem.inputs.profiles import load_profile
     from lowmem.plan.knobs import checked
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
     from lowmem.plan.request import BadPlace, PlanRequest
-    from lowmem.schema import Deploy
+    from lowmem.schema import Deploy, ModelCard
     from lowmem.text import visible
+    from lowmem.units import parse_bytes
+    from lowmem.values.kinds import refusal
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
 else:
@@ -43,8 +48,17 @@ description:
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options:
   profile: {description: Name of a profile in C(profiles/)., type: str, required: true}
-  model: {description: "Model card by name, or a directory on the controller; empty is the profile's own.",
-    type: str, default: ""}
+  model: {description: "Model by name, by Hugging Face id, or a folder on the host or the controller; empty is
+    the profile's own.", type: str, default: ""}
+  checkpoint: {description: "What M(checkpoint_report) found in the folder of the host: present, files.",
+    type: dict, default: {}}
+  quantize: {description: Whether the host quantizes the model as the profile says., type: bool,
+    default: true}
+  memory_limit: {description: "Size with its unit; empty is the profile's own limit.", type: str, default: ""}
+  latency_limits: {description: "ttft_ms, tpot_ms; what is left out is the profile's.", type: dict,
+    default: {}}
+  load: {description: "clients, input_tokens, output_tokens; what is left out is the profile's.", type: dict,
+    default: {}}
   device: {description: Name in the device table; empty is the profile's own., type: str, default: ""}
   count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
@@ -79,6 +93,55 @@ def of_the_inventory(message: str) -> str:
     return re.sub(r"--count\b|\bcount(?==)", "lowmem_device_count", message)
 
 
+GOALS = {
+    "memory_limit": "empty or size",
+    "latency_limits": "latency_name to milliseconds",
+    "load": "load_name to count",
+}
+"""Kind of each variable that changes what the plan is held to; the same as in lowmem/data/variables.yml."""
+
+
+def read_model(wanted: Mapping[str, Any]) -> ModelCard:
+    """Return the card of the model to plan. Raises BadInput if there is none.
+
+    A folder is the host's, where it has one, and else the controller's.
+    """
+    model = str(wanted["model"]) or load_profile(wanted["profile"]).model
+    if model.startswith("/"):
+        if wanted["checkpoint"].get("present"):
+            return card_from_report(model, wanted["checkpoint"]["files"])
+        if not (Path(model) / "config.json").exists():
+            raise BadInput(
+                "neither the host nor the controller has a checkpoint there (config.json and *.safetensors"
+                " are needed); correct the path, or mount the folder"
+            )
+    return load_card(model)
+
+
+def wanted_weights(wanted: Mapping[str, Any], card: ModelCard) -> str:
+    """Tell whether the checkpoint is planned as it is stored, or as the profile has it quantized.
+
+    A built-in card has no checkpoint: one that is quantized already is as the profile says, too. Raises
+    BadInput for a quantized model that is to be quantized.
+    """
+    named = wanted["model"] or load_profile(wanted["profile"]).model
+    if wanted["quantize"] and card.quantization.method != "none":
+        raise BadInput(
+            f"lowmem_quantize is true, and {named} is quantized already ({card.quantization.method},"
+            f" {card.quantization.bits} bits): set lowmem_quantize: false, or name a model in 16 bits."
+        )
+    return "profile" if wanted["quantize"] or is_builtin(named) else "stored"
+
+
+def goals(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the limits and the load of the inventory as a plan's request has them."""
+    given: dict[str, Any] = {name: int(value) for name, value in wanted["load"].items()}
+    given |= {name: float(value) for name, value in wanted["latency_limits"].items()}
+    if wanted["memory_limit"]:
+        given["memory_limit_bytes"] = parse_bytes(wanted["memory_limit"])
+    return given
+
+
 def input_problems(wanted: Mapping[str, Any]) -> list[str]:
     """Say what is wrong with each variable by itself, one line each; `make_plan` ends at the first."""
     found = []
@@ -90,9 +153,12 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
             found.append(f"lowmem_{name} is {one_line(value)}: {error}")
 
     attempt("profile", wanted["profile"], load_profile)
-    for name, read in (("device", load_device), ("model", load_card)):
-        if wanted[name]:
-            attempt(name, wanted[name], read)
+    if wanted["device"]:
+        attempt("device", wanted["device"], load_device)
+    if wanted["model"]:
+        attempt("model", wanted["model"], lambda _: read_model(wanted))
+    for name, kind in GOALS.items():
+        found += filter(None, [refusal(f"lowmem_{name}", kind, wanted[name])])
     if not 0 <= wanted["count"] <= 64:
         found.append(f"lowmem_device_count is {wanted['count']}: it must be 1 to 64, or 0 for the profile's.")
     for knob, value in wanted["overrides"].items():
@@ -123,6 +189,11 @@ class ActionModule(ActionBase):
                 "device": {"type": "str", "default": ""},
                 "count": {"type": "int", "default": 0},
                 "overrides": {"type": "dict", "default": {}},
+                "checkpoint": {"type": "dict", "default": {}},
+                "quantize": {"type": "bool", "default": True},
+                "memory_limit": {"type": "str", "default": ""},
+                "latency_limits": {"type": "dict", "default": {}},
+                "load": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
                 "members": {"type": "dict", "default": {}},
             }
@@ -135,6 +206,8 @@ class ActionModule(ActionBase):
         if problems:
             raise AnsibleActionFail("\n".join(problems))
         try:
+            card = read_model(wanted)
+            weights = wanted_weights(wanted, card)
             hosts = load_profile(wanted["profile"]).hosts
             nodes = wanted["members"].get("nodes", [])
             if hosts > 1 and len(nodes) != hosts:
@@ -146,12 +219,13 @@ class ActionModule(ActionBase):
             plan = make_plan(
                 PlanRequest(
                     wanted["profile"],
-                    model=wanted["model"] or None,
+                    model=card,
                     device=wanted["device"] or None,
                     count=wanted["count"] or None,
                     overrides=wanted["overrides"],
                     deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
-                    weights="profile",  # role awq_quantize makes what the profile asks for
+                    weights=weights,
+                    **goals(wanted),
                 )
             )
         except BadPlace as error:
@@ -160,7 +234,13 @@ class ActionModule(ActionBase):
         except BadInput as error:
             raise AnsibleActionFail(of_the_inventory(str(error))) from None
         self._display.display(plan_text(plan))
-        result = {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        # what is fetched is the model before its quantization, where the host quantizes it
+        fetched = card.quantization if wanted["quantize"] else plan.quantization
+        result = {
+            "changed": False,
+            "plan": json.loads(plan.model_dump_json()),
+            "model": figures(card, fetched),
+        }
         if plan.verdict != "impossible":
             return result
         # with the plan: preflight looks for the other problems with it

@@ -228,8 +228,12 @@ def test_the_defaults_of_the_playbooks_are_those_of_the_list() -> None:
     own = yaml.safe_load((REPOSITORY / "playbooks/vars/variables.yml").read_text())
     settable = {name for name in values if name.startswith("lowmem_")} - set(own["facts"])
     without_default = {name for name, option in own["options"].items() if "default" not in option}
-    # role plan has two of them
-    assert settable == without_default | {"lowmem_model_path", "lowmem_served_model_name"}
+    # role plan has three of them
+    assert settable == without_default | {
+        "lowmem_model_path",
+        "lowmem_quantize",
+        "lowmem_served_model_name",
+    }
     assert set(own["facts"]).isdisjoint(check.KNOWN.options)
 
 
