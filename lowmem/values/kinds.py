@@ -253,7 +253,7 @@ KINDS: dict[str, Kind] = {
         key_limits, "one or more of requests_per_minute, burst, concurrent_requests, each 1 or more"
     ),
     "size": pattern(
-        r"[0-9]{1,15}([.][0-9]{1,9})? ?([KMGT]iB|[kMGT]B)",
+        r"(?=.*[1-9])[0-9]{1,15}([.][0-9]{1,9})? ?([KMGT]iB|[kMGT]B)",
         "a size with its unit, such as 36GiB (2**30 bytes) or 36 GB (10**9 bytes)",
     ),
     "latency_name": pattern(r"(ttft|tpot)_ms", "ttft_ms or tpot_ms"),

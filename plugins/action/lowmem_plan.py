@@ -31,7 +31,7 @@ try:
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
     from lowmem.plan.request import BadPlace, PlanRequest
-    from lowmem.schema import Deploy, ModelCard
+    from lowmem.schema import Deploy, ModelCard, Plan
     from lowmem.text import visible
     from lowmem.units import parse_bytes
     from lowmem.values.kinds import refusal
@@ -155,8 +155,6 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
     attempt("profile", wanted["profile"], load_profile)
     if wanted["device"]:
         attempt("device", wanted["device"], load_device)
-    if wanted["model"]:
-        attempt("model", wanted["model"], lambda _: read_model(wanted))
     for name, kind in GOALS.items():
         found += filter(None, [refusal(f"lowmem_{name}", kind, wanted[name])])
     if not 0 <= wanted["count"] <= 64:
@@ -174,6 +172,45 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
             limit = f"it must be {PLACES[name]}" if name in PLACES else part["msg"]
             found.append(f"lowmem_{name} is {one_line(part['input'])}: {limit}; correct it.")
     return found
+
+
+def compute(wanted: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
+    """Return the plan, and the figures of the model that is to be fetched.
+
+    Raises BadInput with a line for each problem.
+    """
+    problems = input_problems(wanted)
+    try:
+        card = read_model(wanted)
+    except BadInput as error:
+        if wanted["model"]:
+            problems.append(f"lowmem_model is {one_line(wanted['model'])}: {error}")
+        raise BadInput("\n".join(problems) or str(error)) from None
+    if problems:
+        raise BadInput("\n".join(problems))
+    weights = wanted_weights(wanted, card)
+    hosts = load_profile(wanted["profile"]).hosts
+    nodes = wanted["members"].get("nodes", [])
+    if hosts > 1 and len(nodes) != hosts:
+        raise BadInput(
+            f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has"
+            f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
+            " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
+        )
+    plan = make_plan(
+        PlanRequest(
+            wanted["profile"],
+            model=card,
+            device=wanted["device"] or None,
+            count=wanted["count"] or None,
+            overrides=wanted["overrides"],
+            deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+            weights=weights,
+            **goals(wanted),
+        )
+    )
+    # what is fetched is the model before its quantization, where the host quantizes it
+    return plan, figures(card, card.quantization if wanted["quantize"] else plan.quantization)
 
 
 class ActionModule(ActionBase):
@@ -202,45 +239,15 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(
                 f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook"
             ) from missing
-        problems = input_problems(wanted)
-        if problems:
-            raise AnsibleActionFail("\n".join(problems))
         try:
-            card = read_model(wanted)
-            weights = wanted_weights(wanted, card)
-            hosts = load_profile(wanted["profile"]).hosts
-            nodes = wanted["members"].get("nodes", [])
-            if hosts > 1 and len(nodes) != hosts:
-                raise AnsibleActionFail(
-                    f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has"
-                    f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
-                    " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
-                )
-            plan = make_plan(
-                PlanRequest(
-                    wanted["profile"],
-                    model=card,
-                    device=wanted["device"] or None,
-                    count=wanted["count"] or None,
-                    overrides=wanted["overrides"],
-                    deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
-                    weights=weights,
-                    **goals(wanted),
-                )
-            )
+            plan, fetched = compute(wanted)
         except BadPlace as error:
             # what it names is in the inventory under the same name
             raise AnsibleActionFail(f"lowmem_{error}") from None
         except BadInput as error:
             raise AnsibleActionFail(of_the_inventory(str(error))) from None
         self._display.display(plan_text(plan))
-        # what is fetched is the model before its quantization, where the host quantizes it
-        fetched = card.quantization if wanted["quantize"] else plan.quantization
-        result = {
-            "changed": False,
-            "plan": json.loads(plan.model_dump_json()),
-            "model": figures(card, fetched),
-        }
+        result = {"changed": False, "plan": json.loads(plan.model_dump_json()), "model": fetched}
         if plan.verdict != "impossible":
             return result
         # with the plan: preflight looks for the other problems with it

@@ -291,9 +291,9 @@ def test_each_line_of_a_refusal_is_a_fact_of_its_variable() -> None:
 
 def test_a_secret_is_not_in_the_reason() -> None:
     error = AnsibleError("invalid literal: 'geheim'")
-    assert check.unresolved("model_source_token", error, planned=False) == (
+    assert check.unresolved("model_source_token", error, later=True) == (
         "model_source_token cannot be resolved; correct it."
     )
-    assert check.unresolved("lowmem_port", error, planned=False) == (
+    assert check.unresolved("lowmem_port", error, later=True) == (
         "lowmem_port cannot be resolved: invalid literal: 'geheim'; correct it."
     )
