@@ -7,6 +7,7 @@ bytes), which NVML and nvidia-smi print. `_gb_per_s` are 10**9 bytes per second,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -96,10 +97,15 @@ class Limits(Strict):
     ttft_p99_ms: float = Field(gt=0)
 
 
+def _as_text(value: Any) -> Any:
+    # A list or a dictionary of YAML is an option's JSON; lowmem.inputs.options reads it by the option's type.
+    return json.dumps(value, default=str) if isinstance(value, dict | list) else value
+
+
 class Knob(Strict):
     """Start parameter of a profile, with the reason for its value."""
 
-    value: Scalar
+    value: Annotated[Scalar, BeforeValidator(_as_text)]
     why: str
 
 

@@ -32,6 +32,7 @@ from lowmem.plan.verdict import (
     ceiling,
     fit_notes,
     network_reasons,
+    option_notes,
     pipeline_notes,
     slow_reasons,
     speculation_notes,
@@ -166,6 +167,7 @@ def compute(inputs: Inputs) -> Plan:
     slow = slow_reasons(engine, speed, load, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
     beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
+    beside += option_notes(inputs.knobs)
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
     service = service_limits(engine, device, host, card, load, limits)

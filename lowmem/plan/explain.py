@@ -73,7 +73,7 @@ def effects(inputs: Inputs, receipts: Mapping[str, str] | None = None) -> list[E
             if knob.value == "auto" and name == "kv_cache_memory_bytes"
             else str(knob.value)
         )
-        if load_yaml("knobs.yml")[name].get("never") or name in (
+        if load_yaml("knobs.yml").get(name, {}).get("never") or name in (
             "swap_space",
             "quantization",
             "disable_log_stats",

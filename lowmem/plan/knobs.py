@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
+import shlex
 
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
+from lowmem.inputs import options
 from lowmem.schema import Scalar
 from lowmem.units import parse_bytes
 
@@ -42,7 +45,8 @@ def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "-
     values: dict[str, Scalar] = {}
     for text in assignments:
         name, sign, value = text.partition("=")
-        name = name.strip().lstrip("-").replace("-", "_")
+        head, dot, rest = name.strip().lstrip("-").partition(".")
+        name = head.replace("-", "_") + dot + rest  # the fields of a JSON option keep their dashes
         if not sign or not name:
             raise BadInput(
                 f"{option} {text!r} is not of the form knob=value, e.g."
@@ -54,18 +58,20 @@ def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "-
     return values
 
 
-def checked(name: str, value: Scalar) -> Scalar:
+def checked(name: str, value: options.Given) -> Scalar:
     """Convert one knob's value to its type and check its limits.
 
-    Raises BadInput, which names knob, value, limit and what to do.
+    A knob is any option of `vllm serve`; `knobs.yml` has limits for those that the plan reads. Raises
+    BadInput, which names knob, value, limit and what to do.
     """
+    options.refuse(name)
     spec = load_yaml("knobs.yml").get(name)
-    if spec is None:
-        close = [k for k in load_yaml("knobs.yml") if k.startswith(name[:6])]
-        raise BadInput(
-            f"knob {name!r} is unknown; knobs are vLLM's flags in"
-            f" snake_case{', did you mean ' + ' or '.join(close) if close else ''}"
-        )
+    if spec is None or isinstance(value, dict | list) or str(value).startswith("["):
+        return options.checked(name, value)
+    option = options.options().get(name)
+    if option and option.type.startswith("size") and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = options.readable_int(value)
     if spec.get("auto") and str(value) in ("auto", *spec.get("auto_is", ())):
         return "auto"
     kind = spec["type"]
@@ -133,16 +139,19 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def tokens_of(name: str, value: Scalar) -> tuple[str, str | None] | None:
-    """Return flag and value as `vllm serve` gets them.
+def tokens_of(name: str, value: Scalar) -> list[str]:
+    """Return the words by which `vllm serve` gets a knob: its flag and its values.
 
-    None means that the engine does what the knob asks for without being told.
+    None of them means that the engine does what the knob asks for without being told.
     """
-    spec = load_yaml("knobs.yml")[name]
+    spec = load_yaml("knobs.yml").get(name)
+    if spec is None:
+        return options.tokens(name, value)
     if spec["type"] == "bool":
         if value:
-            return flag_of(name), None
-        return ("--no-" + name.replace("_", "-"), None) if spec.get("negation") else None
+            return [flag_of(name)]
+        return ["--no-" + name.replace("_", "-")] if spec.get("negation") else []
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return flag_of(name), str(value)
+    words = shlex.split(str(value)) if spec["type"] == "list" else [str(value)]
+    return [flag_of(name), *words]

@@ -50,19 +50,17 @@ def arguments_of(
             value = pool_bytes
             if value <= 0:
                 continue
-        pair = knobs.tokens_of(name, value)
-        if pair is None:
+        words = knobs.tokens_of(name, value)
+        if not words:
             continue
-        flag, text = pair
-        words = text.split() if text and name in _LISTS else [text]
-        arguments.append(Argument(flag=flag, value=words[0], why=knob.why))
+        arguments.append(Argument(flag=words[0], value=words[1] if words[1:] else None, why=knob.why))
         if (
             name == "kv_cache_memory_bytes"
             and "gpu_memory_utilization" not in inputs.knobs
             and inputs.device.kind == "cuda"
         ):
             arguments.append(startup_check(inputs.device, memory))
-        arguments += [Argument(flag="", value=w, why="") for w in words[1:]]
+        arguments += [Argument(flag="", value=w, why="") for w in words[2:]]
     return tuple(arguments)
 
 
@@ -204,8 +202,6 @@ ADMISSION = "lowmem.service.admission.Admission"
 
 NO_DOMAIN = "media.invalid"
 """Name that no host has (RFC 6761)."""
-
-_LISTS = ("cudagraph_capture_sizes", "cpu_offload_params", "offload_params")
 
 
 def environment_of(inputs: Inputs, admission: AdmissionLimits) -> tuple[EnvironmentVariable, ...]:

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from pydantic import ValidationError
 
 from lowmem.errors import BadInput
-from lowmem.inputs import devices, links, model_cards, profiles
+from lowmem.inputs import devices, links, model_cards, options, profiles
 from lowmem.plan import engine_config, knobs
 from lowmem.plan.speculation import KNOB, MOST_DRAFTS
 from lowmem.schema import (
@@ -23,7 +23,6 @@ from lowmem.schema import (
     ModelCard,
     Profile,
     Quantization,
-    Scalar,
 )
 from lowmem.units import MIB
 from lowmem.values import kinds
@@ -40,7 +39,7 @@ class PlanRequest:
     model: str | ModelCard | None = None
     device: str | Device | None = None
     count: int | None = None  # cards of each host
-    overrides: Mapping[str, Scalar] = field(default_factory=dict)  # knob -> value, as `--set`
+    overrides: Mapping[str, options.Given] = field(default_factory=dict)  # knob -> value, as `--set`
     deploy: Deploy | Mapping[str, object] | None = None
     _: KW_ONLY
     clients: int | None = None
@@ -144,7 +143,7 @@ def _count(request: PlanRequest, profile: Profile, device: Device) -> int:
 def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
     """Return the profile's knobs, overridden by those of the request."""
     merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in profile.knobs.items()}
-    given = {name: knobs.checked(name, value) for name, value in request.overrides.items()}
+    given = {name: knobs.checked(name, value) for name, value in options.folded(request.overrides).items()}
     if any(name in given for name in _POOL_KNOBS):
         merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
     for name, value in given.items():

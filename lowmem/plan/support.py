@@ -17,7 +17,7 @@ def missing_flags(knobs: Mapping[str, Knob], vllm: tuple[int, int, int]) -> list
     """Return one reason per knob that this version's parser does not know."""
     reasons = []
     for name in knobs:
-        spec, flag = load_yaml("knobs.yml")[name], flag_of(name)
+        spec, flag = load_yaml("knobs.yml").get(name, {}), flag_of(name)
         if spec.get("never"):
             reasons.append(f"unrecognized arguments: {flag}: no vLLM version has it; use {spec['instead']}")
         elif "removed" in spec and vllm >= version_tuple(spec["removed"]):

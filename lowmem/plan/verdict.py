@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from lowmem.inputs import options
+from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.memory import CardMemory, loading, start_peak, start_room
 from lowmem.plan.stages import Part
@@ -20,6 +22,25 @@ def ceiling(device: Device, limits: Limits) -> int:
     for itself.
     """
     return min(limits.memory_bytes, device.torch_total_mib * MIB)
+
+
+def option_notes(knobs: Iterable[str]) -> list[str]:
+    """Name the options that the plan does not count, and what of the plan they may make wrong."""
+    found: dict[str, list[str]] = {}
+    for name in knobs:
+        if name in options.options() and (of := options.standing(name)).kind == "unmodelled":
+            found.setdefault(of.text, []).append(name)
+    error = float(constant("memory", "model_error"))
+    held = f"the plan's error of {error:.0%} no longer holds"
+    widened = {
+        "time": f"memory is as planned; for latency {held}",
+        "memory": f"latency is as planned; for memory {held}",
+        "memory and time": f"for memory and latency {held}",
+    }
+    return [
+        f"not counted, passed on as given: {', '.join(names)}; {widened[what]}: measure it"
+        for what, names in found.items()
+    ]
 
 
 def stage_reasons(

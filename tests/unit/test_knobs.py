@@ -127,11 +127,12 @@ def test_what_is_no_size(text):
 @pytest.mark.parametrize(
     ("name", "value", "tokens"),
     [
-        ("enforce_eager", True, ("--enforce-eager", None)),
-        ("enforce_eager", False, None),
-        ("enable_prefix_caching", False, ("--no-enable-prefix-caching", None)),
-        ("cpu_offload_gb", 19.0, ("--cpu-offload-gb", "19")),
-        ("gpu_memory_utilization", 0.45, ("--gpu-memory-utilization", "0.45")),
+        ("enforce_eager", True, ["--enforce-eager"]),
+        ("enforce_eager", False, []),
+        ("enable_prefix_caching", False, ["--no-enable-prefix-caching"]),
+        ("cpu_offload_gb", 19.0, ["--cpu-offload-gb", "19"]),
+        ("gpu_memory_utilization", 0.45, ["--gpu-memory-utilization", "0.45"]),
+        ("cudagraph_capture_sizes", "1 2 4", ["--cudagraph-capture-sizes", "1", "2", "4"]),
     ],
 )
 def test_tokens(name, value, tokens):
