@@ -191,7 +191,7 @@ def value_problem(name: str, value: Any, option: Mapping[str, Any]) -> str | Non
 
 
 def is_later(named: frozenset[str], variables: Mapping[str, Any]) -> bool:
-    """Tell whether a template waits for the plan, which comes after the first look, or for facts of a host."""
+    """Tell whether a template waits for the plan, which comes after the first look, or for a host's facts."""
     if "lowmem_plan" in named:
         return "lowmem_plan" not in variables
     return "hostvars" in named or any(word.startswith("ansible_") for word in named)

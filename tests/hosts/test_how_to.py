@@ -1,5 +1,6 @@
-"""The inventories of docs/how-to are planned as they stand: names, types and kinds of their variables, and the
-plan. A block marked `model=folder` or `model=awq` names a checkpoint of the reader, for which the test has one.
+"""The inventories of docs/how-to are planned as they stand: names, types and kinds of their variables, and
+the plan. A block marked `model=folder` or `model=awq` names a checkpoint of the reader, for which the test
+has one.
 """
 
 from __future__ import annotations
