@@ -17,6 +17,8 @@ TOOL = {
     "function": {
         "name": "get_weather",
         "description": "Tells the weather of a city.",
+        # without it vLLM lets the model write any JSON as arguments
+        "strict": True,
         "parameters": {
             "type": "object",
             "properties": {"city": {"type": "string", "enum": CITIES}},

@@ -58,7 +58,6 @@ def test_a_name_like_no_other_is_refused_too() -> None:
     "name",
     [
         "lowmem_root",
-        "lowmem_plan",  # a fact
         "lowmem_planned",  # registered
         "skip_unchanged_seen",
         "__gateway_host",
@@ -72,6 +71,27 @@ def test_a_name_like_no_other_is_refused_too() -> None:
 )
 def test_what_is_known_or_not_ours_is_no_problem(name: Any) -> None:
     assert check.name_problems([name], check.KNOWN) == {}
+
+
+def test_a_plan_that_no_run_computed_is_refused() -> None:
+    assert check.name_problems(["lowmem_plan"], check.KNOWN) == {
+        "lowmem_plan": "lowmem_plan is what a run computes for itself: take it out."
+    }
+    assert check.name_problems(["lowmem_plan", "lowmem_planned"], check.KNOWN) == {}
+
+
+def test_variables_in_a_circle_are_told_and_what_they_make_is_not() -> None:
+    variables = {
+        "lowmem_root": "{{ lowmem_store }}",
+        "lowmem_store": "{{ lowmem_root }}",
+        "between": "{{ lowmem_root }}/x",
+        "gateway_root": "{{ between }}",
+        "gateway_port": "{{ gateway_port }}",
+        "router_port": "{{ hostvars['a'].lowmem_root }}",
+        "hostvars": {"a": "{{ lowmem_root }}"},
+    }
+    problems = dict.fromkeys(variables.keys() - {"between", "hostvars"}, "wrong")
+    assert sorted(check.roots(problems, variables)) == ["gateway_port", "lowmem_root", "lowmem_store"]
 
 
 @pytest.mark.parametrize(
