@@ -168,15 +168,19 @@ def parse_json(text: str | bytes, name: str, infinite_is_none: bool = False) -> 
 
 def read_yaml(path: Path) -> Any:
     """Return the value of a YAML file. BadInput with one line where a bound of this module is passed."""
-    text = read_text(path, YAML_LIMIT_BYTES)
+    return parse_yaml(read_text(path, YAML_LIMIT_BYTES), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Return the value of a YAML text that `name` holds, within the bounds of `read_yaml`."""
     try:
-        _refuse_bombs(text, str(path))
+        _refuse_bombs(text, name)
         value = yaml.load(text, Loader=_YAML_LOADER)  # noqa: S506 - both are safe loaders
     except BadInput:
         raise
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, OverflowError, KeyError) as error:
-        raise BadInput(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    _refuse_odd_values(value, str(path))
+        raise BadInput(f"{name} is not YAML: {' '.join(str(error).split())}") from None
+    _refuse_odd_values(value, name)
     return value
 
 

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lowmem.cli.pasted import check_flags, command_of, profile_of_command
 from lowmem.errors import BadInput
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
@@ -22,6 +23,19 @@ EXIT = {"fits": 0, "slow": 3, "impossible": 2}
 
 
 def plan(
+    command: Annotated[
+        list[str] | None, typer.Argument(help="-- vllm serve …: plan this command; - reads it from stdin")
+    ] = None,
+    command_file: Annotated[
+        str | None,
+        typer.Option("--command", help="file with a command to plan, or a compose file; - is stdin"),
+    ] = None,
+    as_profile: Annotated[
+        str | None, typer.Option(help="write the profile of the command to this YAML file")
+    ] = None,
+    only_flags: Annotated[
+        bool, typer.Option("--check-flags", help="check the flags of the command; needs no model")
+    ] = False,
     profile: Annotated[str, typer.Option(help="name in profiles/, or a YAML file")] = "low_mem",
     model: Annotated[
         str | None,
@@ -88,6 +102,11 @@ def plan(
 
     Exit 0: fits. 3: slow. 2: impossible. 1: bad input.
     """
+    pasted = command_of(command, command_file)
+    if pasted is None and (as_profile is not None or only_flags):
+        raise BadInput("--as-profile and --check-flags need a command: lowmem plan -- vllm serve MODEL …")
+    if pasted is not None and only_flags:
+        check_flags(pasted)
     deploy = None
     if model_path is not None or served_model_name is not None:
         path = model_path or model or profile
@@ -101,7 +120,7 @@ def plan(
         )
     elif node or interface:
         raise BadInput("--node and --interface describe a deployment: give --model-path too")
-    named = network or load_profile(profile).network
+    named = network or (None if pasted else load_profile(profile).network)
     if named is None and (network_gb_per_s is not None or network_round_trip_us is not None):
         raise BadInput(
             "--network-gb-per-s and --network-round-trip-us need --network, which names the kind of link"
@@ -112,7 +131,7 @@ def plan(
         raise BadInput(f"--memory-limit: {e}") from None
     result = make_plan(
         PlanRequest(
-            profile,
+            profile_of_command(pasted, profile, device, model, as_profile) if pasted else profile,
             model,
             device,
             count,
@@ -127,7 +146,7 @@ def plan(
             vllm_version=vllm_version,
             hosts=hosts,
             network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
-            weights=weights,
+            weights="stored" if pasted and weights is None else weights,
         )
     )
     if suggest:

@@ -66,6 +66,7 @@ class Removed:
     use: str
     gone: str = ""
     never: bool = False
+    switch: bool = False
 
     def __str__(self) -> str:
         since = f" since {self.gone} at the latest" if self.gone else ""
@@ -98,6 +99,18 @@ def flags() -> Mapping[str, tuple[Option, bool]]:
 def removed() -> Mapping[str, Removed]:
     """Return the options of earlier versions by name."""
     return {name: Removed(name, **row) for name, row in load_yaml("options.yml")["removed"].items()}
+
+
+def removed_flag(flag: str) -> Removed | None:
+    """Return the removed option of a flag, or of its `no` form."""
+    name = flag.lstrip("-").replace("-", "_")
+    return removed().get(name) or removed().get(name.removeprefix("no_"))
+
+
+@cache
+def removed_environment() -> Mapping[str, str]:
+    """Return the variables of the environment that are no longer read, each with what to use."""
+    return {name: str(row["use"]) for name, row in load_yaml("options.yml")["removed_environment"].items()}
 
 
 @cache

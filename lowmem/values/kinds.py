@@ -23,6 +23,9 @@ from typing import Any
 
 SHOWN_CHARACTERS = 120
 
+ARGUMENT_LEVELS = 16
+"""Levels of the lists and dictionaries of one argument of vLLM."""
+
 RESERVED = frozenset({
     "BASHOPTS", "BASH_ENV", "BASH_VERSINFO", "ENV", "EUID", "IFS", "PPID", "SHELLOPTS", "UID",
     "arguments", "release",
@@ -115,6 +118,25 @@ def text(value: Any) -> bool:
 def one_line(value: Any) -> bool:
     """Tell whether the value ends no line and steers no terminal."""
     return text(value) and str(value).isprintable()
+
+
+def argument(value: Any) -> bool:
+    """Tell whether the value is one line of text, a number, a boolean, or a list or dictionary of such."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > ARGUMENT_LEVELS:
+            return False
+        below: list[Any] = []
+        for one in level:
+            if isinstance(one, Mapping):
+                below += [*one.keys(), *one.values()]
+            elif isinstance(one, list | tuple):
+                below += one
+            elif one is not None and not isinstance(one, bool) and not one_line(one):
+                return False
+        level = below
+    return value is not None
 
 
 def environment_name(value: Any) -> bool:
@@ -244,6 +266,13 @@ KINDS: dict[str, Kind] = {
     ),
     "label": pattern(r"[A-Za-z_][A-Za-z0-9_]{0,127}", "a letter or _, and then letters, digits or _"),
     "knob": pattern(r"[a-z][a-z0-9_]{0,63}", "the name of a knob, vLLM's flag in snake_case"),
+    "option": pattern(
+        r"[a-z][a-z0-9_-]{0,63}(\.[A-Za-z0-9_.+-]{1,127})?",
+        "the name of an option of vLLM, such as max_num_seqs",
+    ),
+    "argument": Kind(
+        argument, "a number, true, false, one line of text, or a list or dictionary of them", inert=False
+    ),
     "environment_name": Kind(
         environment_name,
         "a letter or _, and then letters, digits or _; and none that bash or this project sets"

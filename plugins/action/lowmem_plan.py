@@ -26,6 +26,7 @@ try:
     from lowmem.inputs.host_checkpoint import card_from_report
     from lowmem.inputs.model_cards import is_builtin, load_card
     from lowmem.inputs.model_figures import figures
+    from lowmem.inputs.options import folded
     from lowmem.inputs.profiles import load_profile
     from lowmem.plan.knobs import checked
     from lowmem.plan.planner import make_plan
@@ -62,6 +63,7 @@ options:
   device: {description: Name in the device table; empty is the profile's own., type: str, default: ""}
   count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
+  arguments: {description: Any options of vllm serve., type: dict, default: {}}
   deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host,
       port.", type: dict, required: true}
   members:
@@ -142,6 +144,34 @@ def goals(wanted: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def option_name(name: str) -> str:
+    """Return the name of an option in snake_case; the fields of a JSON option stay as they are."""
+    head, dot, field = name.partition(".")
+    return head.replace("-", "_") + dot + field
+
+
+def argument_problems(arguments: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Say what is wrong with each option of lowmem_arguments, one line each."""
+    found = []
+    for given, value in arguments.items():
+        name = option_name(str(given))
+        head = name.partition(".")[0]
+        if head in overrides:
+            found.append(f"lowmem_arguments.{given} is in lowmem_overrides too: give it in one of them.")
+        if head == "trust_remote_code":
+            found.append(
+                f"lowmem_arguments.{given} is {one_line(value)}: it runs the checkpoint's Python on the host;"
+                " name it in a profile of your own, with the reason."
+            )
+            continue
+        try:
+            for key, one in folded({name: value}).items():
+                checked(key, one)
+        except BadInput as error:
+            found.append(f"lowmem_arguments.{given} is {one_line(value)}: {error}")
+    return found
+
+
 def input_problems(wanted: Mapping[str, Any]) -> list[str]:
     """Say what is wrong with each variable by itself, one line each; `make_plan` ends at the first."""
     found = []
@@ -164,6 +194,7 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
             found.append(f"lowmem_overrides.{knob} is {one_line(value)}: it must be one value; correct it.")
             continue
         attempt(f"overrides.{knob}", value, lambda value, knob=knob: checked(knob, value))
+    found += argument_problems(wanted["arguments"], wanted["overrides"])
     try:
         Deploy.model_validate(wanted["deploy"])
     except ValidationError as error:
@@ -197,13 +228,14 @@ def compute(wanted: Mapping[str, Any]) -> tuple[Plan, dict[str, Any]]:
             f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
             " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
         )
+    arguments = folded({option_name(str(name)): value for name, value in wanted["arguments"].items()})
     plan = make_plan(
         PlanRequest(
             wanted["profile"],
             model=card,
             device=wanted["device"] or None,
             count=wanted["count"] or None,
-            overrides=wanted["overrides"],
+            overrides={**wanted["overrides"], **arguments},
             deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
             weights=weights,
             **goals(wanted),
@@ -231,6 +263,7 @@ class ActionModule(ActionBase):
                 "memory_limit": {"type": "str", "default": ""},
                 "latency_limits": {"type": "dict", "default": {}},
                 "load": {"type": "dict", "default": {}},
+                "arguments": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
                 "members": {"type": "dict", "default": {}},
             }

@@ -319,6 +319,31 @@ def test_a_knob_is_read_back(tmp_path: Path) -> None:
     assert value in arguments_as_the_engine_has_them(plan, tmp_path)
 
 
+def test_an_argument_is_read_back(tmp_path: Path) -> None:
+    evil = "it's $(id) `id` % \\ \" ; {{ 7 * 7 }}"
+    given = {
+        "tool_call_parser": evil,
+        "override_generation_config": {evil: [evil]},
+        "lora_modules": [{"name": evil, "path": "/x"}, f"a={evil}"],
+    }
+    assert kinds.refusal("x", KINDS["lowmem_arguments"], given) == ""
+    place = {"model_path": "/m", "served_model_name": "m"}
+    plan = make_plan(PlanRequest("demo_cpu", overrides=given, deploy=place, search=False))
+    seen = arguments_as_the_engine_has_them(plan, tmp_path)
+    assert seen[seen.index("--tool-call-parser") + 1] == evil
+    assert json.loads(seen[seen.index("--override-generation-config") + 1]) == {evil: [evil]}
+    adapters = seen[seen.index("--lora-modules") + 1 :][:2]
+    assert json.loads(adapters[0]) == {"name": evil, "path": "/x"}
+    assert adapters[1] == f"a={evil}"
+
+
+@pytest.mark.parametrize(
+    "given", [{"a b": 1}, {"x": "a\nb"}, {"x": ["a\0"]}, {"x": {"a\u2028b": 1}}, {"x": None}, {"-x": 1}]
+)
+def test_what_no_argument_may_be(given: dict[str, Any]) -> None:
+    assert "lowmem_arguments" in kinds.refusal("lowmem_arguments", KINDS["lowmem_arguments"], given)
+
+
 def test_labels_are_read_back_by_yaml() -> None:
     @rendered_each
     @given(ONE_LINE)
@@ -378,6 +403,7 @@ SINKS: dict[str, Callable[..., None]] = {
     "lowmem_served_model_name": test_the_names_of_the_plan_are_read_back,
     "lowmem_host": test_the_names_of_the_plan_are_read_back,
     "lowmem_overrides": test_a_knob_is_read_back,
+    "lowmem_arguments": test_an_argument_is_read_back,
     "monitoring_external_labels": test_labels_are_read_back_by_yaml,
     "gateway_routes": test_routes_are_read_back,
     "gateway_tls_names": test_names_of_a_certificate_are_quoted,

@@ -47,7 +47,9 @@ def wanted(variables: dict[str, Any]) -> dict[str, Any]:
     choice = choose(given["lowmem_model"], given["lowmem_profile"])
     place = {name: given[f"lowmem_{name}"] for name in ("host", "port", "served_model_name", "model_path")}
     return {
-        **{name: given[f"lowmem_{name}"] for name in ("profile", "model", "device", "overrides")},
+        **{
+            name: given[f"lowmem_{name}"] for name in ("profile", "model", "device", "overrides", "arguments")
+        },
         **{name: given[f"lowmem_{name}"] for name in ("memory_limit", "latency_limits", "load")},
         "count": given["lowmem_device_count"],
         "quantize": variables.get("lowmem_quantize", choice.quantize),
@@ -73,7 +75,7 @@ def test_an_inventory_is_planned_as_it_stands(kind: str, text: str, monkeypatch:
     plan, fetched = planner.compute(wanted(variables))
     assert plan.verdict != "impossible", plan.reasons
     assert fetched["weights"] == ("awq 4-bit, groups of 128" if kind == "model=awq" else "not quantized")
-    for option, value in variables.get("lowmem_overrides", {}).items():
+    for option, value in variables.get("lowmem_arguments", {}).items():
         assert f"--{option.replace('_', '-')}" in {argument.flag for argument in plan.arguments}, value
 
 

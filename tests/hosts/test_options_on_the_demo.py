@@ -36,8 +36,8 @@ def write_inventory(folder: Path, root: Path, model: str, port: int) -> Path:
     variables: dict[str, Any] = yaml.safe_load(
         page.split("```yaml inventory model=folder\n")[1].split("```")[0]
     )
-    variables["lowmem_overrides"] |= {
-        "lora_modules": f"polite={adapter}",
+    variables["lowmem_arguments"] |= {
+        "lora_modules": [{"name": "polite", "path": str(adapter)}],
         "chat_template": str(folder / "chat.jinja"),
     }
     variables |= {

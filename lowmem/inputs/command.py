@@ -1,0 +1,266 @@
+"""Holds what a command that starts `vllm serve` asks for, and reads the arguments of `vllm serve` into it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lowmem.errors import BadInput
+from lowmem.inputs import options
+from lowmem.inputs.shell import MOST_WORDS, Word
+from lowmem.schema import VLLM_VERSION
+
+_SECRET = re.compile(r"TOKEN|KEY|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_ENGINE_VARIABLES = (
+    "VLLM_", "NCCL_", "PYTORCH_", "TORCH_", "OMP_", "GLOO_", "FLASHINFER_", "TRITON_", "CUDA_",
+)  # fmt: skip
+_CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+@dataclass
+class Command:
+    """What a command asks for.
+
+    `faults` are what no plan can be made with. `removed` are the flags that this vLLM no longer has, without
+    which the plan is made. `notes` are what of the command is not the plan's.
+    """
+
+    model: str | None = None
+    options: dict[str, options.Given] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    cards: int | None = None
+    cards_by: str = ""  # what gives the number of cards
+    image: str = ""
+    faults: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def set_cards(self, count: int, by: str) -> None:
+        """Keep the number of cards that the command leaves the engine: the least that is named."""
+        if self.cards is None or count < self.cards:
+            self.cards, self.cards_by = count, by
+
+    def set_variable(self, name: str, word: Word) -> None:
+        """Keep a variable of the environment if the engine reads it."""
+        value = word.text.partition("=")[2]
+        gone = options.removed_environment().get(name)
+        if gone is not None:
+            self.removed.append(f"{name}: vLLM {VLLM_VERSION} no longer reads it; use {gone}")
+        elif name in _CARD_VARIABLES:
+            _visible_cards(self, name, value, word)
+        elif name.startswith(_ENGINE_VARIABLES) and not _SECRET.search(name):
+            if word.unset:
+                self.faults.append(unset_fault(name, word))
+            else:
+                self.environment[name] = value
+        else:
+            self.notes.append(f"{name} is not part of the plan")
+
+
+def unset_fault(name: str, word: Word) -> str:
+    return f"{name} is {', '.join(word.unset)}, which nothing here sets; write its value"
+
+
+def _visible_cards(command: Command, name: str, value: str, word: Word) -> None:
+    if word.unset:
+        command.faults.append(unset_fault(name, word))
+    elif value.lower() in ("all", "void", "none", ""):
+        return
+    else:
+        command.set_cards(len([v for v in value.split(",") if v.strip()]), f"{name}={value[:60]}")
+
+
+def read_arguments(command: Command, words: list[Word]) -> None:
+    """Read the arguments of `vllm serve` into the command. Raises BadInput for too many words."""
+    if len(words) > MOST_WORDS:
+        raise BadInput(f"the command has {len(words):,} words; the limit is {MOST_WORDS:,}")
+    left = list(words)
+    dotted: dict[str, options.Given] = {}
+    while left:
+        word = left.pop(0)
+        if word.text[:1] in "\u2013\u2014\u2212" and word.text:
+            command.faults.append(f"{word.text[:40]} begins with a typographic dash; write --")
+            _values(left, 1)
+        elif not _is_flag(word.text):
+            _positional(command, word)
+        else:
+            _flag(command, word, left, dotted)
+    _fold(command, dotted)
+    _shorthands(command)
+    _settle(command)
+
+
+def _is_flag(text: str) -> bool:
+    return len(text) > 1 and text[0] == "-" and not re.fullmatch(r"-[0-9.]+", text)
+
+
+def _positional(command: Command, word: Word) -> None:
+    if word.unset:
+        command.faults.append(unset_fault("the model", word))
+    if command.model is None:
+        command.model = word.text
+    else:
+        command.faults.append(f"{word.text[:60]!r} stands alone; vLLM takes one model, {command.model[:60]}")
+
+
+def _values(left: list[Word], most: int) -> list[Word]:
+    """Take the words up to the next flag, at most so many."""
+    taken: list[Word] = []
+    while left and len(taken) < most and not _is_flag(left[0].text):
+        taken.append(left.pop(0))
+    return taken
+
+
+def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, options.Given]) -> None:
+    """Read one flag with its values."""
+    text = word.text
+    if match := re.fullmatch(r"-O=?(\w+)", text):
+        command.options["optimization_level"] = match[1]
+        return
+    if text == "-O":
+        text = "--optimization-level"
+    head, sign, value = text.partition("=")
+    head, dot, path = head.partition(".")
+    if head.startswith("--"):
+        head = "--" + head[2:].replace("_", "-")
+    given = [Word(value, word.unset)] if sign else []
+    if head == "--model":
+        for one in given or _values(left, 1):
+            _positional(command, one)
+        return
+    found = _option(command, head)
+    if found is None:
+        known = _removed(command, head)
+        if not sign and not (known and known.switch):
+            _values(left, 1)
+        return
+    option, on = found
+    if dot:
+        taken = given or left[:1]
+        if not sign:
+            del left[:1]
+        if not taken:
+            command.faults.append(f"{head}.{path[:60]} has no value; give one")
+        elif taken[0].unset:
+            command.faults.append(unset_fault(f"{head}.{path[:60]}", taken[0]))
+        else:
+            dotted[f"{option.name}.{path}"] = taken[0].text
+    elif option.type == "bool":
+        _switch(command, option, on, given or (_values(left, 1) if _says_boolean(left) else []))
+    else:
+        _valued(command, option, given or _values(left, 10_000 if option.type == "list" else 1))
+
+
+def _says_boolean(left: list[Word]) -> bool:
+    return bool(left) and left[0].text.lower() in ("true", "false")
+
+
+def _option(command: Command, head: str) -> tuple[options.Option, bool] | None:
+    """Return the option of a flag, or of the one flag that it abbreviates, as argparse does."""
+    flags = options.flags()
+    if head in flags:
+        return flags[head]
+    if options.removed_flag(head) or not head.startswith("--"):
+        return None
+    longer = sorted(flag for flag in flags if flag.startswith(head)) if len(head) > 4 else []
+    if len({flags[flag][0].name for flag in longer}) == 1:
+        command.notes.append(f"{head} is short for {longer[0]}")
+        return flags[longer[0]]
+    return None
+
+
+def _removed(command: Command, head: str) -> options.Removed | None:
+    """Say what replaced a flag that is gone, or what an unknown one may mean."""
+    found = options.removed_flag(head)
+    if found:
+        if str(found) not in command.removed:
+            command.removed.append(str(found))
+        return found
+    close = options.close_to(head.lstrip("-"))
+    meant = " or ".join("--" + name.replace("_", "-") for name in close)
+    command.faults.append(
+        f"{head[:60]} is no flag of vLLM {VLLM_VERSION}"
+        + (f"; did you mean {meant}" if meant else "; leave it out")
+    )
+    return None
+
+
+def _switch(command: Command, option: options.Option, on: bool, given: list[Word]) -> None:
+    if given:
+        said = given[0].text.lower()
+        if said not in ("true", "false"):
+            command.faults.append(
+                f"{option.flags[0]} takes no value, and {given[0].text[:40]!r} is given; leave it out"
+            )
+            return
+        right = option.flags[0] if (said == "true") == on else option.off or "nothing"
+        command.notes.append(f"{option.flags[0]} takes no value in vLLM {VLLM_VERSION}; write {right}")
+        on = on == (said == "true")
+    command.options[option.name] = on
+
+
+def _valued(command: Command, option: options.Option, given: list[Word]) -> None:
+    flag = option.flags[0]
+    if not given and option.type != "flag_or_str":
+        command.faults.append(f"{flag} has no value; give one")
+        return
+    unset = [word for word in given if word.unset]
+    if options.standing(option.name).kind == "refused":
+        _deployment(command, option, given)
+    elif unset:
+        command.faults.append(unset_fault(flag, unset[0]))
+    elif option.type == "list":
+        command.options[option.name] = [word.text for word in given]
+    else:
+        if option.name in command.options and not option.repeat:
+            command.notes.append(f"{flag} is given twice; vLLM takes the last, {given[0].text[:60]}")
+        command.options[option.name] = given[0].text
+
+
+def _deployment(command: Command, option: options.Option, given: list[Word]) -> None:
+    """Note an option that the deployment sets itself; the value of a secret is not shown."""
+    value = "" if _SECRET.search(option.name) else " " + " ".join(w.text for w in given)[:60]
+    use = options.standing(option.name).text
+    command.notes.append(f"{option.flags[0]}{value} is the deployment's, not the plan's; use {use}")
+    if option.name == "device_ids":
+        ids = [i for i in given[0].text.split(",") if i.strip()]
+        command.set_cards(len(ids), f"--device-ids {given[0].text[:60]}")
+
+
+def _fold(command: Command, dotted: Mapping[str, options.Given]) -> None:
+    for name, value in dotted.items():
+        head = name.partition(".")[0]
+        try:
+            both = {head: command.options[head]} if head in command.options else {}
+            command.options |= options.folded({**both, name: value})
+        except BadInput as error:
+            command.faults.append(str(error))
+
+
+def _shorthands(command: Command) -> None:
+    """Join --spec-method, --spec-model and --spec-tokens to the configuration that vLLM makes of them."""
+    fields = {"spec_method": "method", "spec_model": "model", "spec_tokens": "num_speculative_tokens"}
+    given = {key: command.options.pop(name) for name, key in fields.items() if name in command.options}
+    if not given:
+        return
+    if "speculative_config" in command.options:
+        command.faults.append("--speculative-config and --spec-… are both given; vLLM takes one of them")
+        return
+    if str(given.get("num_speculative_tokens", "")).isdecimal():
+        given["num_speculative_tokens"] = int(str(given["num_speculative_tokens"])[:9])
+    command.options["speculative_config"] = given
+
+
+def _settle(command: Command) -> None:
+    """Check each option's value, and leave out what the deployment sets itself."""
+    for name, value in list(command.options.items()):
+        if options.standing(name).kind == "refused":
+            _deployment(command, options.options()[name], [])
+            del command.options[name]
+            continue
+        try:
+            command.options[name] = options.checked(name, value)
+        except BadInput as error:
+            hint = "; put JSON in single quotes" if str(value).startswith("{") else ""
+            command.faults.append(f"{error}{hint}")

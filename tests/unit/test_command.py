@@ -1,0 +1,164 @@
+"""Commands as people paste them: what is read, what is named, and that nothing is run."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lowmem.errors import BadInput
+from lowmem.inputs.pasted import read_text, read_words
+from lowmem.inputs.shell import commands
+
+COMMANDS = yaml.safe_load((Path(__file__).parents[1] / "data" / "commands.yml").read_text())
+
+
+@pytest.mark.parametrize("case", COMMANDS, ids=lambda c: c["text"].strip()[:60])
+def test_commands_that_people_run(case):
+    found = read_text(case["text"])
+    assert found.faults == []
+    assert found.model == case["model"]
+    assert found.options == case.get("options", {})
+    assert found.cards == case.get("cards")
+    assert [line.split(":")[0] for line in found.removed] == case.get("removed", [])
+    assert all("; use " in line for line in found.removed)
+
+
+def test_there_are_forty_of_them():
+    assert len(COMMANDS) >= 40
+
+
+def test_words_that_a_shell_split():
+    found = read_words(["vllm", "serve", "m", "--hf-overrides", '{"a": 1}', "-tp", "2"])
+    assert (found.model, found.options) == ("m", {"hf_overrides": '{"a":1}', "tensor_parallel_size": 2})
+    assert read_words(["vllm serve m -tp 2"]).options == {"tensor_parallel_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("vllm serve m --max-num-seq 4", None),  # argparse takes an abbreviation of one flag
+        ("vllm serve m --max-num-sequences 4", "--max-num-sequences is no flag of vLLM 0.32.0; did you me"),
+        ("vllm serve m --max-lo 4", "--max-lo is no flag of vLLM 0.32.0"),
+        ("vllm serve m --tensor-parallel-size two", "tensor_parallel_size='two' is not a whole number; co"),
+        ("vllm serve m --tensor-parallel-size", "--tensor-parallel-size has no value; give one"),
+        ("vllm serve m --tensor-parallel-size --dtype half", "--tensor-parallel-size has no value; give one"),
+        ("vllm serve m -tp $N", "--tensor-parallel-size is N, which nothing here sets; write its value"),
+        ("vllm serve m -tp $(nvidia-smi -L | wc -l)", "--tensor-parallel-size is $(nvidia-smi -L | wc -l)"),
+        ("vllm serve m -tp `nproc`", "--tensor-parallel-size is `nproc`, which nothing here sets"),
+        ("vllm serve ${MODEL}", "the model is MODEL, which nothing here sets"),
+        ("vllm serve m n", "'n' stands alone; vLLM takes one model, m"),
+        ("vllm serve m \u2014tensor-parallel-size 2", "begins with a typographic dash; write --"),
+        ("vllm serve m --kv-transfer-config {\"a\":1}", "is not JSON, such as {\"name\": 1}; correct it;"),
+        ("vllm serve m --enable-lora yes", "'yes' stands alone"),
+        ("vllm serve m --enable-lora=yes", "--enable-lora takes no value, and 'yes' is given; leave it out"),
+        ("vllm serve m --tool-call-parser", "--tool-call-parser has no value"),
+        ("vllm serve m --spec-method ngram --speculative-config '{}'", "vLLM takes one of them"),
+        ("docker run --gpus x=1 vllm/vllm-openai --model m", "--gpus x=1 is not read here"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_command(text, fault):
+    found = read_text(text).faults
+    assert found == [] if fault is None else fault in found[0]
+    assert not any("\n" in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("text", "note"),
+    [
+        ("vllm serve m --host 0.0.0.0", "--host 0.0.0.0 is the deployment's, not the plan's; use lowmem_h"),
+        ("vllm serve m --port=80", "--port 80 is the deployment's, not the plan's; use lowmem_port of the"),
+        ("vllm serve m --api-key sk-secret", "--api-key is the deployment's, not the plan's; use vllm_ser"),
+        ("HF_TOKEN=hf_secret vllm serve m", "HF_TOKEN is not part of the plan"),
+        ("docker run -e HF_TOKEN=hf_secret vllm/vllm-openai:v0.9.1 --model m", "HF_TOKEN is not part of t"),
+        ("docker run vllm/vllm-openai:v0.9.1 --model m", "the image has vLLM 0.9.1; the plan is for 0.32.0"),
+        ("vllm serve m --enable-lora false", "--enable-lora takes no value in vLLM 0.32.0; write --no-ena"),
+        ("vllm serve m --dtype half --dtype float16", "--dtype is given twice; vLLM takes the last, float16"),
+        ("vllm serve m --config c.yaml", "--config c.yaml is the deployment's, not the plan's; use each o"),
+    ],
+)  # fmt: skip
+def test_notes_of_a_command(text, note):
+    found = read_text(text)
+    assert note in found.notes[0]
+    assert "secret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "the text starts no `vllm serve`"),
+        ("ls -l", "the text starts no `vllm serve`"),
+        ("vllm bench serve", "`vllm bench` starts no server"),
+        ("vllm", "`vllm` starts no server"),
+        ("python -m vllm.entrypoints.api_server", "starts no OpenAI server"),
+        ("vllm serve 'm", "a quote (') of the command does not end; close it"),
+        ("vllm serve \u201cm\u201d", "has the typographic quote"),
+        ("vllm serve m $(echo", "a bracket of $( does not end"),
+        ("cat <<EOF\nvllm serve m\nEOF", "has a here-document"),
+        ("vllm serve a; vllm serve b", "the text starts 2 servers; paste the command of one"),
+        ("vllm serve m\0", "holds a NUL character"),
+        ("bash -c " * 9 + "x", "the text starts no `vllm serve`"),
+        ("docker run --frobnicate vllm/vllm-openai", "--frobnicate of the container is not known here"),
+        ("docker run --gpus all", "the container's image is missing"),
+        ("vllm serve " + "x" * 70_000, "the limit is 65,536"),
+        ("vllm serve " + "x " * 3_000, "has more than 2,000 words"),
+        ("services: {a: {image: vllm/vllm-openai, command: [[", "the YAML text is not YAML"),
+        ("services:\n  a: {image: redis}\n", "the text starts no `vllm serve`"),
+        ("containers: [{image: vllm, args: [{a: 1}]}]", "a word of the YAML text is a mapping"),
+    ],
+)
+def test_texts_that_start_no_server(text, error):
+    with pytest.raises(BadInput) as raised:
+        read_text(text)
+    assert error in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "vllm serve m $(touch /tmp/lowmem-was-run)",
+        "vllm serve `touch /tmp/lowmem-was-run`",
+        "vllm serve m; touch /tmp/lowmem-was-run",
+        "vllm serve m --dtype \"$(touch /tmp/lowmem-was-run)\" > /tmp/lowmem-was-run",
+        "env X=1 bash -c 'touch /tmp/lowmem-was-run; vllm serve m'",
+    ],
+)  # fmt: skip
+def test_nothing_is_run(text):
+    assert read_text(text)
+    assert not Path("/tmp/lowmem-was-run").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["$(" * 30_000, "((" * 30_000, "\\" * 65_000, "${a" * 20_000, "'" * 65_001, "A=$A" * 15_000,
+     "--" * 30_000,
+     "\n" * 60_000 + "x", "services: " + "[" * 30_000, "services: {a: &a [*a]}", "`\n" * 30_000,
+     "export A=aaaaaaaa\n" + "A=$A$A\n" * 64, "args: [" + "a, " * 15_000 + "]"],
+    ids=range(13),
+)  # fmt: skip
+def test_hostile_texts_are_refused_at_once(text):
+    started = time.process_time()
+    with pytest.raises(BadInput):
+        read_text(text)
+    assert time.process_time() - started < 5  # the slowest takes 0.2 s; what is quadratic takes minutes
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["--a-b " * 1_900, "--" + "a_" * 30_000, "m --hf-overrides " + "[" * 60_000,
+     "--hf-overrides.a.b 1 " * 900,
+     "--hf-overrides." + "a." * 3_000 + " 1", "-" * 60_000],
+    ids=range(6),
+)  # fmt: skip
+def test_hostile_arguments_are_read_at_once(text):
+    started = time.process_time()
+    found = read_text(f"vllm serve {text}")
+    assert time.process_time() - started < 5
+    assert all(len(line) < 400 for line in found.faults)
+
+
+def test_words_of_a_shell():
+    text = "A='x y' B=z; c \"$A\" $A 'a'\"b\"\\ c # no\nd 2>/dev/null <in e &>f"
+    words = [[w.text for w in command] for command in commands(text)]
+    assert words == [["A=x y", "B=z"], ["c", "x y", "x", "y", "ab c"], ["d", "e"]]
