@@ -20,7 +20,7 @@ _CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBL
 
 @dataclass
 class Command:
-    """What a command asks for.
+    """Holds what a command asks for.
 
     `faults` are what no plan can be made with. `removed` are the flags that this vLLM no longer has, without
     which the plan is made. `notes` are what of the command is not the plan's.
@@ -89,6 +89,10 @@ def read_arguments(command: Command, words: list[Word]) -> None:
     _fold(command, dotted)
     _shorthands(command)
     _settle(command)
+    if command.model and not command.model.isprintable():
+        command.faults.append(f"the model {command.model[:60]!r} is not one line of printable characters")
+    for lines in (command.faults, command.removed, command.notes):
+        lines[:] = [" ".join(line.split()) for line in lines]
 
 
 def _is_flag(text: str) -> bool:
@@ -118,8 +122,14 @@ def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, opti
     if match := re.fullmatch(r"-O=?(\w+)", text):
         command.options["optimization_level"] = match[1]
         return
-    if text == "-O":
+    if text == "-O" and left and re.fullmatch(r"\w+", left[0].text):
         text = "--optimization-level"
+    elif text == "-O" or text.startswith(("-O.", "-O=", "-O{")):
+        command.faults.append(
+            "-O takes a level from 0 to 3; write the fields of a configuration with -cc, as -cc.mode 3"
+        )
+        _values(left, 0 if "=" in text else 1)
+        return
     head, sign, value = text.partition("=")
     head, dot, path = head.partition(".")
     if head.startswith("--"):

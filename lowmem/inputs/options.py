@@ -71,7 +71,8 @@ class Removed:
     def __str__(self) -> str:
         since = f" since {self.gone} at the latest" if self.gone else ""
         had = "no vLLM version has it" if self.never else f"vLLM {VLLM_VERSION} has it no longer{since}"
-        return f"--{self.name.replace('_', '-')}: {had}; use {self.use}"
+        use = f"use {self.use}".replace("use nothing", "leave it out", 1)
+        return f"--{self.name.replace('_', '-')}: {had}; {use}"
 
 
 @cache
@@ -194,7 +195,8 @@ def _chosen(option: Option, value: Any) -> Scalar:
         _check_keys(option, result)
     if option.choices and str(result) not in {str(c) for c in option.choices}:
         listed = ", ".join(map(str, option.choices))
-        close = difflib.get_close_matches(str(result)[:64], [str(c) for c in option.choices], 1, 0.5)
+        names = [c for c in option.choices if isinstance(c, str)]
+        close = difflib.get_close_matches(str(result)[:64], names, 1, 0.5)
         meant = f"; did you mean {close[0]}" if close else ""
         raise BadInput(f"{option.name}={_shown(value)} is not one of {listed}{meant}")
     return result

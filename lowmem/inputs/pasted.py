@@ -42,7 +42,10 @@ def read_text(text: str) -> Command:
         raise BadInput(
             f"the command has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}: paste one command"
         )
-    if _is_yaml(text):
+    if made := re.findall(r"(?m)^[ \t]*(?:ENTRYPOINT|CMD)[ \t]+(\[[^\n]*\])", text):  # of a Dockerfile
+        words = [word for one in made for word in _yaml_words(parse_yaml(one, "the Dockerfile"), {})]
+        read_arguments(command, _found([_in_container(command, "", [], words, 0)]))
+    elif _is_yaml(text):
         read_arguments(command, _found(_of_yaml(command, text)))
     else:
         read_arguments(command, _found([_of_shell(command, text, 0)]))
@@ -121,8 +124,23 @@ def _starter(command: Command, name: str, rest: list[Word], depth: int) -> list[
     if name in ("bash", "sh", "zsh", "dash", "ash"):
         scripts = [n for n, w in enumerate(rest[:-1]) if re.fullmatch(r"-[a-z]*c", w.text)]
         return _of_shell(command, rest[scripts[0] + 1].text, depth + 1) if scripts else None
+    if name in ("tmux", "screen", "torchrun", "watch"):
+        return _after_any(command, rest, depth)
+    if name == "kubectl" and any(word.text == "--" for word in rest):
+        image = next((w.text.partition("=")[2] for w in rest if w.text.startswith("--image=")), "")
+        return _in_container(command, image, [], rest[[w.text for w in rest].index("--") + 1 :], depth)
     if name in ("docker", "podman", "nerdctl", "apptainer", "singularity"):
         return _after_container(command, rest, depth)
+    return None
+
+
+def _after_any(command: Command, rest: list[Word], depth: int) -> list[Word] | None:
+    """Return the arguments of the server that a program starts by its last words, or by one text of them."""
+    for n, word in enumerate(rest):
+        if PurePosixPath(word.text).name == "vllm" and [w.text for w in rest[n + 1 : n + 2]] == ["serve"]:
+            return _unwrapped(command, rest[n:], depth + 1)
+        if re.search(r"\bvllm +serve\b|\bvllm\.entrypoints\b", word.text):
+            return _of_shell(command, word.text, depth + 1)
     return None
 
 
@@ -240,7 +258,7 @@ def _take_gpus(command: Command, word: Word) -> None:
     text = word.text.strip("'\" ")
     if word.unset:
         command.faults.append(unset_fault("--gpus", word))
-    elif text == "all" or text == "-1":
+    elif text in ("all", "-1") or text.startswith("all,"):
         return
     elif text.isdecimal() and len(text) < 4:
         command.set_cards(int(text), f"--gpus {text}")
@@ -256,7 +274,7 @@ def _take_gpus(command: Command, word: Word) -> None:
 def _take_image(command: Command, image: Word) -> None:
     command.image = image.text
     tag = image.text.rpartition("@")[0] or image.text
-    version = re.search(r":v?(\d+\.\d+(?:\.\d+)?)[^/]*$", tag)
+    version = re.search(r":v?(\d\.\d+(?:\.\d+)?)[^/]*$", tag)
     if version and "vllm" in tag and version[1] != VLLM_VERSION:
         command.notes.append(f"the image has vLLM {version[1]}; the plan is for {VLLM_VERSION}")
 

@@ -19,7 +19,10 @@ MOST_WORDS = 2_000
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=")
-_BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)(?::?[-=]([^{}]*)|:?\?[^{}]*)?\}")
+_ARRAY = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\[[@*]\]\}")
+_ARGUMENTS = re.compile(r"\{?[@*]\}?")  # of the script, which is pasted without any
+_QUOTED_ARGUMENTS = re.compile(r'"\$(\{[@*]\}|[@*])"')
+_BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|[0-9])(?::?[-=]([^{}]*)|:?\?[^{}]*)?\}")
 _CONTINUED = re.compile(r"(\\|[`^](?=[ \t]*\n))[ \t]*\n")
 _REDIRECTION = re.compile(r"&?(<<<|>>|>\||<>|[<>])(&[0-9-]?)?")
 _TYPOGRAPHIC = "\u201c\u201d\u2018\u2019"
@@ -40,6 +43,7 @@ class _Reader:
 
     text: str
     variables: dict[str, str]
+    arrays: dict[str, list[Word]] = field(default_factory=dict)
     at: int = 0
     words: list[Word] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
@@ -100,6 +104,8 @@ def _step(reader: _Reader) -> bool:
     elif char == "\\":
         reader.add(text[at + 1 : at + 2])
         reader.at += 2
+    elif arguments := _QUOTED_ARGUMENTS.match(text, at):
+        reader.at = arguments.end()
     elif char in "'\"":
         _quoted(reader, char)
     elif char == "`" or char == "$":
@@ -108,6 +114,8 @@ def _step(reader: _Reader) -> bool:
         reader.at = text.index("\n", at)
     elif char in "<>" or text.startswith("&>", at):
         _redirection(reader)
+    elif char == "(" and (name := _ASSIGNMENT.fullmatch("".join(reader.parts))):
+        _array(reader, name[1])
     elif end := next((e for e in _ENDS if text.startswith(e, at)), ""):
         reader.at += len(end)
         return True
@@ -153,6 +161,14 @@ def _expansion(reader: _Reader, quoted: bool) -> None:
     elif text.startswith("$(", at):
         end = _closing(text, at + 1)
         name = text[at:end]
+    elif (array := _ARRAY.match(text, at + 1)) and array[1] in reader.arrays:
+        reader.at = array.end()
+        _add_array(reader, reader.arrays[array[1]])
+        return
+    elif arguments := _ARGUMENTS.match(text, at + 1):
+        reader.at = arguments.end()
+        reader.started = bool(reader.parts)  # "$@" of no arguments is no word
+        return
     elif braced := _BRACED.match(text, at + 1):
         end, name, default = braced.end(), braced[1], braced[2]
     elif plain := _NAME.match(text, at + 1):
@@ -176,6 +192,26 @@ def _expansion(reader: _Reader, quoted: bool) -> None:
         reader.add(value)
     else:
         _split(reader, value)
+
+
+def _array(reader: _Reader, name: str) -> None:
+    """Keep the words of `NAME=(…)`."""
+    end = _closing(reader.text, reader.at)
+    inner = reader.text[reader.at + 1 : end - 1]
+    if "=(" in inner:
+        raise BadInput(f"the array {name[:60]} holds another; write its words")
+    reader.arrays[name] = [w for part in commands(inner.replace("\n", " "), reader.variables) for w in part]
+    reader.parts, reader.started, reader.at = [], False, end
+
+
+def _add_array(reader: _Reader, words: list[Word]) -> None:
+    """Add the words of an array, each a word of its own."""
+    reader.expanded += sum(len(word.text) + 1 for word in words)
+    for n, word in enumerate(words):
+        if n:
+            reader.end_word()
+        reader.add(word.text)
+        reader.unset += word.unset
 
 
 def _split(reader: _Reader, value: str) -> None:

@@ -34,6 +34,7 @@ from lowmem.plan.verdict import (
     network_reasons,
     option_notes,
     pipeline_notes,
+    replica_notes,
     slow_reasons,
     speculation_notes,
     stage_reasons,
@@ -50,6 +51,7 @@ from lowmem.schema import (
     KvCache,
     KvCacheGroup,
     Limits,
+    Load,
     Node,
     Pipeline,
     Plan,
@@ -102,9 +104,16 @@ def blocking_reasons(inputs: Inputs, steps: StepModel, pipeline: Pipeline | None
     return blocked
 
 
+def share_of(load: Load, engine: EngineConfig) -> Load:
+    """Return the load of one replica of the engine."""
+    if engine.dp == 1:
+        return load
+    return load.model_copy(update={"clients": math.ceil(load.clients / engine.dp)})
+
+
 def load_blocks(inputs: Inputs, engine: EngineConfig) -> int:
     """Count the blocks that the load's requests hold, as many of them as run together."""
-    together = min(inputs.load.clients, engine.max_num_seqs)
+    together = min(share_of(inputs.load, engine).clients, engine.max_num_seqs)
     layout = kv_layout_of(inputs.card, engine)
     return together * layout.blocks_of(engine.held_tokens(inputs.load))
 
@@ -153,21 +162,22 @@ def compute(inputs: Inputs) -> Plan:
     """
     p, card, device, load, limits = inputs.profile, inputs.card, inputs.device, inputs.load, inputs.limits
     engine = engine_of(inputs)
+    share = share_of(load, engine)
     most = ceiling(device, limits)
     admission = admission_of(engine, load, most, inputs.deploy.media_domains if inputs.deploy else ())
     blocks = load_blocks(inputs, engine)
     stages = stage_memories(card, engine, device, most, blocks, admission.memory_bytes)
     part, memory = fullest(stages)
-    steps = StepModel(card, engine, device, stages, load, inputs.link)
+    steps = StepModel(card, engine, device, stages, share, inputs.link)
     speed = latency(steps)
     requests = memory.kv.requests_of(engine.held_tokens(load))
     pipeline, drafts = pipeline_of(steps, limits), speculation_of(steps, limits)
     checkpoint, refused = checkpoint_of(inputs, engine)
     blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
-    slow = slow_reasons(engine, speed, load, limits, requests)
-    notes = [*fit_notes(engine, card, memory, limits, requests, load), *pipeline_notes(pipeline, speed)]
+    slow = slow_reasons(engine, speed, share, limits, requests)
+    notes = [*fit_notes(engine, card, memory, limits, requests, share), *pipeline_notes(pipeline, speed)]
     beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
-    beside += option_notes(inputs.knobs)
+    beside += [*replica_notes(engine, card), *option_notes(inputs.knobs)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
     service = service_limits(engine, device, host, card, load, limits)
@@ -201,7 +211,7 @@ def compute(inputs: Inputs) -> Plan:
         kv_available_bytes=memory.kv.available,
         kv_tokens=memory.kv.tokens,
         kv_cache=kv_cache_of(memory.kv),
-        max_requests=requests,
+        max_requests=requests * engine.dp,
         latency_ms=speed,
         arguments=arguments,
         environment=environment,
@@ -251,6 +261,7 @@ def weight_terms(memory: CardMemory) -> dict[str, int]:
         "padding": w.padding,
         "repacking": w.repacking,
         "offloaded": w.offloaded,
+        **({"lora": w.lora} if w.lora else {}),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from lowmem.errors import BadInput
 from lowmem.plan.knobs import _capability
+from lowmem.plan.lora import Lora
 from lowmem.plan.speculation import Speculation
 from lowmem.schema import Device, Load, ModelCard, Scalar
 
@@ -78,6 +79,9 @@ class EngineConfig:
     hosts: int = 1
     partition: tuple[int, ...] = ()  # decoder layers of each pipeline stage; empty: one stage
     speculation: Speculation | None = None
+    lora: Lora | None = None
+    dp: int = 1  # replicas of the engine in one server
+    text_only: bool = False  # no picture, video or sound is taken, so their encoders are not loaded
 
     @property
     def rows(self) -> int:
@@ -95,7 +99,7 @@ class EngineConfig:
     @property
     def local_cards(self) -> int:
         """Count the cards of one host that the engine takes."""
-        return self.tp * self.pp // self.hosts
+        return self.tp * self.pp * self.dp // self.hosts
 
 
 def graph_sizes(

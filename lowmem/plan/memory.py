@@ -13,6 +13,7 @@ from lowmem.plan.calibration import _mib, constant
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.kv_layout import KvLayout, kv_layout
 from lowmem.plan.kv_specs import KvSettings
+from lowmem.plan.lora import worker_bytes
 from lowmem.plan.stages import Part, parts, pipeline_buffers
 from lowmem.plan.weights import (
     Weights,
@@ -78,7 +79,8 @@ def graphs(card: ModelCard, engine: EngineConfig) -> int:
     each = float(constant("memory", "graph_mib_per_layer_and_size"))
     if engine.tp > 1 and not engine.custom_all_reduce:
         each += float(constant("memory", "graph_nccl_mib_per_layer_and_size"))
-    return _mib("graph_base_mib") + round(len(engine.graph_sizes) * card.layers * each * MIB)
+    cases = 2 if engine.lora else 1  # captured with and without adapters (0.32.0, gpu/lora_utils.py)
+    return _mib("graph_base_mib") + round(cases * len(engine.graph_sizes) * card.layers * each * MIB)
 
 
 def offload_buffers(engine: EngineConfig, w: Weights) -> int:
@@ -400,13 +402,14 @@ def host_ram(
         if i in which
     )
     terms = {
-        "api_server": round(float(constant("service", "api_host_mib")) * MIB),
+        "api_server": engine.dp * round(float(constant("service", "api_host_mib")) * MIB),
         "workers": engine.local_cards * round(float(constant("service", "engine_host_mib_per_gpu")) * MIB),
         "pinned_offload": engine.local_cards * pinned,
         # the prefetch back end copies each offloaded layer into pinned memory and keeps the first copy until
         # loading has ended
         "offload_loading": engine.local_cards * w.offloaded if engine.offload == "prefetch" else 0,
         "kv_offload": engine.kv_offload_bytes,
+        "lora_adapters": engine.local_cards * worker_bytes(card, engine.lora),
         "admission": admission_bytes,
     }
     return {k: v for k, v in terms.items() if v}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem.errors import BadInput
+from lowmem.files import parse_json
 from lowmem.plan import support
 from lowmem.plan.engine_config import (
     EngineConfig,
@@ -15,6 +16,7 @@ from lowmem.plan.engine_config import (
 )
 from lowmem.plan.knobs import version
 from lowmem.plan.kv_types import stored_kv_dtype
+from lowmem.plan.lora import lora_of, refuse_lora
 from lowmem.plan.speculation import Speculation, speculation_of
 from lowmem.schema import Device, Knob, ModelCard
 from lowmem.units import GIB
@@ -36,7 +38,8 @@ def resolve(
     vllm = version(vllm_version)
     v: dict[str, Any] = {n: k.value for n, k in knobs.items()}
     tp, pp = int(v.get("tensor_parallel_size", 1)), int(v.get("pipeline_parallel_size", 1))
-    support.refuse_parallel(tp, pp, count, hosts)
+    dp = int(v.get("data_parallel_size", 1))
+    support.refuse_parallel(tp, pp, count, hosts, dp)
     support.refuse_split(card, tp)
     dtype = _dtype(v, card)
     support.refuse_dtype(card, dtype)
@@ -44,7 +47,8 @@ def resolve(
     max_len = _max_model_len(v, card)
     seqs, batched = _batch(v, device, max_len)
     support.refuse_batch(v, seqs, batched, max_len)
-    speculation = speculation_of(v)
+    speculation, lora = speculation_of(v), lora_of(v)
+    refuse_lora(lora, card, tp)
     support.refuse_drafts(v, speculation, seqs, batched)
     kv_dtype, kv = _kv_dtype(v, card), v.get("kv_cache_memory_bytes")
     block = v.get("block_size", None if device.kind == "cuda" else 128)
@@ -81,7 +85,26 @@ def resolve(
         hosts=hosts,
         partition=layer_partition(card.layers, pp, wanted_partition) if pp > 1 else (),
         speculation=speculation,
+        lora=lora,
+        dp=dp,
+        text_only=_text_only(v),
     )
+
+
+def _text_only(v: Mapping[str, Any]) -> bool:
+    """Tell whether no picture or video is taken; vLLM then does not load what encodes them.
+
+    0.32.0: models/interfaces.py (_mark_tower_model).
+    """
+    if v.get("language_model_only"):
+        return True
+    limits = parse_json(str(v.get("limit_mm_per_prompt", "{}")), "limit_mm_per_prompt")
+    if not isinstance(limits, dict):
+        raise BadInput('limit_mm_per_prompt is not a JSON object; write it like {"image": 2, "video": 0}')
+    most = [
+        one.get("count", 1) if isinstance(one, dict) else one for one in map(limits.get, ("image", "video"))
+    ]
+    return most == [0, 0]
 
 
 def _dtype(v: Mapping[str, Any], card: ModelCard) -> str:

@@ -94,7 +94,7 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
     return reasons
 
 
-def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
+def refuse_parallel(tp: int, pp: int, count: int, hosts: int, dp: int = 1) -> None:
     """Raise BadInput if a host has too few cards, or if a layer would be split across hosts."""
     if tp > count and hosts > 1:
         raise BadInput(
@@ -105,6 +105,16 @@ def refuse_parallel(tp: int, pp: int, count: int, hosts: int) -> None:
     if tp > count:
         raise BadInput(
             f"tensor_parallel_size={tp} is more than the {count} card(s); lower it or raise --count"
+        )
+    if dp > 1 and hosts > 1:
+        raise BadInput(
+            f"data_parallel_size={dp} over {hosts} hosts is not planned; use one server a host behind group"
+            " router"
+        )
+    if tp * pp * dp > count and dp > 1:
+        raise BadInput(
+            f"data_parallel_size={dp} replicas of {tp * pp} card(s) need {tp * pp * dp}, and the host has"
+            f" {count}; lower data_parallel_size or raise --count"
         )
     if pp % hosts:
         raise BadInput(

@@ -24,6 +24,22 @@ def ceiling(device: Device, limits: Limits) -> int:
     return min(limits.memory_bytes, device.torch_total_mib * MIB)
 
 
+def replica_notes(engine: EngineConfig, card: ModelCard) -> list[str]:
+    """Say what data_parallel_size means for the figures of the plan."""
+    if engine.dp == 1:
+        return []
+    notes = [
+        f"data_parallel_size={engine.dp}: the memory is that of a card of each replica, and a replica serves"
+        f" its share of the load"
+    ]
+    if card.experts:
+        notes.append(
+            "data_parallel_size with experts: vLLM spreads them over the cards of all replicas, so memory is"
+            " at most as planned, and the exchange between replicas is not in the latency; measure it"
+        )
+    return notes
+
+
 def option_notes(knobs: Iterable[str]) -> list[str]:
     """Name the options that the plan does not count, and what of the plan they may make wrong."""
     found: dict[str, list[str]] = {}

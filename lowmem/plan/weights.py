@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lowmem.checkpoint.inventory import Inventory, inventory_of
 from lowmem.errors import BadInput
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
 from lowmem.plan.engine_config import EngineConfig
+from lowmem.plan.lora import places_bytes
 from lowmem.schema import ModelCard, Quantization, WeightGroup
 from lowmem.units import MIB
 
@@ -82,11 +83,12 @@ class Weights:
     repacking: int
     offloaded: int
     layers: tuple[tuple[Parameter, ...], ...]
+    lora: int = 0  # places for adapters, made while the model loads
 
     @property
     def on_card(self) -> int:
         """Return the bytes that the engine logs as "Model loading took"."""
-        return self.sharded + self.replicated + self.padding + self.repacking - self.offloaded
+        return self.sharded + self.replicated + self.padding + self.repacking + self.lora - self.offloaded
 
 
 def _cut(g: WeightGroup, card: ModelCard, tp: int) -> tuple[int, int]:
@@ -140,8 +142,12 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
 
 def weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """Compute one card's weights: sharded, replicated, padded, repacked, and less those offloaded."""
-    if card.counted:
-        return _counted_weights(card, engine)
+    own = _counted_weights(card, engine) if card.counted else _named_weights(card, engine)
+    return replace(own, lora=places_bytes(card, engine.lora, engine.tp))
+
+
+def _named_weights(card: ModelCard, engine: EngineConfig) -> Weights:
+    """Count one GPU's weights from the card's groups."""
     dtype = DTYPE_BYTES[engine.dtype]
     sharded = replicated = padding = 0
     for g in card.groups:
@@ -202,11 +208,12 @@ def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
             " uniform Llama, Mistral, Mixtral and Qwen models; use tensor_parallel_size"
         )
     replicated = sum(size for use, size in inventory.bytes_by_use.items() if use in ("norm", "router"))
+    encoders = inventory.bytes_by_use.get("vision", 0) if engine.text_only else 0
     layers = tuple(tuple(Parameter(name, size, 0) for name, size in layer) for layer in inventory.layers)
     taken = offloaded_parameters(engine, layers)
     offloaded = sum(layer[i].loaded for layer, which in zip(layers, taken, strict=True) for i in which)
     return Weights(
-        sharded=inventory.parameter_bytes - replicated,
+        sharded=inventory.parameter_bytes - replicated - encoders,
         replicated=replicated + inventory.buffer_bytes,
         padding=0,
         repacking=0,

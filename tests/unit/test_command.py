@@ -21,7 +21,7 @@ def test_commands_that_people_run(case):
     assert found.options == case.get("options", {})
     assert found.cards == case.get("cards")
     assert [line.split(":")[0] for line in found.removed] == case.get("removed", [])
-    assert all("; use " in line for line in found.removed)
+    assert all("; use " in line or "; leave it out" in line for line in found.removed)
 
 
 def test_there_are_forty_of_them():
@@ -47,6 +47,7 @@ def test_words_that_a_shell_split():
         ("vllm serve m -tp $(nvidia-smi -L | wc -l)", "--tensor-parallel-size is $(nvidia-smi -L | wc -l)"),
         ("vllm serve m -tp `nproc`", "--tensor-parallel-size is `nproc`, which nothing here sets"),
         ("vllm serve ${MODEL}", "the model is MODEL, which nothing here sets"),
+        ("vllm serve 'a\nb'", "the model 'a\\nb' is not one line of printable characters"),
         ("vllm serve m n", "'n' stands alone; vLLM takes one model, m"),
         ("vllm serve m \u2014tensor-parallel-size 2", "begins with a typographic dash; write --"),
         ("vllm serve m --kv-transfer-config {\"a\":1}", "is not JSON, such as {\"name\": 1}; correct it;"),
@@ -54,6 +55,7 @@ def test_words_that_a_shell_split():
         ("vllm serve m --enable-lora=yes", "--enable-lora takes no value, and 'yes' is given; leave it out"),
         ("vllm serve m --tool-call-parser", "--tool-call-parser has no value"),
         ("vllm serve m --spec-method ngram --speculative-config '{}'", "vLLM takes one of them"),
+        ("vllm serve m -O.mode=3", "-O takes a level from 0 to 3; write the fields of a configuration"),
         ("docker run --gpus x=1 vllm/vllm-openai --model m", "--gpus x=1 is not read here"),
     ],
 )  # fmt: skip
@@ -133,9 +135,10 @@ def test_nothing_is_run(text):
     "text",
     ["$(" * 30_000, "((" * 30_000, "\\" * 65_000, "${a" * 20_000, "'" * 65_001, "A=$A" * 15_000,
      "--" * 30_000,
-     "\n" * 60_000 + "x", "services: " + "[" * 30_000, "services: {a: &a [*a]}", "`\n" * 30_000,
+     "\n" * 60_000 + "x", "services: " + "[" * 30_000, "services: {a: &a [*a]}",
+     "A=(" * 9_000 + ")" * 9_000, "`\n" * 30_000,
      "export A=aaaaaaaa\n" + "A=$A$A\n" * 64, "args: [" + "a, " * 15_000 + "]"],
-    ids=range(13),
+    ids=range(14),
 )  # fmt: skip
 def test_hostile_texts_are_refused_at_once(text):
     started = time.process_time()
@@ -156,6 +159,29 @@ def test_hostile_arguments_are_read_at_once(text):
     found = read_text(f"vllm serve {text}")
     assert time.process_time() - started < 5
     assert all(len(line) < 400 for line in found.faults)
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "given"),
+    [
+        ("M=a\nX=(-tp 2 --seed '1')\nvllm serve $M \"${X[@]}\"", "a", {"tensor_parallel_size": 2, "seed": 1}),
+        ("T=${T:-4}\nexec vllm serve ${1:-a} -tp \"$T\" \"$@\"", "a", {"tensor_parallel_size": 4}),
+        ("A='-tp 2'; vllm serve a $A", "a", {"tensor_parallel_size": 2}),
+        ("vllm serve a ^\n -tp 2", "a", {"tensor_parallel_size": 2}),
+        ("tmux new-session -d -s vllm 'vllm serve a -tp 2'", "a", {"tensor_parallel_size": 2}),
+        ("screen -dmS vllm vllm serve a -tp 2", "a", {"tensor_parallel_size": 2}),
+        ("kubectl run x --image=vllm/vllm-openai -- --model a", "a", {}),
+        ('FROM x\nENTRYPOINT ["vllm", "serve"]\nCMD ["a", "-tp", "2"]', "a", {"tensor_parallel_size": 2}),
+        ("if true; then vllm serve a; fi", "a", {}),
+        ("docker exec -it box vllm serve a", "a", {}),
+        ("sudo -E -u llm CUDA_VISIBLE_DEVICES=0 /opt/bin/vllm serve a", "a", {}),
+        ("args:\n- --model\n- a\n- -tp\n- 2", "a", {"tensor_parallel_size": 2}),
+        ('["--model", "a"]', "a", {}),
+    ],
+)  # fmt: skip
+def test_other_ways_to_start_it(text, model, given):
+    found = read_text(text)
+    assert (found.model, found.options, found.faults) == (model, given, [])
 
 
 def test_words_of_a_shell():

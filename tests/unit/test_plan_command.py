@@ -105,8 +105,8 @@ def test_flags_are_checked_without_a_model():
         (
             ["--", f"CUDA_VISIBLE_DEVICES=0 vllm serve {LLAMA} -tp 2"],
             [
-                "lowmem: CUDA_VISIBLE_DEVICES=0 leaves the engine 1 card(s), and its parallel sizes need 2; give"
-                " as many cards or lower a size"
+                "lowmem: CUDA_VISIBLE_DEVICES=0 leaves the engine 1 card(s), and its parallel sizes need 2;"
+                " give as many cards or lower a size"
             ],
         ),
         (
