@@ -334,6 +334,18 @@ def test_a_folder_of_the_controller_counts_where_the_host_has_none(tmp_path: Pat
     assert preflight(what | {"controller_bytes": 5}) == ""
 
 
+def test_files_that_came_from_the_controller_get_a_manifest(tmp_path: Path, checkpoint: Path) -> None:
+    models = tmp_path / "models"
+    what = local(models, tmp_path / "nowhere") | {"brought": True}
+    models.mkdir()
+    checkpoint.rename(models / f".m.{what['recipe_sha256'][:12]}.partial")
+    done = fetch(Path(sys.prefix), what)
+    assert done.returncode == 0, done.stderr
+    assert contents(models) == [".m.lock", "m", "m.manifest.json"]
+    made = manifest.read(models / "m.manifest.json")
+    assert "model.safetensors" in [entry["path"] for entry in made["files"]]
+
+
 @pytest.mark.engine
 def test_a_branch_is_noted_by_its_commit(downloader: Path, hub: StubHub, tmp_path: Path) -> None:
     what = from_hub(tmp_path)
