@@ -26,6 +26,11 @@ MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
 BITS = (2, 3, 4, 8)
 
+HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w-][\w.-]*")
+"""Matches a repository of Hugging Face."""
+
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")
+
 DTYPE_BYTES = {"float16": 2, "half": 2, "bfloat16": 2, "float32": 4, "float": 4}
 
 
@@ -527,10 +532,11 @@ def card_from_directory(folder: Path) -> ModelCard:
     return card_from_config(config, name, str(folder), header or None, hf_quant_config, tokenizer)
 
 
-def card_from_hub(repo: str) -> ModelCard:
+def card_from_hub(repo: str, revision: str | None = None) -> ModelCard:
     """Make the card of a Hugging Face id from its config.json and safetensors headers.
 
-    Raises BadInput if the hub cannot be reached or has no such model.
+    `revision` is a commit, a tag or a branch; None is the hub's default. Raises BadInput if the hub cannot be
+    reached or has no such model.
     """
     try:
         import logging
@@ -548,14 +554,15 @@ def card_from_hub(repo: str) -> ModelCard:
             offline = False
         except OSError:
             offline = True  # the local cache may still have it, without seconds of retries
-        path = hf_hub_download(repo, "config.json", local_files_only=offline)
+        path = hf_hub_download(repo, "config.json", revision=revision, local_files_only=offline)
         config = read_config(Path(path))
-        beside = None if config.get("quantization_config") else _beside(repo, "hf_quant_config.json", offline)
-        tokenizer = _beside(repo, "tokenizer_config.json", offline)
+        recipe = "hf_quant_config.json"
+        beside = None if config.get("quantization_config") else _beside(repo, revision, recipe, offline)
+        tokenizer = _beside(repo, revision, "tokenizer_config.json", offline)
         try:
             if offline:
                 raise OSError("offline")
-            meta = HfApi().get_safetensors_metadata(repo)
+            meta = HfApi().get_safetensors_metadata(repo, revision=revision)
             header = {
                 n: {"dtype": t.dtype, "shape": t.shape}
                 for f in meta.files_metadata.values()
@@ -580,7 +587,7 @@ def card_from_hub(repo: str) -> ModelCard:
     return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside, tokenizer)
 
 
-def _beside(repo: str, name: str, offline: bool) -> dict[str, Any] | None:
+def _beside(repo: str, revision: str | None, name: str, offline: bool) -> dict[str, Any] | None:
     """Return a JSON file of a Hugging Face id, such as the hf_quant_config.json in which older ModelOpt keeps
     its recipe; None if there is none.
     """
@@ -588,18 +595,31 @@ def _beside(repo: str, name: str, offline: bool) -> dict[str, Any] | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        path = hf_hub_download(repo, name, local_files_only=offline)
+        path = hf_hub_download(repo, name, revision=revision, local_files_only=offline)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
         return None
     return read_config(Path(path))
 
 
+def split_revision(model: str) -> tuple[str, str]:
+    """Split `name@revision`; the revision is empty if there is none."""
+    name, at, revision = model.rpartition("@")
+    return (name, revision) if at and _REVISION.fullmatch(revision) else (model, "")
+
+
+def is_builtin(model: str) -> bool:
+    """Tell whether a name, an alias or an id, with or without a revision, is in the table of models."""
+    return split_revision(model)[0].lower() in builtin()
+
+
 def load_card(model: str) -> ModelCard:
     """Load a card by a built-in name in any case, a directory, or a Hugging Face id.
 
-    Raises BadInput for anything else.
+    A built-in name and an id may end in `@revision`: a commit, a tag or a branch. Raises BadInput for
+    anything else.
     """
-    entry = builtin().get(model.lower())
+    name, revision = split_revision(model)
+    entry = builtin().get(name.lower())
     if entry:
         return card_from_config(entry["config"], entry["name"], entry["id"])
     path = Path(model)
@@ -607,8 +627,8 @@ def load_card(model: str) -> ModelCard:
         return card_from_directory(path)
     if path.name == "config.json" and path.exists():
         return card_from_directory(path.parent)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
-        return card_from_hub(model)
+    if HUB_ID.fullmatch(name):
+        return card_from_hub(name, revision or None)
     raise BadInput(
         f"model {model!r} is no built-in card, directory or Hugging Face id; built-in: {', '.join(names())}"
     )

@@ -30,12 +30,17 @@ def names() -> list[str]:
     return sorted(p.stem for p in folder().glob("*.yml"))
 
 
+def path_of(name: str) -> Path:
+    """Return the file of a profile by its name, or by the path of a YAML file. It need not exist."""
+    return Path(name) if name.endswith((".yml", ".yaml")) else folder() / f"{name}.yml"
+
+
 def load_profile(name: str) -> Profile:
     """Load a profile by its name or by the path of a YAML file.
 
     Raises BadInput with the field and the reason.
     """
-    path = Path(name) if name.endswith((".yml", ".yaml")) else folder() / f"{name}.yml"
+    path = path_of(name)
     if not path.exists():
         raise BadInput(
             f"profile {name!r} does not exist; use one of {', '.join(names())}, or the path of a YAML file"

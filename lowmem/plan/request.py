@@ -48,6 +48,8 @@ class PlanRequest:
     output_tokens: int | None = None
     accepted_tokens: float | None = None  # that a step with drafts gives a request
     memory_limit_bytes: int | None = None
+    ttft_ms: float | None = None  # limits of the 99th percentile
+    tpot_ms: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     vllm_version: str = VLLM_VERSION
     hosts: int | None = None
@@ -184,15 +186,21 @@ def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> Non
 
 
 def _limits(request: PlanRequest, profile: Profile) -> Limits:
-    """Return the profile's limits with the request's memory limit, if it has one."""
+    """Return the profile's limits with those of the request."""
+    changed: dict[str, float] = {}
+    for name, value in (("ttft", request.ttft_ms), ("tpot", request.tpot_ms)):
+        if value is not None:
+            if not 0 < value <= 86_400_000:
+                raise BadInput(f"{name}_ms={value:g} is not from above 0 to 86,400,000 (a day); correct it")
+            changed[f"{name}_p99_ms"] = value
     if request.memory_limit_bytes is None:
-        return profile.limits
+        return profile.limits.model_copy(update=changed)
     if request.memory_limit_bytes < MIB:
         raise BadInput(
             f"memory limit {request.memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g."
             " 20GiB"
         )
-    return profile.limits.model_copy(update={"memory_bytes": request.memory_limit_bytes})
+    return profile.limits.model_copy(update={**changed, "memory_bytes": request.memory_limit_bytes})
 
 
 def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
@@ -263,7 +271,7 @@ def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
         if request.weights not in WEIGHTS:
             raise BadInput(f"weights={request.weights!r} is not one of {', '.join(WEIGHTS)}")
         return request.weights
-    named = isinstance(request.model, str) and request.model.lower() not in model_cards.builtin()
+    named = isinstance(request.model, str) and not model_cards.is_builtin(request.model)
     return "stored" if named or card.counted else "profile"
 
 

@@ -154,6 +154,11 @@ def key_limits(value: Any) -> bool:
     )
 
 
+def positive(value: Any) -> bool:
+    """Tell whether the value is a number of milliseconds above 0, a day at most."""
+    return number(0, 86_400_000, whole=False)(value) and float(value) > 0
+
+
 HOST = r"[A-Za-z0-9:][A-Za-z0-9._:%-]{0,252}"
 """Pattern of a name or an address; a shell sees nothing in it, and no option begins so."""
 
@@ -237,6 +242,10 @@ KINDS: dict[str, Kind] = {
         r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0,95}",
         "of the form owner/name, of letters, digits and . _ -, without '..'",
     ),
+    "revision": pattern(
+        rf"{_NO_PARENT}[A-Za-z0-9][A-Za-z0-9._/-]{{0,127}}",
+        "a commit, a tag or a branch of letters, digits and . _ / -",
+    ),
     "repository_url": pattern(
         rf"(https?://[A-Za-z0-9\[]|file:///){_URL_REST}",
         "a URL of letters, digits and . _ ~ : / @ + = , - that starts with https://, http:// or file:///",
@@ -277,6 +286,14 @@ KINDS: dict[str, Kind] = {
     "key_limits": Kind(
         key_limits, "one or more of requests_per_minute, burst, concurrent_requests, each 1 or more"
     ),
+    "size": pattern(
+        r"(?=.*[1-9])[0-9]{1,15}([.][0-9]{1,9})? ?([KMGT]iB|[kMGT]B)",
+        "a size with its unit, such as 36GiB (2**30 bytes) or 36 GB (10**9 bytes)",
+    ),
+    "latency_name": pattern(r"(ttft|tpot)_ms", "ttft_ms or tpot_ms"),
+    "milliseconds": Kind(positive, "a number of milliseconds above 0, such as 50"),
+    "load_name": pattern(r"clients|input_tokens|output_tokens", "clients, input_tokens or output_tokens"),
+    "count": Kind(number(1, 10_000_000, whole=True), "a whole number from 1 to 10000000"),
     "line": Kind(one_line, "at most one line of printable characters", inert=False),
     "one_line": Kind(lambda v: one_line(v) and str(v) != "", "one line of printable characters", inert=False),
     "scalar": Kind(

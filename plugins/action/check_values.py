@@ -68,5 +68,5 @@ class ActionModule(ActionBase):
     def _resolved(self, value: Any) -> Any:
         try:
             return self._templar.template(value)
-        except AnsibleError:  # of what a role finds out later
+        except (AnsibleError, RecursionError):  # of what a role finds out later
             return None

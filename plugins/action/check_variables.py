@@ -70,6 +70,17 @@ KNOWN = read_known(REPOSITORY)
 PREFIXES = ("lowmem_", *(f"{p.name}_" for p in sorted((REPOSITORY / "roles").iterdir()) if p.name != "plan"))
 
 
+# Of a word that others do not use: a site may have a `router_zone` or `gateways_of_ours`.
+OWN_PREFIXES = tuple(prefix for prefix in PREFIXES if prefix.count("_") > 1 or prefix == "lowmem_")
+# What Ansible itself gives a template. Nothing that an operator sets is behind these.
+MAGIC = frozenset({"hostvars", "vars", "groups", "group_names", "ansible_facts", "inventory_hostname"})
+
+
+def fold(name: str) -> str:
+    """Return a name as most variables are written, in small letters and with underscores."""
+    return re.sub(r"[-. ]", "_", name.strip().lower())
+
+
 def one_edit_apart(left: str, right: str) -> bool:
     """Tell whether one letter more, less or changed, or two neighbours swapped, makes one of the other."""
     if abs(len(left) - len(right)) > 1:
@@ -81,22 +92,37 @@ def one_edit_apart(left: str, right: str) -> bool:
     return max(len(left), len(right)) <= 1 or (len(left) == 2 and left == right[::-1])
 
 
+def begins_almost(folded: str) -> bool:
+    """Tell whether a name begins with a mistyped prefix."""
+    return any(
+        one_edit_apart(folded[: len(prefix) + more], prefix) for prefix in OWN_PREFIXES for more in (-1, 0, 1)
+    )
+
+
 def is_unknown(name: str, known: frozenset[str]) -> bool:
     """Tell whether a name belongs to this project, by its prefix or nearly its whole, and is not known."""
     if name in known or name.startswith(("_", "ansible_")):
         return False
-    folded = name.lower().replace("-", "_")
-    return folded.startswith(PREFIXES) or any(one_edit_apart(folded, other) for other in known)
+    folded = fold(name)
+    if folded.startswith(PREFIXES) or f"{folded}_" in OWN_PREFIXES:
+        return True
+    likeness = 0.8 if begins_almost(folded) else 0.9
+    return any(one_edit_apart(folded, other) for other in known) or bool(
+        difflib.get_close_matches(folded, known, n=1, cutoff=likeness)
+    )
 
 
 def name_problems(names: Iterable[Any], known: Known) -> dict[str, str]:
     """Return unknown name -> a line. The value is not shown: it may be a secret."""
-    settable, problems = sorted(known.options), {}
+    names, settable, problems = list(names), sorted(known.options), {}
+    # a run registers lowmem_planned first
+    if "lowmem_plan" in names and "lowmem_planned" not in names:
+        problems["lowmem_plan"] = "lowmem_plan is what a run computes for itself: take it out."
     for name in sorted(name for name in names if isinstance(name, str)):
         if name in known.renamed:
             problems[name] = f"{name} was renamed: set {known.renamed[name]} in its place."
         elif is_unknown(name, known.names):
-            folded = name.lower().replace("-", "_")
+            folded = fold(name)
             near = [other for other in settable if one_edit_apart(folded, other)]
             near = near or difflib.get_close_matches(folded, settable, n=1, cutoff=0.75)
             hint = f"did you mean {near[0]}? Correct it" if near else "correct it (docs/variables.md)"
@@ -142,7 +168,7 @@ def shown(name: str, value: Any, option: Mapping[str, Any]) -> str:
     if option.get("no_log") or SECRET.search(name):
         return "set to a value that is not shown here"
     text = visible(" ".join(str(value).lower().split() if isinstance(value, bool) else str(value).split()))
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+    return (text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…") or "empty"
 
 
 def value_problem(name: str, value: Any, option: Mapping[str, Any]) -> str | None:
@@ -164,6 +190,13 @@ def value_problem(name: str, value: Any, option: Mapping[str, Any]) -> str | Non
     return None
 
 
+def is_later(named: frozenset[str], variables: Mapping[str, Any]) -> bool:
+    """Tell whether a template waits for the plan, which comes after the first look, or for a host's facts."""
+    if "lowmem_plan" in named:
+        return "lowmem_plan" not in variables
+    return "hostvars" in named or any(word.startswith("ansible_") for word in named)
+
+
 def first_line(error: BaseException) -> str:
     """Return what went wrong at the root of an error, as one line."""
     while error.__cause__ is not None:
@@ -183,32 +216,52 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def roots(problems: Mapping[str, str], variables: Mapping[str, Any]) -> dict[str, str]:
-    """Leave out the problem of a variable that takes its value from another one with a problem."""
+    """Leave out the problem of a variable that takes its value from another one with a problem.
+
+    Of variables that take their values from one another in a circle, each is told.
+    """
+    behind = {name: sources(name, variables) for name in problems}
 
     def inherited(name: str) -> bool:
-        text = " ".join(part for part in strings(variables[name]) if "{{" in part)
-        return not (problems.keys() - {name}).isdisjoint(re.findall(r"\w+", text))
+        return any(name not in behind[other] for other in behind[name] & problems.keys() - {name})
 
     return {name: line for name, line in problems.items() if not inherited(name)}
 
 
-def unresolved(name: str, error: AnsibleError, planned: bool) -> str | None:
-    """Say why a value cannot be resolved; None for one that a later fact resolves.
+def sources(name: str, variables: Mapping[str, Any]) -> frozenset[str]:
+    """Return the variables from which one takes its value, by the names in its templates, all the way."""
+    return words(name, variables) & variables.keys()
 
-    `planned`: it comes from the plan, which is there.
-    """
+
+def words(name: str, variables: Mapping[str, Any]) -> frozenset[str]:
+    """Return the words in the templates of a variable and of those from which it takes its value."""
+    found: set[str] = set()
+    open_names = {name}
+    while open_names:
+        text = " ".join(part for part in strings(variables[open_names.pop()]) if "{{" in part or "{%" in part)
+        new = set(re.findall(r"\w+", text)) - found
+        found |= new
+        open_names |= (new & variables.keys()) - MAGIC
+    return frozenset(found)
+
+
+def unresolved(name: str, error: Exception, later: bool) -> str | None:
+    """Say why a value cannot be resolved; None for one that a later fact may resolve."""
     reason = first_line(error)
     if "decrypt" in reason.lower():
         return (
             f"{name} is encrypted with ansible-vault and no password opens it: give"
             " --vault-password-file FILE or --ask-vault-pass."
         )
+    if "recursi" in reason.lower():
+        return f"{name} takes its value from itself, perhaps through others: give it a value of its own."
     missing = UNDEFINED.search(reason)
     if missing and missing[1] not in KNOWN.names and not missing[1].startswith(("_", "ansible_")):
         return f"{name} refers to {missing[1]}, which is not set: set it, or correct the name."
-    # the plan comes later than the first look, and the facts of the host may
-    if missing or ("has no attribute" in reason and not planned):
+    if missing or ("has no attribute" in reason and later):
         return None
+    if "Undefined' is unsupported" in reason:
+        return f"{name} has a template that gives no value in this case: give it one, such as with `else`."
     hidden = KNOWN.options[name].get("no_log") or SECRET.search(name)
     return f"{name} cannot be resolved{'' if hidden else f': {reason}'}; correct it."
 
@@ -221,7 +274,7 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         self.validate_argument_spec({})
         variables = task_vars or {}
-        problems = name_problems(variables, KNOWN) | roots(self._value_problems(variables), variables)
+        problems = roots(name_problems(variables, KNOWN) | self._value_problems(variables), variables)
         if not problems:
             return {"changed": False}
         if variables.get("__preflight_collects"):
@@ -239,9 +292,8 @@ class ActionModule(ActionBase):
             try:
                 value = self._templar.template(variables[name])
                 problem = value_problem(name, value, option)
-            except AnsibleError as error:
-                text = " ".join(strings(variables[name]))
-                problem = unresolved(name, error, "lowmem_plan" in variables and "lowmem_plan" in text)
+            except (AnsibleError, RecursionError) as error:
+                problem = unresolved(name, error, is_later(words(name, variables), variables))
             if problem:
                 problems[name] = problem
         return problems

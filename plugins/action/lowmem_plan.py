@@ -23,7 +23,9 @@ try:
 
     from lowmem.errors import BadInput
     from lowmem.inputs.devices import load_device
-    from lowmem.inputs.model_cards import load_card, served_files
+    from lowmem.inputs.host_checkpoint import card_from_report
+    from lowmem.inputs.model_cards import is_builtin, load_card, served_files
+    from lowmem.inputs.model_figures import figures
     from lowmem.inputs.options import folded
     from lowmem.inputs.profiles import load_profile
     from lowmem.plan.calibration import read_calibration
@@ -31,8 +33,10 @@ try:
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
     from lowmem.plan.request import BadPlace, PlanRequest, gather
-    from lowmem.schema import Deploy
+    from lowmem.schema import Deploy, ModelCard, Plan
     from lowmem.text import visible
+    from lowmem.units import parse_bytes
+    from lowmem.values.kinds import refusal
 except ModuleNotFoundError as error:
     missing: ModuleNotFoundError | None = error
 else:
@@ -47,8 +51,17 @@ description:
   - Runs on the controller, touches nothing on the host, and does the same in check mode.
 options:
   profile: {description: Name of a profile in C(profiles/)., type: str, required: true}
-  model: {description: "Model card by name, or a directory on the controller; empty is the profile's own.",
-    type: str, default: ""}
+  model: {description: "Model by name, by Hugging Face id, or a folder on the host or the controller; empty is
+    the profile's own.", type: str, default: ""}
+  checkpoint: {description: "What M(checkpoint_report) found in the folder of the host: present, files.",
+    type: dict, default: {}}
+  quantize: {description: Whether the host quantizes the model as the profile says., type: bool,
+    default: true}
+  memory_limit: {description: "Size with its unit; empty is the profile's own limit.", type: str, default: ""}
+  latency_limits: {description: "ttft_ms, tpot_ms; what is left out is the profile's.", type: dict,
+    default: {}}
+  load: {description: "clients, input_tokens, output_tokens; what is left out is the profile's.", type: dict,
+    default: {}}
   device: {description: "Name in the device table, custom:…, or a YAML file on the controller; empty is the
     profile's own.", type: str, default: ""}
   calibration: {description: "File of C(lowmem calibrate) on the controller; empty is none.", type: str,
@@ -93,6 +106,55 @@ def calibration_of(path: str) -> Any:
     return read_calibration(Path(path)) if path else None
 
 
+GOALS = {
+    "memory_limit": "empty or size",
+    "latency_limits": "latency_name to milliseconds",
+    "load": "load_name to count",
+}
+"""Kind of each variable that changes what the plan is held to; the same as in lowmem/data/variables.yml."""
+
+
+def read_model(wanted: Mapping[str, Any]) -> ModelCard:
+    """Return the card of the model to plan. Raises BadInput if there is none.
+
+    A folder is the host's, where it has one, and else the controller's.
+    """
+    model = str(wanted["model"]) or load_profile(wanted["profile"]).model
+    if model.startswith("/"):
+        if wanted["checkpoint"].get("present"):
+            return card_from_report(model, wanted["checkpoint"]["files"])
+        if not (Path(model) / "config.json").exists():
+            raise BadInput(
+                "neither the host nor the controller has a checkpoint there (config.json and *.safetensors"
+                " are needed); correct the path, or mount the folder"
+            )
+    return load_card(model)
+
+
+def wanted_weights(wanted: Mapping[str, Any], card: ModelCard) -> str:
+    """Tell whether the checkpoint is planned as it is stored, or as the profile has it quantized.
+
+    A built-in card has no checkpoint: one that is quantized already is as the profile says, too. Raises
+    BadInput for a quantized model that is to be quantized.
+    """
+    named = wanted["model"] or load_profile(wanted["profile"]).model
+    if wanted["quantize"] and card.quantization.method != "none":
+        raise BadInput(
+            f"lowmem_quantize is true, and {named} is quantized already ({card.quantization.method},"
+            f" {card.quantization.bits} bits): set lowmem_quantize: false, or name a model in 16 bits."
+        )
+    return "profile" if wanted["quantize"] or is_builtin(named) else "stored"
+
+
+def goals(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the limits and the load of the inventory as a plan's request has them."""
+    given: dict[str, Any] = {name: int(value) for name, value in wanted["load"].items()}
+    given |= {name: float(value) for name, value in wanted["latency_limits"].items()}
+    if wanted["memory_limit"]:
+        given["memory_limit_bytes"] = parse_bytes(wanted["memory_limit"])
+    return given
+
+
 def option_name(name: str) -> str:
     """Return the name of an option in snake_case; the fields of a JSON option stay as they are."""
     head, dot, field = name.partition(".")
@@ -132,10 +194,11 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
             found.append(f"lowmem_{name} is {one_line(value)}: {of_the_inventory(str(error))}")
 
     attempt("profile", wanted["profile"], load_profile)
-    readers = (("device", load_device), ("model", load_card), ("calibration", calibration_of))
-    for name, read in readers:
+    for name, read in (("device", load_device), ("calibration", calibration_of)):
         if wanted[name]:
             attempt(name, wanted[name], read)
+    for name, kind in GOALS.items():
+        found += filter(None, [refusal(f"lowmem_{name}", kind, wanted[name])])
     if not 0 <= wanted["count"] <= 64:
         found.append(f"lowmem_device_count is {wanted['count']}: it must be 1 to 64, or 0 for the profile's.")
     for knob, value in wanted["overrides"].items():
@@ -154,6 +217,47 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def compute(wanted: Mapping[str, Any]) -> tuple[Plan, dict[str, Any], dict[str, Any]]:
+    """Return the plan, the figures of the model that is to be fetched, and the JSON files of the one served.
+
+    Raises BadInput with a line for each problem.
+    """
+    problems = input_problems(wanted)
+    try:
+        card = read_model(wanted)
+    except BadInput as error:
+        if wanted["model"]:
+            problems.append(f"lowmem_model is {one_line(wanted['model'])}: {error}")
+        raise BadInput("\n".join(problems) or str(error)) from None
+    if problems:
+        raise BadInput("\n".join(problems))
+    weights = wanted_weights(wanted, card)
+    hosts = load_profile(wanted["profile"]).hosts
+    nodes = wanted["members"].get("nodes", [])
+    if hosts > 1 and len(nodes) != hosts:
+        raise BadInput(
+            f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has"
+            f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
+            " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
+        )
+    arguments = folded({option_name(str(name)): value for name, value in wanted["arguments"].items()})
+    request = PlanRequest(
+        wanted["profile"],
+        model=card,
+        device=wanted["device"] or None,
+        count=wanted["count"] or None,
+        overrides={**wanted["overrides"], **arguments},
+        deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+        weights=weights,
+        calibration=calibration_of(wanted["calibration"]),
+        **goals(wanted),
+    )
+    plan = make_plan(request)
+    # what is fetched is the model before its quantization, where the host quantizes it
+    fetched = figures(card, card.quantization if wanted["quantize"] else plan.quantization)
+    return plan, fetched, served_files(gather(request).card)
+
+
 class ActionModule(ActionBase):
     _requires_connection = False
     _supports_check_mode = True
@@ -168,6 +272,11 @@ class ActionModule(ActionBase):
                 "calibration": {"type": "str", "default": ""},
                 "count": {"type": "int", "default": 0},
                 "overrides": {"type": "dict", "default": {}},
+                "checkpoint": {"type": "dict", "default": {}},
+                "quantize": {"type": "bool", "default": True},
+                "memory_limit": {"type": "str", "default": ""},
+                "latency_limits": {"type": "dict", "default": {}},
+                "load": {"type": "dict", "default": {}},
                 "arguments": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
                 "members": {"type": "dict", "default": {}},
@@ -177,38 +286,16 @@ class ActionModule(ActionBase):
             raise AnsibleActionFail(
                 f"{missing}: run `make setup`, then use .lowmem/venv/bin/ansible-playbook"
             ) from missing
-        problems = input_problems(wanted)
-        if problems:
-            raise AnsibleActionFail("\n".join(problems))
         try:
-            arguments = folded({option_name(str(k)): v for k, v in wanted["arguments"].items()})
-            hosts = load_profile(wanted["profile"]).hosts
-            nodes = wanted["members"].get("nodes", [])
-            if hosts > 1 and len(nodes) != hosts:
-                raise AnsibleActionFail(
-                    f"profile {wanted['profile']} is one server on {hosts} hosts, and lowmem_nodes has"
-                    f" {len(nodes)} ({', '.join(map(str, nodes)) or 'none'}): give group vllm that many hosts"
-                    " (lowmem_nodes is its hosts' addresses, in order), or choose a profile of one host."
-                )
-            request = PlanRequest(
-                wanted["profile"],
-                model=load_card(wanted["model"] or load_profile(wanted["profile"]).model),
-                device=wanted["device"] or None,
-                count=wanted["count"] or None,
-                overrides={**wanted["overrides"], **arguments},
-                deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
-                calibration=calibration_of(wanted["calibration"]),
-                weights="profile",  # role awq_quantize makes what the profile asks for
-            )
-            plan = make_plan(request)
-            files = served_files(gather(request).card)
+            plan, fetched, served = compute(wanted)
         except BadPlace as error:
             # what it names is in the inventory under the same name
             raise AnsibleActionFail(f"lowmem_{error}") from None
         except BadInput as error:
             raise AnsibleActionFail(of_the_inventory(str(error))) from None
         self._display.display(plan_text(plan))
-        result = {"changed": False, "plan": json.loads(plan.model_dump_json()), "files": files}
+        result = {"changed": False, "plan": json.loads(plan.model_dump_json())}
+        result |= {"model": fetched, "files": served}
         if plan.verdict != "impossible":
             return result
         # with the plan: preflight looks for the other problems with it

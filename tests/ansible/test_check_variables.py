@@ -58,7 +58,6 @@ def test_a_name_like_no_other_is_refused_too() -> None:
     "name",
     [
         "lowmem_root",
-        "lowmem_plan",  # a fact
         "lowmem_planned",  # registered
         "skip_unchanged_seen",
         "__gateway_host",
@@ -72,6 +71,27 @@ def test_a_name_like_no_other_is_refused_too() -> None:
 )
 def test_what_is_known_or_not_ours_is_no_problem(name: Any) -> None:
     assert check.name_problems([name], check.KNOWN) == {}
+
+
+def test_a_plan_that_no_run_computed_is_refused() -> None:
+    assert check.name_problems(["lowmem_plan"], check.KNOWN) == {
+        "lowmem_plan": "lowmem_plan is what a run computes for itself: take it out."
+    }
+    assert check.name_problems(["lowmem_plan", "lowmem_planned"], check.KNOWN) == {}
+
+
+def test_variables_in_a_circle_are_told_and_what_they_make_is_not() -> None:
+    variables = {
+        "lowmem_root": "{{ lowmem_store }}",
+        "lowmem_store": "{{ lowmem_root }}",
+        "between": "{{ lowmem_root }}/x",
+        "gateway_root": "{{ between }}",
+        "gateway_port": "{{ gateway_port }}",
+        "router_port": "{{ hostvars['a'].lowmem_root }}",
+        "hostvars": {"a": "{{ lowmem_root }}"},
+    }
+    problems = dict.fromkeys(variables.keys() - {"between", "hostvars"}, "wrong")
+    assert sorted(check.roots(problems, variables)) == ["gateway_port", "lowmem_root", "lowmem_store"]
 
 
 @pytest.mark.parametrize(
@@ -212,9 +232,14 @@ def test_every_variable_that_is_used_is_known() -> None:
         "roles/*/tasks/*.yml",
         "roles/*/handlers/*.yml",
         "roles/*/vars/*.yml",
+        "roles/*/templates/**/*.j2",
+        "templates/**/*.j2",
     ):
         for path in REPOSITORY.glob(pattern):
-            for found in name.findall(path.read_text()):
+            text = path.read_text()
+            if path.suffix == ".j2":  # the rest of a template has names of its own
+                text = " ".join(re.findall(r"\{[{%].*?[%}]\}", text, re.DOTALL))
+            for found in name.findall(text):
                 used.setdefault(found, str(path))
     assert {"lowmem_root", "gateway_port"} <= used.keys()
     modules = {path.stem for path in REPOSITORY.glob("plugins/*/*.py")}
@@ -228,8 +253,12 @@ def test_the_defaults_of_the_playbooks_are_those_of_the_list() -> None:
     own = yaml.safe_load((REPOSITORY / "playbooks/vars/variables.yml").read_text())
     settable = {name for name in values if name.startswith("lowmem_")} - set(own["facts"])
     without_default = {name for name, option in own["options"].items() if "default" not in option}
-    # role plan has two of them
-    assert settable == without_default | {"lowmem_model_path", "lowmem_served_model_name"}
+    # role plan has three of them
+    assert settable == without_default | {
+        "lowmem_model_path",
+        "lowmem_quantize",
+        "lowmem_served_model_name",
+    }
     assert set(own["facts"]).isdisjoint(check.KNOWN.options)
 
 
@@ -287,9 +316,9 @@ def test_each_line_of_a_refusal_is_a_fact_of_its_variable() -> None:
 
 def test_a_secret_is_not_in_the_reason() -> None:
     error = AnsibleError("invalid literal: 'geheim'")
-    assert check.unresolved("model_source_token", error, planned=False) == (
+    assert check.unresolved("model_source_token", error, later=True) == (
         "model_source_token cannot be resolved; correct it."
     )
-    assert check.unresolved("lowmem_port", error, planned=False) == (
+    assert check.unresolved("lowmem_port", error, later=True) == (
         "lowmem_port cannot be resolved: invalid literal: 'geheim'; correct it."
     )

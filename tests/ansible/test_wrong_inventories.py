@@ -184,10 +184,13 @@ def test_a_value_of_a_vault_without_its_password_is_one_line(tmp_path: Path) -> 
         check=True,
     ).stdout
     source = inventory(tmp_path / "a", HOST, group_vars__vllm=vaulted)
-    rc, said = check(source)
-    assert rc != 0
-    assert (
-        "model_source_token is encrypted with ansible-vault and no password opens it: give"
-        " --vault-password-file FILE or --ask-vault-pass."
-    ) in said
+    wrong = tmp_path / "wrong"
+    wrong.write_text("y\n")
+    for password_of in ((), (f"--vault-password-file={wrong}",)):
+        rc, said = check(source, *password_of)
+        assert rc != 0
+        assert (
+            "model_source_token is encrypted with ansible-vault and no password opens it: give"
+            " --vault-password-file FILE or --ask-vault-pass."
+        ) in said
     assert check(source, f"--vault-password-file={password}")[0] == 0

@@ -248,6 +248,7 @@ def test_a_healthy_deployment_fails_no_check(host: Host) -> None:
 
 
 SWAP_SPACE = {"flag": "--swap-space", "value": "20", "why": "the article"}
+PARSER = {"flag": "--tool-call-parser", "value": "hermes", "why": "a test"}
 MANIFEST = "model: every file is the manifests"
 FATAL = "#!/bin/sh\necho 'vllm   FATAL   Exited too quickly'\n"
 OLD_VLLM = "Metadata-Version: 2.1\nName: vllm\nVersion: 0.31.0\n"
@@ -298,6 +299,11 @@ BROKEN: dict[str, tuple[str, Callable[[Host], object], list[str]]] = {
         "service",
         lambda h: h.write("log/vllm.log", "sk-0123456789abcdef"),
         ["service: the log has no key"],
+    ),
+    "a parser that finds no call": (
+        "options",
+        lambda h: change_plan(h, arguments=[*h.plan.model_dump()["arguments"], PARSER]),
+        ["options: a tool is called (named)", "options: a tool is called (required)"],
     ),
     "a stopped service": (
         "service",

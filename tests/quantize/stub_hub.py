@@ -33,12 +33,14 @@ FILES = {
 
 
 class StubHub:
-    """One repository `owner/name` at one commit; `files` maps path to content. Files of 1 KiB and more are
+    """One repository `owner/name` at one commit, which is also its branch `main`; `files` maps path to
+    content. Files of 1 KiB and more are
     served as LFS files are.
     """
 
     def __init__(self, files: dict[str, bytes], commit: str, token: str = "") -> None:
         self.files, self.commit, self.token = files, commit, token
+        self.names = (commit, "main")
         self.ranges: list[tuple[str, int]] = []
         """(path, first byte) of each content request."""
         self.stop_after: int | None = None
@@ -74,7 +76,10 @@ class StubHub:
         path = request.path.split("?")[0]
         if self.token and request.headers.get("Authorization") != f"Bearer {self.token}":
             self.send(request, 401, {"X-Error-Code": "GatedRepo"}, b'{"error": "unauthorized"}', body)
-        elif path == f"/api/models/owner/name/revision/{self.commit}":
+        elif path in (
+            "/api/models/owner/name",
+            *(f"/api/models/owner/name/revision/{r}" for r in self.names),
+        ):
             self.send(
                 request,
                 200,
@@ -82,11 +87,11 @@ class StubHub:
                 json.dumps(self.information()).encode(),
                 body,
             )
-        elif path == f"/api/models/owner/name/tree/{self.commit}":
+        elif path in [f"/api/models/owner/name/tree/{name}" for name in self.names]:
             self.send(
                 request, 200, {"Content-Type": "application/json"}, json.dumps(self.tree()).encode(), body
             )
-        elif (found := re.fullmatch(rf"/owner/name/resolve/{self.commit}/(.+)", path)) and found[
+        elif (found := re.fullmatch(rf"/owner/name/resolve/(?:{'|'.join(self.names)})/(.+)", path)) and found[
             1
         ] in self.files:
             self.send_file(request, found[1], body)

@@ -68,6 +68,14 @@ def fetch(
 
 
 def preflight(what: dict[str, Any], endpoint: str = "http://127.0.0.1:9", token: str = "") -> str:
+    """Return what is wrong."""
+    return look(what, endpoint, token)[0]
+
+
+def look(
+    what: dict[str, Any], endpoint: str = "http://127.0.0.1:9", token: str = ""
+) -> tuple[str, dict[str, Any]]:
+    """Return what is wrong, and what the model says of itself before a shard is fetched."""
     done = subprocess.run(
         [sys.executable, str(SCRIPTS / "preflight.py"), json.dumps(what)],
         env={"HF_ENDPOINT": endpoint},
@@ -77,7 +85,7 @@ def preflight(what: dict[str, Any], endpoint: str = "http://127.0.0.1:9", token:
         check=False,
     )
     assert done.returncode == (1 if done.stderr else 0)
-    return done.stderr.strip()
+    return done.stderr.strip(), json.loads(done.stdout)
 
 
 def contents(models: Path) -> list[str]:
@@ -281,8 +289,8 @@ def test_conversion_from_gguf(
             "model_source_repository 'name' is not of the form owner/name",
         ),
         (
-            {"type": "huggingface", "repository": "a/b", "revision": "main"},
-            "'main' is not a commit of 40 hexadecimal digits; a branch can move",
+            {"type": "huggingface", "repository": "a/b", "revision": ""},
+            "http://127.0.0.1:9 cannot be asked for a/b",
         ),
         (
             {"type": "huggingface", "repository": "a/b", "revision": COMMIT},
@@ -295,6 +303,61 @@ def test_preflight_refuses_in_one_line(tmp_path: Path, source: dict[str, Any], s
     answer = preflight(spec(tmp_path, source))
     assert said in answer
     assert "\n" not in answer
+
+
+LLAMA = {"model_type": "llama"}
+
+
+def test_preflight_reads_the_config_of_a_folder(tmp_path: Path, checkpoint: Path) -> None:
+    assert look(local(tmp_path, checkpoint)) == ("", {"config": LLAMA})
+    (checkpoint / "hf_quant_config.json").write_text("{")
+    assert look(local(tmp_path, checkpoint))[1] == {"config": LLAMA, "hf_quant_config": None}
+
+
+def test_preflight_reads_the_config_of_a_fetched_model(tmp_path: Path) -> None:
+    what = from_hub(tmp_path)
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "m.manifest.json").write_text(json.dumps({"recipe_sha256": what["recipe_sha256"]}))
+    assert look(what) == ("", {"config": LLAMA})
+
+
+@pytest.mark.parametrize("revision", [COMMIT, "main", ""])
+def test_preflight_asks_the_hub_for_config_and_commit_and_for_no_shard(
+    tmp_path: Path, hub: StubHub, revision: str
+) -> None:
+    what = from_hub(tmp_path)
+    what["source"]["revision"] = revision
+    assert look(what, hub.endpoint) == ("", {"config": LLAMA, "commit": COMMIT})
+    assert hub.ranges == [("config.json", 0)]
+
+
+def test_a_folder_of_the_controller_counts_where_the_host_has_none(tmp_path: Path) -> None:
+    what = local(tmp_path, tmp_path / "nowhere") | {"controller_bytes": 2**60}
+    assert "m needs 1073741824.0 GiB" in preflight(what)
+    assert preflight(what | {"controller_bytes": 5}) == ""
+
+
+def test_files_that_came_from_the_controller_get_a_manifest(tmp_path: Path, checkpoint: Path) -> None:
+    models = tmp_path / "models"
+    what = local(models, tmp_path / "nowhere") | {"brought": True}
+    models.mkdir()
+    checkpoint.rename(models / f".m.{what['recipe_sha256'][:12]}.partial")
+    done = fetch(Path(sys.prefix), what)
+    assert done.returncode == 0, done.stderr
+    assert contents(models) == [".m.lock", "m", "m.manifest.json"]
+    made = manifest.read(models / "m.manifest.json")
+    assert "model.safetensors" in [entry["path"] for entry in made["files"]]
+
+
+@pytest.mark.engine
+def test_a_branch_is_noted_by_its_commit(downloader: Path, hub: StubHub, tmp_path: Path) -> None:
+    what = from_hub(tmp_path)
+    what["source"]["revision"] = ""
+    done = fetch(downloader, what, hub)
+    assert done.returncode == 0, done.stderr
+    made = manifest.read(tmp_path / "m.manifest.json")
+    assert (made["source"]["revision"], made["recipe_sha256"]) == (COMMIT, what["recipe_sha256"])
 
 
 def test_preflight_says_how_much_disk_is_missing(tmp_path: Path, checkpoint: Path) -> None:

