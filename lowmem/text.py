@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import importlib
 import re
 from collections.abc import Iterable, Sequence
@@ -41,6 +42,36 @@ def span(seconds: float) -> str:
         elif parts:
             break
     return " ".join(parts[:2]) or "0 s"
+
+
+_LONGEST_WORD = 100
+"""Characters; the comparison of two words takes the product of their lengths."""
+
+
+def nearest_words(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Find the known words that a mistyped one may mean, the nearest first.
+
+    A word that begins with the given one, or the reverse, counts before similar letters.
+    """
+    words = {w.lower().replace("_", "-"): w for w in known}
+    wanted = word.lower().replace("_", "-")[:_LONGEST_WORD]
+    if not wanted:
+        return []
+    near = [w for w in words if len(wanted) > 1 and w.startswith(wanted)]
+    near += [w for w in sorted(words, key=len, reverse=True) if len(w) > 1 and wanted.startswith(w)]
+    near = near or difflib.get_close_matches(wanted, words, n=most, cutoff=0.6)
+    if not near:
+        return []
+    # of similar words, those that are nearly as near as the nearest
+    least = difflib.SequenceMatcher(None, near[0], wanted).ratio() - 0.1
+    alike = [w for w in near if difflib.SequenceMatcher(None, w, wanted).ratio() >= least]
+    return [words[w] for w in dict.fromkeys(alike)][:most]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Ask for the known words that a mistyped one may mean, as the end of a sentence; empty if none does."""
+    near = nearest_words(word, known)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 _UNPRINTABLE = re.compile(

@@ -16,7 +16,7 @@ def check_article(
     json_: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
     markdown_: Annotated[bool, typer.Option("--markdown", help="the page docs/claims.md on stdout")] = False,
 ) -> None:
-    """Go through the source article's claims with numbers computed on the spot."""
+    """Check the claims of the source article by computing them."""
     if markdown_:
         sys.stdout.write(markdown())
         return

@@ -22,7 +22,7 @@ def explain(
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     measurements: Annotated[Path, typer.Option(help="folder with ablations.yml")] = Path("docs/measurements"),
 ) -> None:
-    """Print each flag of a profile, with its reason and its cost or saving.
+    """Print each flag of a profile with its reason and cost.
 
     Costs are bytes and milliseconds for this model and device.
     """

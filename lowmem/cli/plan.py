@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lowmem.cli.options import complete_device, complete_model, complete_profile
 from lowmem.errors import BadInput
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
@@ -22,10 +23,15 @@ EXIT = {"fits": 0, "slow": 3, "impossible": 2}
 
 
 def plan(
-    profile: Annotated[str, typer.Option(help="name in profiles/, or a YAML file")] = "low_mem",
+    profile: Annotated[
+        str, typer.Option(help="name in profiles/, or a YAML file", autocompletion=complete_profile)
+    ] = "low_mem",
     model: Annotated[
         str | None,
-        typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's"),
+        typer.Option(
+            help="built-in name, checkpoint directory or Hugging Face id; default: the profile's",
+            autocompletion=complete_model,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
@@ -35,7 +41,10 @@ def plan(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="name in the device table, or auto; default: the profile's")
+        str | None,
+        typer.Option(
+            help="name in the device table, or auto; default: the profile's", autocompletion=complete_device
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
     hosts: Annotated[
@@ -84,7 +93,7 @@ def plan(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Say whether a model will fit and how fast it can be, before a host is touched.
+    """Say whether a model fits, and how fast it will be.
 
     Exit 0: fits. 3: slow. 2: impossible. 1: bad input.
     """

@@ -9,6 +9,7 @@ from functools import cache
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.schema import Device
+from lowmem.text import did_you_mean
 from lowmem.units import MIB
 
 
@@ -81,4 +82,6 @@ def _table_device(name: str) -> Device:
     for key, entry in load_yaml("devices.yml").items():
         if wanted in (key, *entry.get("aliases", ())):
             return Device(name=key, **{k: v for k, v in entry.items() if k != "aliases"})
-    raise BadInput(f"device {name!r} is not in the table; use one of {', '.join(names())}")
+    aliases = [a for entry in load_yaml("devices.yml").values() for a in entry.get("aliases", ())]
+    near = did_you_mean(name, [*names(), *aliases])
+    raise BadInput(f"device {name!r} is not in the table; use one of {', '.join(names())}{near}")

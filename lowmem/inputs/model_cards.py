@@ -20,6 +20,7 @@ from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.schema import ModelCard, Published, Quantization, WeightGroup
+from lowmem.text import did_you_mean
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
@@ -475,12 +476,13 @@ def _recipe(q: Quantization) -> dict[str, Any]:
 
 @cache
 def builtin() -> dict[str, dict[str, Any]]:
-    """Return the entries of data/models.yml by name, alias and Hugging Face id."""
+    """Return the entries of data/models.yml by name, alias, and Hugging Face id with or without its owner."""
     table: dict[str, dict[str, Any]] = {}
     for name, entry in load_yaml("models.yml").items():
         for key in (name, *entry.get("aliases", ())):
             table[key] = {"name": name, **entry}
-        table[entry["id"].lower()] = {"name": name, **entry}
+        for key in (entry["id"].lower(), entry["id"].lower().rsplit("/", 1)[-1]):
+            table.setdefault(key, {"name": name, **entry})
     return table
 
 
@@ -548,7 +550,7 @@ def card_from_hub(repo: str) -> ModelCard:
     except Exception as e:
         raise BadInput(
             f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it"
-            f" ({type(e).__name__}); built-in: {', '.join(names())}"
+            f" ({type(e).__name__}); built-in: {', '.join(names())}{did_you_mean(repo, builtin())}"
         ) from None
     return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside)
 
@@ -581,5 +583,6 @@ def load_card(model: str) -> ModelCard:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not model.startswith((".", "/")):
         return card_from_hub(model)
     raise BadInput(
-        f"model {model!r} is no built-in card, directory or Hugging Face id; built-in: {', '.join(names())}"
+        f"model {model!r} is no built-in card, directory or Hugging Face id; built-in:"
+        f" {', '.join(names())}{did_you_mean(model, builtin())}"
     )
