@@ -6,6 +6,7 @@ import datetime as dt
 import difflib
 import importlib
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -100,6 +101,26 @@ def _json_escaped(match: re.Match[str]) -> str:
 def _escaped(match: re.Match[str]) -> str:
     code = ord(match[0])
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def shell_lines(words: Sequence[str], width: int = 80, before: Sequence[str] = ()) -> list[str]:
+    """Write a command as lines that a shell reads as one, an option and its value together.
+
+    `before` are NAME=value, one a line. A line is longer than `width` only if a word of it is.
+    """
+    named = (variable.partition("=") for variable in before)
+    parts = [f"{name}={shlex.quote(value)}" for name, _, value in named]
+    line, at = "", 0
+    while at < len(words):
+        paired = words[at].startswith("-") and at + 1 < len(words) and not words[at + 1].startswith("-")
+        piece = shlex.join(words[at : at + 1 + paired])
+        at += 1 + paired
+        if line and len(line) + 1 + len(piece) > width - 2:
+            parts.append(line)
+            line = "  " + piece
+        else:
+            line = f"{line} {piece}" if line else piece
+    return [f"{part} \\" for part in parts] + [line]
 
 
 SPARKS = "▁▂▃▄▅▆▇█"

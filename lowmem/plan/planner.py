@@ -5,6 +5,7 @@ It is pure: every input is passed in or is a table of this package.
 
 from __future__ import annotations
 
+from lowmem.plan.capacity import would_do
 from lowmem.plan.compute import compute
 from lowmem.plan.request import PlanRequest, gather
 from lowmem.plan.search import nearest
@@ -21,7 +22,6 @@ def make_plan(request: PlanRequest) -> Plan:
     plan = compute(inputs)
     if not request.search or plan.verdict == "fits":
         return plan
-    better = nearest(inputs, plan)
-    if better is None:
-        return plan
-    return plan.model_copy(update={"nearest": better[0], "reasons": (*plan.reasons, better[1])})
+    better, enough = nearest(inputs, plan), would_do(inputs)
+    reasons = [*plan.reasons, *([enough] if enough else []), *([better[1]] if better else [])]
+    return plan.model_copy(update={"nearest": better and better[0], "reasons": tuple(reasons)})

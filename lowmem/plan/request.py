@@ -48,12 +48,14 @@ class PlanRequest:
     output_tokens: int | None = None
     accepted_tokens: float | None = None  # that a step with drafts gives a request
     memory_limit_bytes: int | None = None
+    tpot_p99_ms: float | None = None
+    ttft_p99_ms: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     vllm_version: str = VLLM_VERSION
     hosts: int | None = None
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
-    weights: str | None = None  # stored, profile (to be quantized as it says); None: see wanted_weights
+    weights: str | None = None  # see wanted_weights and WEIGHT_FORMATS
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ def gather(request: PlanRequest) -> Inputs:
     wanted_device, wanted_model = request.device or p.device, request.model or p.model
     d = devices.load_device(wanted_device) if isinstance(wanted_device, str) else wanted_device
     c = model_cards.load_card(wanted_model) if isinstance(wanted_model, str) else wanted_model
-    n = _count(request, p, d)
+    n = count_of(request, p, d)
     given = _knobs(request, p)
+    if request.count is not None and "tensor_parallel_size" not in request.overrides:
+        given = _split_over(n, given, p, c, request)
     environment = _environment(request.environment)
     _refuse_acceptance(request.accepted_tokens, given)
-    load, limits = _load(request, p), _limits(request, p)
+    load, limits = load_of(request, p), limits_of(request, p)
     quantized = c
     how = wanted_weights(request, c)
-    if how == "profile":
-        quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
+    if how != "stored":
+        refuse_requantizing(c, how)
+        wanted = WEIGHT_FORMATS[how] if how in WEIGHT_FORMATS else wanted_quantization(p, given)
+        quantized = model_cards.quantized(c, fitting_group(c, wanted, given))
     place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
     hosts, link = _hosts(request, p)
     if place:
@@ -129,7 +135,7 @@ def _environment(given: Mapping[str, str]) -> dict[str, Knob]:
     return {name: Knob(value=value, why="set by the operator") for name, value in given.items()}
 
 
-def _count(request: PlanRequest, profile: Profile, device: Device) -> int:
+def count_of(request: PlanRequest, profile: Profile, device: Device) -> int:
     """Return the cards of one host."""
     n = profile.device_count if request.count is None else request.count
     if not 1 <= n <= 64:
@@ -151,7 +157,33 @@ def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
     return merged
 
 
-def _load(request: PlanRequest, profile: Profile) -> Load:
+def _split_over(
+    count: int, given: dict[str, Knob], profile: Profile, card: ModelCard, request: PlanRequest
+) -> dict[str, Knob]:
+    """Let tensor parallelism follow a number of cards other than the profile's.
+
+    It is the largest number of cards that can share the model's layers. A profile that leaves cards idle on
+    its own host keeps its split.
+    """
+    stages = given["pipeline_parallel_size"].value if "pipeline_parallel_size" in given else 1
+    before = given["tensor_parallel_size"].value if "tensor_parallel_size" in given else 1
+    hosts = profile.hosts if request.hosts is None else request.hosts
+    if not isinstance(stages, int) or not isinstance(before, int):
+        return given
+    if count == profile.device_count or before * stages != profile.device_count * profile.hosts:
+        return given
+    most = max(1, count * hosts // stages)
+    split = next(n for n in range(most, 0, -1) if card.heads % n == 0 and _shares_kv_heads(card, n))
+    idle = f", of which it can use {split * stages // hosts}" if split * stages < count * hosts else ""
+    why = f"follows the {count} card(s) of the host{idle} (profile {profile.name}: {before})"
+    return {**given, "tensor_parallel_size": Knob(value=split, why=why)}
+
+
+def _shares_kv_heads(card: ModelCard, n: int) -> bool:
+    return card.kv_heads % n == 0 or n % card.kv_heads == 0
+
+
+def load_of(request: PlanRequest, profile: Profile) -> Load:
     """Return the profile's load with the request's changes."""
     asked = {
         "clients": request.clients,
@@ -182,16 +214,23 @@ def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> Non
         )
 
 
-def _limits(request: PlanRequest, profile: Profile) -> Limits:
-    """Return the profile's limits with the request's memory limit, if it has one."""
-    if request.memory_limit_bytes is None:
-        return profile.limits
-    if request.memory_limit_bytes < MIB:
+def limits_of(request: PlanRequest, profile: Profile) -> Limits:
+    """Return the profile's limits with those of the request."""
+    for name in ("tpot_p99_ms", "ttft_p99_ms"):
+        value = getattr(request, name)
+        if value is not None and not 0.001 <= value <= NO_LIMIT_MS:
+            raise BadInput(f"{name}={value:g} is not from 0.001 to {NO_LIMIT_MS:,.0f}; correct it")
+    if request.memory_limit_bytes is not None and request.memory_limit_bytes < MIB:
         raise BadInput(
             f"memory limit {request.memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g."
             " 20GiB"
         )
-    return profile.limits.model_copy(update={"memory_bytes": request.memory_limit_bytes})
+    asked = {
+        "memory_bytes": request.memory_limit_bytes,
+        "tpot_p99_ms": request.tpot_p99_ms,
+        "ttft_p99_ms": request.ttft_p99_ms,
+    }
+    return profile.limits.model_copy(update={k: v for k, v in asked.items() if v is not None})
 
 
 def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
@@ -249,11 +288,24 @@ def refuse_place(place: Deploy, hosts: int) -> None:
         raise BadPlace(f"port={place.port} and master_port are the same; choose another for one of them")
 
 
-WEIGHTS = ("stored", "profile")
+NO_LIMIT_MS = 1e9
+"""A latency limit that nothing misses."""
+
+WEIGHT_FORMATS: dict[str, Quantization] = {
+    "gptq-8bit": Quantization(method="gptq", bits=8, group_size=128, zero_point=False),
+    "compressed-tensors-4bit": Quantization(method="compressed-tensors", bits=4, group_size=128),
+    "awq-4bit": Quantization(method="awq", bits=4, group_size=128),
+    "gptq-4bit": Quantization(method="gptq", bits=4, group_size=128, zero_point=False),
+    "auto-round-3bit": Quantization(method="auto-round", bits=3, group_size=128, zero_point=False),
+    "auto-round-2bit": Quantization(method="auto-round", bits=2, group_size=128, zero_point=False),
+}
+"""Formats that a 16-bit checkpoint may be quantized to before it is served, by the name of `--weights`."""
+
+WEIGHTS = ("stored", "profile", *WEIGHT_FORMATS)
 
 
 def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
-    """Tell whether the checkpoint is planned as it is stored, or as the profile will quantize it.
+    """Tell whether the checkpoint is planned as it is stored, or quantized first: as the profile says, or so.
 
     A directory or a Hugging Face id that is named is what the operator has, and is planned as it is stored. A
     built-in card is a model to be deployed by the profile.
@@ -264,6 +316,15 @@ def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
         return request.weights
     named = isinstance(request.model, str) and request.model.lower() not in model_cards.builtin()
     return "stored" if named or card.counted else "profile"
+
+
+def refuse_requantizing(card: ModelCard, how: str) -> None:
+    """Raise BadInput if a format is asked for that an already quantized checkpoint cannot get."""
+    if how in WEIGHT_FORMATS and card.quantization.method != "none":
+        raise BadInput(
+            f"weights={how}: {card.name} is {card.quantization.method} {card.quantization.bits}-bit already;"
+            " name the 16-bit model, or leave --weights out"
+        )
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:
