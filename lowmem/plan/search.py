@@ -25,7 +25,7 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
             continue
         try:
             p = profiles.load_profile(name)
-            if p.hosts > inputs.hosts:
+            if p.hosts > inputs.hosts or is_for_another(p, inputs.base):
                 continue  # a recipe for more hosts does not help
             if devices.load_device(p.device).kind != inputs.device.kind:
                 continue
@@ -49,6 +49,13 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
         except BadInput:
             continue
     return sorted(plans, key=lambda q: _rank(q, inputs))
+
+
+def is_for_another(profile: Profile, card: ModelCard) -> bool:
+    """Tell whether a profile was written for a published checkpoint that is not this one."""
+    entry = model_cards.builtin().get(profile.model.lower())
+    published = entry is not None and "quantization_config" in entry["config"]
+    return published and entry is not None and entry["name"] != card.name
 
 
 def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
@@ -199,7 +206,9 @@ def recipes(goal: Goal) -> list[Choice]:
     found = []
     for name in profiles.names():
         profile = profiles.load_profile(name)
-        if profile.hosts > 1 or devices.load_device(profile.device).kind != goal.device.kind:
+        if profile.hosts > 1 or is_for_another(profile, goal.card):
+            continue
+        if devices.load_device(profile.device).kind != goal.device.kind:
             continue
         for count in sorted({goal.count, min(profile.device_count, goal.count)}):
             if (choice := _recipe(goal, profile, count)) and choice.fits:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.errors import BadInput
-from lowmem.inputs import profiles
+from lowmem.inputs import model_cards, profiles
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
@@ -26,6 +26,17 @@ VERDICT = {
     "lab": "fits",
     "article": "impossible",
     "two_hosts": "fits",
+    "llama_3_3_70b": "fits",
+    "qwen3_32b_40g": "fits",
+    "qwen3_32b_24g": "fits",
+    "qwen3_30b_a3b_40g": "fits",
+    "qwen3_30b_a3b_24g": "fits",
+    "gpt_oss_20b_40g": "fits",
+    "gpt_oss_20b_24g": "fits",
+    "gemma_3_27b_40g": "fits",
+    "gemma_3_27b_24g": "fits",
+    "mistral_small_24b_40g": "fits",
+    "mistral_small_24b_24g": "fits",
 }
 
 
@@ -112,6 +123,24 @@ def test_every_argument_has_its_reason(name):
     plan = make_plan(PlanRequest(name))
     assert all(a.why for a in plan.arguments)
     assert all(v.why for v in plan.environment)
+
+
+def test_llama_3_3_70b_fits_20_gib_a_card_only_with_a_quantized_kv_cache():
+    plan = make_plan(PlanRequest("llama_3_3_70b"))
+    assert (plan.max_requests, plan.limit_bytes // GIB) == (4, 20)
+    whole = make_plan(PlanRequest("llama_3_3_70b", overrides={"kv_cache_dtype": "auto"}))
+    assert whole.verdict == "slow"
+    assert any(r.startswith("kv_cache: the pool holds 1 requests of 1280 tokens") for r in whole.reasons)
+
+
+@pytest.mark.parametrize("name", [n for n in VERDICT if n[-4:] in ("_40g", "_24g", "_70b")])
+def test_profiles_that_nothing_measured_say_so(name):
+    profile = profiles.load_profile(name)
+    assert profile.summary.endswith("planned, not measured")
+    assert "Checkpoint as published: " in (profiles.folder() / f"{name}.yml").read_text()
+    stored = model_cards.load_card(profile.model).quantization
+    assert profile.quantization.method == stored.method
+    assert profile.quantization.bits == stored.bits
 
 
 def test_a_fitting_plan_has_no_nearest():
