@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from lowmem.cli.plan import EXIT
-from lowmem.inputs.profiles import load_profile
 from lowmem.plan.capacity import Extreme, maximized, would_do
 from lowmem.plan.goals import Choice, Goal, find, goal_of
 from lowmem.plan.render import command_of, show_choices, show_plan, wanted
@@ -30,7 +29,7 @@ UNITS = {
 
 def answer(request: PlanRequest, searched: bool, suggest: bool, maximize: str | None, as_json: bool) -> int:
     """Search, print what was found, and return the exit status."""
-    goal = goal_of(request, load_profile(str(request.profile)), searched)
+    goal = goal_of(request, searched)
     if suggest:
         return _suggest(goal, as_json)
     if maximize is not None:

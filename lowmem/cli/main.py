@@ -25,6 +25,7 @@ from lowmem.text import did_you_mean, visible
 COMMANDS = {
     "plan": "lowmem.cli.plan:plan",
     "explain": "lowmem.cli.explain:explain",
+    "capacity": "lowmem.cli.capacity:capacity",
     "frontier": "lowmem.cli.frontier:frontier_command",
     "fleet": "lowmem.cli.fleet:fleet",
     "check-article": "lowmem.cli.check_article:check_article",
@@ -45,6 +46,7 @@ _DONE = "0 done, 1 bad input"
 EXIT_CODES = {
     "plan": "0 fits, 1 bad input, 2 impossible, 3 slow",
     "explain": _DONE,
+    "capacity": "0 a request fits, 1 bad input, 2 none fits",
     "frontier": _DONE,
     "fleet": "0 some number of hosts is enough, 1 bad input, 2 none is",
     "check-article": _DONE,

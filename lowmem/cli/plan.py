@@ -12,14 +12,13 @@ from lowmem.cli.options import complete_device, complete_model, complete_profile
 from lowmem.errors import BadInput
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
+from lowmem.plan.goals import DEFAULT_PROFILE
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import VLLM_VERSION, Deploy
 from lowmem.text import visible_json
 from lowmem.units import parse_bytes
-
-DEFAULT_PROFILE = "low_mem"
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
 

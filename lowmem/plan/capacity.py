@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lowmem.errors import BadInput
 from lowmem.plan.compute import compute
-from lowmem.plan.goals import Choice, Goal, Search, kv_rank
+from lowmem.plan.goals import Choice, Goal, Search, kv_types_of
 from lowmem.plan.request import NO_LIMIT_MS, Inputs
 from lowmem.plan.verdict import ceiling
 from lowmem.schema import Knob, Limits, Load, Plan
@@ -179,6 +179,7 @@ class Capacity:
 
     contexts: tuple[int, ...]
     requests: dict[str, tuple[int, ...]]
+    limit_bytes: int
 
 
 def contexts_of(positions: int) -> tuple[int, ...]:
@@ -187,18 +188,17 @@ def contexts_of(positions: int) -> tuple[int, ...]:
     return (*powers, positions)
 
 
-def capacity(inputs: Inputs, kv_types: Sequence[str]) -> Capacity:
-    """Count the requests that the memory limit holds at each context, for each KV type.
+def capacity_of(inputs: Inputs) -> Capacity:
+    """Count the requests that the memory limit holds at each context, for each KV type that the card has.
 
     Each count is a plan of its own, with seats for as many requests. Latency is no part of it.
     """
     limits = inputs.limits.model_copy(update={"tpot_p99_ms": NO_LIMIT_MS, "ttft_p99_ms": NO_LIMIT_MS})
     free = replace(inputs, limits=limits)
     contexts = contexts_of(inputs.card.max_position_embeddings)
-    table = {
-        kv: tuple(_requests(free, kv, tokens) for tokens in contexts) for kv in sorted(kv_types, key=kv_rank)
-    }
-    return Capacity(contexts, {kv: row for kv, row in table.items() if any(row)})
+    rows = {kv: tuple(_requests(free, kv, n) for n in contexts) for kv in kv_types_of(inputs.device)}
+    rows = {kv: row for kv, row in rows.items() if any(row)}
+    return Capacity(contexts, rows, ceiling(inputs.device, inputs.limits))
 
 
 def _requests(inputs: Inputs, kv_type: str, tokens: int) -> int:

@@ -13,6 +13,7 @@ from functools import cache
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards
+from lowmem.inputs.profiles import load_profile
 from lowmem.plan.compute import compute
 from lowmem.plan.engine_config import KV_DTYPES
 from lowmem.plan.knobs import _capability, checked
@@ -33,6 +34,9 @@ from lowmem.plan.verdict import ceiling
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import Deploy, Device, Knob, Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
 from lowmem.units import GB, GIB, MIB
+
+DEFAULT_PROFILE = "low_mem"
+"""Profile that is planned where neither profile nor model is named."""
 
 STEPS = (512, 2048, 8192)
 """Tokens of a step that are tried: small ones save memory, large ones pass prompts sooner."""
@@ -98,10 +102,7 @@ class Goal:
     def kv_types(self) -> tuple[str, ...]:
         """List the KV types to try, those that the card has kernels for."""
         fixed = self.overrides.get("kv_cache_dtype")
-        if fixed is not None or self.device.kind == "cpu":
-            return (str(fixed or "auto"),)
-        capability = _capability(self.device.capability)
-        return tuple(kv for kv in KV_TYPES if kv == "auto" or capability >= _capability(KV_DTYPES[kv][0]))
+        return (str(fixed),) if fixed is not None else kv_types_of(self.device)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -110,6 +111,18 @@ class Goal:
         most = max(512, self.load.input_tokens)
         sizes = [n for n in STEPS if n < 2 * most and n >= min(self.load.clients, 1024)]
         return (int(fixed),) if fixed is not None else tuple(sizes) or (1024,)
+
+    def with_load(self, load: Load) -> Goal:
+        """Return the same goal for another load."""
+        return replace(self, load=load)
+
+
+def kv_types_of(device: Device) -> tuple[str, ...]:
+    """List the KV types of a search that a device has kernels for, best quality first."""
+    if device.kind == "cpu":
+        return ("auto",)
+    capability = _capability(device.capability)
+    return tuple(kv for kv in KV_TYPES if kv == "auto" or capability >= _capability(KV_DTYPES[kv][0]))
 
 
 @dataclass(frozen=True)
@@ -180,12 +193,13 @@ DEFAULT_LIMITS = Limits(memory_bytes=1, tpot_p99_ms=200, ttft_p99_ms=NO_LIMIT_MS
 """Latency limits of a goal that names none: a token each 200 ms is as fast as people read."""
 
 
-def goal_of(request: PlanRequest, profile: Profile, searched: bool) -> Goal:
+def goal_of(request: PlanRequest, searched: bool) -> Goal:
     """Turn a request into a goal.
 
     If it is `searched` without a profile, limits are those of the card and DEFAULT_LIMITS. Raises BadInput
     for what a search cannot take.
     """
+    profile = request.profile if isinstance(request.profile, Profile) else load_profile(request.profile)
     device = request.device or profile.device
     found = devices.load_device(device) if isinstance(device, str) else device
     model = request.model or profile.model

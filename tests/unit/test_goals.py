@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from lowmem.cli.main import app
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards
-from lowmem.plan.capacity import capacity, largest, maximized, would_do
+from lowmem.plan.capacity import capacity_of, largest, maximized, would_do
 from lowmem.plan.goals import Goal, described, find
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest, gather
@@ -211,13 +211,40 @@ def test_maximize_refuses_another_aim():
 
 
 def test_requests_against_context():
-    found = capacity(gather(PlanRequest("low_mem")), ("auto", "int8_per_token_head", "int4_per_token_head"))
+    found = capacity_of(gather(PlanRequest("low_mem")))
     assert found.contexts == (1024, 2048, 4096)
     assert found.requests == {
         "auto": (9, 5, 2),
         "int8_per_token_head": (18, 9, 4),
         "int4_per_token_head": (32, 17, 9),
     }
+
+
+def test_a_count_of_the_table_fits_and_one_more_does_not():
+    eight = {"max_model_len": 2048, "kv_cache_dtype": "int8_per_token_head", "max_num_seqs": 9}
+    asked = {"input_tokens": 1792, "output_tokens": 256, "search": False}
+    assert make_plan(PlanRequest("low_mem", overrides=eight, clients=9, **asked)).max_requests == 9
+    ten = {**eight, "max_num_seqs": 10}
+    assert make_plan(PlanRequest("low_mem", overrides=ten, clients=10, **asked)).max_requests == 9
+
+
+def test_capacity_prints_a_table_and_draws(tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "capacity.svg"
+    words = ["capacity", "--model", "llama-3.1-8b", "--device", "rtx-4090", "--out", str(picture)]
+    done = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    assert "tokens a request" in done.stdout
+    assert re.search(r"^ +131,072 +none +none +none +1$", done.stdout, re.MULTILINE), done.stdout
+    assert done.stdout.splitlines()[-1] == f"picture: {picture}"
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80
+    assert "requests that fit at once" in re.sub(r"<!-- (.*?) -->", r"\1", picture.read_text())
+
+
+def test_capacity_of_a_model_that_is_too_large():
+    words = ["capacity", "--model", "llama-3.1-70b", "--device", "l4", "--weights", "stored"]
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, "not one request fits" in done.stdout) == (2, True)
 
 
 @pytest.mark.parametrize(
