@@ -7,6 +7,7 @@ import difflib
 import importlib
 import re
 import shlex
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,21 @@ def terminal(**options: Any) -> Console:
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     return Terminal(highlight=False, **options)
+
+
+def terminal_columns() -> int:
+    """Return the columns of the terminal, or what COLUMNS says; 0 in a pipe, where lines stay whole."""
+    return shutil.get_terminal_size((0, 0)).columns
+
+
+def say(console: Console, markup: str, indent: int = 0) -> None:
+    """Print a sentence: broken at the terminal's width and indented on each line, in a pipe on one line."""
+    from rich.padding import Padding
+
+    if terminal_columns():
+        console.print(Padding(markup, (0, 0, 0, indent), expand=False))
+    else:
+        console.print(" " * indent + markup, soft_wrap=True)
 
 
 PATTERN_LIMIT = 500

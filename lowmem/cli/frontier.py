@@ -75,10 +75,16 @@ def frontier_command(
     best = [o for weights in _COLOURS for o in pareto(points, weights)]
     typer.echo(f"{out}: {len(points)} settings, {len(best)} on the frontier of their weight width")
     for o in best:
-        typer.echo(
-            f"  {needed_bytes(o.plan) / GIB:6.1f} GiB a card  {o.plan.latency_ms.decode_expected:8.1f} ms a"
-            f" token  {o.label}"
-        )
+        memory, step = needed_bytes(o.plan) / GIB, o.plan.latency_ms.decode_expected
+        typer.echo(f"  {memory:6.1f} GiB a card  {step:8.1f} ms a token  {_short(o)}")
+
+
+def _short(option: Option) -> str:
+    """Describe an option in at most 34 columns."""
+    parts = [option.weights, f"{option.knobs['tensor_parallel_size']} cards"]
+    parts += [f"KV {_kv_bits(option)} bits"] if "kv_cache_dtype" in option.knobs else []
+    parts += [f"{option.knobs['cpu_offload_gb']} GiB RAM"] if "cpu_offload_gb" in option.knobs else []
+    return ", ".join(parts)
 
 
 def draw(

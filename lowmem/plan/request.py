@@ -151,8 +151,11 @@ def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
     given = {name: knobs.checked(name, value) for name, value in request.overrides.items()}
     if any(name in given for name in _POOL_KNOBS):
         merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
+    shorter = _shortened(request, profile)
     for name, value in given.items():
         why = f"set by the operator (profile {profile.name}: {_before(profile, name)})"
+        if name == "max_model_len" and shorter:
+            why += f"; the load follows: {shorter['input_tokens']} + {shorter['output_tokens']} tokens"
         merged[name] = Knob(value=value, why=why)
     return merged
 
@@ -195,10 +198,25 @@ def load_of(request: PlanRequest, profile: Profile) -> Load:
             raise BadInput(f"{name}={value} is not from 1 to 10,000,000; correct it")
     if request.clients is not None and request.clients > 100_000:
         raise BadInput(f"clients={request.clients} is more than 100,000; correct it")
-    changed: dict[str, object] = {k: v for k, v in asked.items() if v is not None}
+    changed: dict[str, object] = _shortened(request, profile)
+    changed |= {k: v for k, v in asked.items() if v is not None}
     if request.accepted_tokens is not None:
         changed |= {"accepted_tokens": request.accepted_tokens, "accepted_source": "given by the operator"}
     return profile.load.model_copy(update=changed)
+
+
+def _shortened(request: PlanRequest, profile: Profile) -> dict[str, object]:
+    """Return a shorter prompt where the operator gave a max_model_len below the profile's own requests.
+
+    A request of which the operator gave a part is left as it is.
+    """
+    given = knobs.checked("max_model_len", request.overrides.get("max_model_len", "auto"))
+    load = profile.load
+    fixed = request.input_tokens is not None or request.output_tokens is not None
+    if fixed or not isinstance(given, int) or given >= load.input_tokens + load.output_tokens or given < 2:
+        return {}
+    answer = min(load.output_tokens, given // 2)
+    return {"input_tokens": given - answer, "output_tokens": answer}
 
 
 def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> None:

@@ -99,3 +99,39 @@ def test_the_completion_of_each_shell_is_a_script_that_it_reads(shell):
 def test_completion_knows_commands_options_and_names(words, expected):
     done = said(_LOWMEM_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" ")))
     assert expected in done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("plan",),
+        ("plan", "--profile", "article"),
+        ("plan", "--profile", "two_hosts"),
+        ("plan", "--profile", "demo_cpu"),
+        ("plan", "--profile", "offload_speculative"),
+        ("plan", "--suggest", "--count", "2"),
+        ("plan", "--model", "llama-3.1-70b", "--device", "l4", "--count", "2"),
+        ("plan", "--model", "gpt-oss-20b", "--device", "rtx-4090", "--maximize", "throughput"),
+        ("explain", "low_mem"),
+        ("explain", "two_hosts"),
+        ("capacity",),
+        ("check-article",),
+        ("doctor", "--plan", "no/plan.json"),
+        ("receipt", "docs/measurements/2026-11-23-2xh200/low_mem-4-channels.json"),
+    ],
+    ids=" ".join,
+)
+def test_output_fits_80_columns_uncut(words):
+    done = said(*words)
+    assert done.exit_code in (0, 2, 3), done.output
+    # a quoted word of a command may be longer, such as the JSON of an option
+    long = [line for line in done.stdout.splitlines() if len(line) > 80 and "'" not in line]
+    assert long == []
+    assert "…" not in done.stdout.replace("of which …", "").replace("… 23", "")
+
+
+def test_a_pipe_gets_each_sentence_on_one_line(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    shown = CliRunner().invoke(app, ["explain", "low_mem"]).stdout
+    assert "one request of this length must fit the KV pool\n" in shown
+    assert max(map(len, shown.splitlines())) > 100

@@ -296,7 +296,10 @@ def test_weights_larger_than_the_card_are_out_of_memory():
         ({"overrides": {"offload_group_size": 4, "offload_prefetch_step": 0}}, "offload_prefetch_step=0"),
         ({"overrides": {"offload_backend": "prefetch"}}, "offload_backend=prefetch needs offload_group_size"),
         ({"overrides": {"max_model_len": 8192}}, "max_model_len=8192 is more than the 4096 positions"),
-        ({"overrides": {"max_model_len": 1000}}, "is more than max_model_len=1000"),
+        (
+            {"overrides": {"max_model_len": 1000}, "input_tokens": 900},
+            "input_tokens=900 + output_tokens=256 is more than max_model_len=1000",
+        ),
         ({"overrides": {"kv_cache_dtype": "int3"}}, "kv_cache_dtype='int3' is not one of"),
         ({"overrides": {"enforce_eager": "maybe"}}, "enforce_eager='maybe' is not true or false"),
         ({"overrides": {"block_size": 20}}, "block_size=20 is not a multiple of 16"),
@@ -354,6 +357,20 @@ def test_max_model_len_auto_is_what_the_pool_holds():
     plan = make_plan(PlanRequest("low_latency", overrides={"max_model_len": "auto"}))
     assert plan.verdict in ("fits", "slow")
     assert plan.argv[plan.argv.index("--max-model-len") + 1] == "auto"
+
+
+def test_a_shorter_max_model_len_shortens_the_profiles_own_load():
+    plan = make_plan(PlanRequest("low_mem", overrides={"max_model_len": 1024}))
+    assert (plan.load.input_tokens, plan.load.output_tokens) == (768, 256)
+    why = next(a.why for a in plan.arguments if a.flag == "--max-model-len")
+    assert why.endswith("(profile low_mem: 2048); the load follows: 768 + 256 tokens")
+    assert plan.verdict == "fits"
+
+
+def test_a_pool_that_ends_below_the_limit_says_why():
+    plan = make_plan(PlanRequest("low_mem", memory_limit_bytes=36 * GIB))
+    assert plan.reasons[1].startswith("the pool ends at max_num_seqs=8 requests of max_model_len=2048 tokens")
+    assert len(make_plan(PlanRequest("low_mem")).reasons) == 1
 
 
 def test_a_two_bit_awq_does_not_exist():
