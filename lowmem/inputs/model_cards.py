@@ -445,7 +445,13 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
     )
     published = card.published and Published({**card.published.config, **_recipe(quantization)})
     return card.model_copy(
-        update={"quantization": quantization, "groups": groups, "header_bytes": None, "published": published}
+        update={
+            "quantization": quantization,
+            "groups": groups,
+            "header_bytes": None,
+            "published": published,
+            "made": True,
+        }
     )
 
 

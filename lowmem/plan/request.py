@@ -76,6 +76,7 @@ class Inputs:
     hosts: int = 1
     link: Link | None = None  # between the hosts; None: there is one host
     weights: str = "profile"  # or stored: how the checkpoint is planned
+    remarks: tuple[str, ...] = ()  # what was changed beyond the request
 
 
 def gather(request: PlanRequest) -> Inputs:
@@ -116,6 +117,7 @@ def gather(request: PlanRequest) -> Inputs:
         hosts=hosts,
         link=link,
         weights=how,
+        remarks=_remarks(request, p, given),
     )
 
 
@@ -151,11 +153,8 @@ def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
     given = {name: knobs.checked(name, value) for name, value in request.overrides.items()}
     if any(name in given for name in _POOL_KNOBS):
         merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
-    shorter = _shortened(request, profile)
     for name, value in given.items():
         why = f"set by the operator (profile {profile.name}: {_before(profile, name)})"
-        if name == "max_model_len" and shorter:
-            why += f"; the load follows: {shorter['input_tokens']} + {shorter['output_tokens']} tokens"
         merged[name] = Knob(value=value, why=why)
     return merged
 
@@ -178,8 +177,25 @@ def _split_over(
     most = max(1, count * hosts // stages)
     split = next(n for n in range(most, 0, -1) if card.heads % n == 0 and _shares_kv_heads(card, n))
     idle = f", of which it can use {split * stages // hosts}" if split * stages < count * hosts else ""
-    why = f"follows the {count} card(s) of the host{idle} (profile {profile.name}: {before})"
+    why = f"{_FOLLOWS} {count} card(s) of the host{idle} (profile {profile.name}: {before})"
     return {**given, "tensor_parallel_size": Knob(value=split, why=why)}
+
+
+def _remarks(request: PlanRequest, profile: Profile, given: Mapping[str, Knob]) -> tuple[str, ...]:
+    """Say what follows from the request and was not asked for."""
+    said = []
+    split = given.get("tensor_parallel_size")
+    if split is not None and split.why.startswith(_FOLLOWS):
+        said.append(f"tensor_parallel_size={split.value} {split.why}")
+    if shorter := _shortened(request, profile):
+        said.append(
+            f"the load follows max_model_len: {shorter['input_tokens']} + {shorter['output_tokens']} tokens a"
+            f" request (profile {profile.name}: {profile.load.input_tokens} + {profile.load.output_tokens})"
+        )
+    return tuple(said)
+
+
+_FOLLOWS = "follows the"
 
 
 def _shares_kv_heads(card: ModelCard, n: int) -> bool:

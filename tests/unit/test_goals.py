@@ -259,6 +259,7 @@ def test_a_profile_follows_the_number_of_cards(count, split, words):
     plan = make_plan(PlanRequest("low_mem", count=count, search=False))
     assert plan.tensor_parallel_size == split
     assert next(a.why for a in plan.arguments if a.flag == "--tensor-parallel-size") == words
+    assert f"tensor_parallel_size={split} {words}" in plan.reasons
 
 
 @pytest.mark.parametrize(

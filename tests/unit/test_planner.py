@@ -362,8 +362,8 @@ def test_max_model_len_auto_is_what_the_pool_holds():
 def test_a_shorter_max_model_len_shortens_the_profiles_own_load():
     plan = make_plan(PlanRequest("low_mem", overrides={"max_model_len": 1024}))
     assert (plan.load.input_tokens, plan.load.output_tokens) == (768, 256)
-    why = next(a.why for a in plan.arguments if a.flag == "--max-model-len")
-    assert why.endswith("(profile low_mem: 2048); the load follows: 768 + 256 tokens")
+    said = "the load follows max_model_len: 768 + 256 tokens a request (profile low_mem: 1024 + 256)"
+    assert said in plan.reasons
     assert plan.verdict == "fits"
 
 
@@ -371,6 +371,18 @@ def test_a_pool_that_ends_below_the_limit_says_why():
     plan = make_plan(PlanRequest("low_mem", memory_limit_bytes=36 * GIB))
     assert plan.reasons[1].startswith("the pool ends at max_num_seqs=8 requests of max_model_len=2048 tokens")
     assert len(make_plan(PlanRequest("low_mem")).reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "model"),
+    [
+        ("low_mem", "llama-2-70b-compressed-tensors"),
+        ("qwen3_32b_40g", "Qwen/Qwen3-32B-AWQ"),
+        ("gpt_oss_20b_24g", "openai/gpt-oss-20b"),
+    ],
+)
+def test_the_command_names_the_published_checkpoint_or_the_one_to_be_made(profile, model):
+    assert make_plan(PlanRequest(profile)).argv[0] == model
 
 
 def test_a_two_bit_awq_does_not_exist():
