@@ -70,7 +70,7 @@ WHY = {
 
 @dataclass(frozen=True)
 class Goal:
-    """What the service must do, and what the operator has fixed."""
+    """Goal of a search: what the service must do, and what the operator has fixed."""
 
     card: ModelCard
     device: Device
