@@ -88,7 +88,8 @@ def capacity(
         weights=weights,
     )
     inputs = inputs_of(request, searched=profile is None and model is not None)
-    found = capacity_of(inputs)
+    kv_type = request.overrides.get("kv_cache_dtype")
+    found = capacity_of(inputs, None if kv_type is None else str(kv_type))
     if as_json:
         told = {"contexts": found.contexts, "requests": found.requests, "limit_bytes": found.limit_bytes}
         sys.stdout.write(visible_json(json.dumps(told, indent=2)) + "\n")

@@ -497,6 +497,16 @@ def names() -> list[str]:
     return list(load_yaml("models.yml"))
 
 
+def published_formats(model: str) -> tuple[str, ...]:
+    """List the built-in cards of quantized checkpoints that were published of a built-in model."""
+    entry = builtin().get(model.lower())
+    if entry is None:
+        return ()
+    return tuple(
+        name for name, other in load_yaml("models.yml").items() if other.get("base") == entry["name"]
+    )
+
+
 def card_from_directory(folder: Path) -> ModelCard:
     """Make the card of a checkpoint directory.
 

@@ -188,15 +188,16 @@ def contexts_of(positions: int) -> tuple[int, ...]:
     return (*powers, positions)
 
 
-def capacity_of(inputs: Inputs) -> Capacity:
-    """Count the requests that the memory limit holds at each context, for each KV type that the card has.
+def capacity_of(inputs: Inputs, kv_type: str | None = None) -> Capacity:
+    """Count the requests that the memory limit holds at each context, for each KV type or the one given.
 
     Each count is a plan of its own, with seats for as many requests. Latency is no part of it.
     """
     limits = inputs.limits.model_copy(update={"tpot_p99_ms": NO_LIMIT_MS, "ttft_p99_ms": NO_LIMIT_MS})
     free = replace(inputs, limits=limits)
     contexts = contexts_of(inputs.card.max_position_embeddings)
-    rows = {kv: tuple(_requests(free, kv, n) for n in contexts) for kv in kv_types_of(inputs.device)}
+    kv_types = (kv_type,) if kv_type is not None else kv_types_of(inputs.device)
+    rows = {kv: tuple(_requests(free, kv, n) for n in contexts) for kv in kv_types}
     rows = {kv: row for kv, row in rows.items() if any(row)}
     return Capacity(contexts, rows, ceiling(inputs.device, inputs.limits))
 

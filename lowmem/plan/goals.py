@@ -79,18 +79,23 @@ class Goal:
     load: Load
     vllm_version: str
     model: str = ""  # as the operator named it; empty: the card's name
+    place: str = ""  # the device as the operator named it, such as auto; empty: its name in the table
     weights: str | None = None  # a name of WEIGHTS; None: the search chooses
+    quantizes: bool = True  # the search may choose weights that this deployment makes
     overrides: Mapping[str, Scalar] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     deploy: Deploy | Mapping[str, object] | None = None
 
     @property
     def formats(self) -> tuple[str, ...]:
-        """List the weights to try, best first."""
+        """List the weights to try, best first: as stored, published quantized ones, those to be made."""
         if self.weights is not None:
             return (self.weights,)
+        published = model_cards.published_formats(self.model)
         may_quantize = self.card.quantization.method == "none" and self.device.kind == "cuda"
-        return FORMATS if may_quantize else ("stored",)
+        if not (self.quantizes and may_quantize):
+            return ("stored", *published)
+        return (*FORMATS[:2], *published, *FORMATS[2:])
 
     @property
     def splits(self) -> tuple[int, ...]:
@@ -223,7 +228,9 @@ def goal_of(request: PlanRequest, searched: bool) -> Goal:
         load=load_of(request, profile),
         vllm_version=request.vllm_version,
         model=model if isinstance(model, str) else card.name,
-        weights=request.weights or ("stored" if how == "stored" else None),
+        place=device if isinstance(device, str) else "",
+        weights=request.weights,
+        quantizes=how != "stored",
         overrides={name: checked(name, value) for name, value in request.overrides.items()},
         environment=request.environment,
         deploy=request.deploy,
@@ -254,8 +261,8 @@ class Search:
 
     def _card_of(self, weights: str, cards: int) -> ModelCard:
         """Return the card of the checkpoint in this format. Raises BadInput if it cannot be made."""
-        if weights == "stored":
-            return self.goal.card
+        if weights not in WEIGHT_FORMATS:
+            return self.goal.card if weights == "stored" else model_cards.load_card(weights)
         split = {"tensor_parallel_size": Knob(value=cards, why="")}
         wanted = fitting_group(self.goal.card, WEIGHT_FORMATS[weights], split)
         return model_cards.quantized(self.goal.card, wanted)
@@ -404,6 +411,16 @@ def _shortfall(choice: Choice) -> tuple[float, ...]:
     return (order[choice.plan.verdict], len(choice.plan.reasons), choice.plan.peak_bytes)
 
 
+_OF_MEMORY = ("weights:", "kv_cache:", "total:")
+
+
+def _distance(choice: Choice) -> tuple[float, ...]:
+    """Return how far the best of a family is from fitting; quality decides where memory is not the cause."""
+    verdict, reasons, peak = _shortfall(choice)
+    short = any(reason.startswith(_OF_MEMORY) for reason in choice.plan.reasons)
+    return (verdict, reasons if short else 0, peak if short else 0, *choice.rank)
+
+
 def short_bytes(choice: Choice, goal: Goal) -> int:
     """Return the bytes by which one card is over its ceiling with a pool for the load; negative: room."""
     plan, load = choice.plan, goal.load
@@ -439,14 +456,14 @@ def find(goal: Goal) -> Found:
     best = [choices[-1] for _, _, choices in tried]
     fitting = sorted((c for c in best if c.fits), key=lambda c: c.preference)
     if not fitting:
-        nearest = min(best, key=lambda c: (*_shortfall(c), c.rank))
+        nearest = min(best, key=_distance)
         return Found(nearest, (), _missed(nearest, tried))
     return Found(fitting[0], tuple(fitting[1:]), _missed(fitting[0], tried))
 
 
 def _missed(chosen: Choice, tried: list[tuple[str, int, list[Choice]]]) -> tuple[str, ...]:
     """Say why each better candidate was not chosen, a sentence each."""
-    said = [f"chosen: {described(chosen)}"]
+    said = [f"{'chosen' if chosen.fits else 'closest'}: {described(chosen)}"]
     for weights in dict.fromkeys(w for w, _, _ in tried):
         mine = [choices[-1] for w, _, choices in tried if w == weights]
         if weights != chosen.weights and mine[-1].bits > chosen.bits and not any(c.fits for c in mine):
@@ -463,7 +480,13 @@ def _missed(chosen: Choice, tried: list[tuple[str, int, list[Choice]]]) -> tuple
 def described(choice: Choice) -> str:
     """Describe a candidate in words: weights, cards, KV cache, step and what else it takes."""
     plan = choice.plan
-    made = ", quantized first by this deployment" if choice.weights != "stored" else ""
+    made = (
+        ""
+        if choice.weights == "stored"
+        else f" as published ({choice.inputs.card.source})"
+        if choice.weights not in (*WEIGHT_FORMATS, "profile")
+        else ", quantized first by this deployment"
+    )
     cards = f"{plan.tensor_parallel_size} card{'s' if plan.tensor_parallel_size > 1 else ''}"
     kv = "16-bit" if choice.kv_type == "auto" else choice.kv_type
     parts = [f"{choice.bits}-bit weights{made}", cards, f"{kv} KV cache"]

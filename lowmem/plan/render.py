@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowmem.plan.goals import Choice, Goal, described
-from lowmem.plan.request import NO_LIMIT_MS
+from lowmem.plan.request import NO_LIMIT_MS, WEIGHTS
 from lowmem.schema import VLLM_VERSION, Node, Pipeline, Plan
 from lowmem.text import bar, shell_lines, terminal
 from lowmem.units import GIB, MIB, gib, mib
@@ -167,8 +167,10 @@ def command_of(choice: Choice, goal: Goal) -> list[str]:
     load, limits = goal.load, goal.limits
     words = ["lowmem", "plan"]
     words += ["--profile", choice.profile] if choice.profile else []
-    words += ["--model", goal.model or goal.card.name, "--device", goal.device.name]
-    words += ["--count", str(choice.plan.device_count), "--weights", choice.weights]
+    known = choice.weights in WEIGHTS
+    model, weights = (goal.model or goal.card.name, choice.weights) if known else (choice.weights, "stored")
+    words += ["--model", model, "--device", goal.place or goal.device.name]
+    words += ["--count", str(choice.plan.device_count), "--weights", weights]
     words += ["--memory-limit", size_word(limits.memory_bytes)]
     words += ["--clients", str(choice.plan.load.clients)]
     words += ["--input-tokens", str(choice.plan.load.input_tokens)]

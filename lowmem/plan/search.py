@@ -217,7 +217,7 @@ def recipes(goal: Goal) -> list[Choice]:
 
 
 def _recipe(goal: Goal, profile: Profile, count: int) -> Choice | None:
-    stored = "stored" in (goal.weights, goal.formats[-1])
+    stored = goal.weights == "stored" or not goal.quantizes
     weights = "stored" if stored else goal.weights or "profile"
     request = PlanRequest(
         profile,

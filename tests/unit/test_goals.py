@@ -80,6 +80,19 @@ def test_weights_go_to_ram_before_they_get_3_bits():
     )
 
 
+def test_a_published_quantized_checkpoint_is_found_for_its_model():
+    done = lowmem("--suggest", "--model", "qwen3-30b-a3b", "--device", "rtx-4090")
+    said = " ".join(done.stdout.split())
+    assert "4-bit weights as published (Qwen/Qwen3-30B-A3B-GPTQ-Int4), 1 card" in said
+    assert commands(done.stdout)[0][2:6] == ["--model", "qwen3-30b-a3b-gptq", "--device", "rtx-4090"]
+
+
+def test_a_refusal_that_memory_did_not_cause_keeps_the_weights():
+    found = find(goal("qwen2.5-7b", "a10", 1, 22 * GIB, 1, overrides={"kv_cache_dtype": "fp8"}))
+    assert found.choice.bits == 16
+    assert found.why[0].startswith("closest: 16-bit weights")
+
+
 def test_a_given_knob_is_not_searched():
     chosen = find(goal(overrides={"tensor_parallel_size": 1, "max_num_batched_tokens": 1024})).choice
     assert chosen.plan.tensor_parallel_size == 1
@@ -113,6 +126,7 @@ def commands(text):
     [
         ("--suggest", "--device", "a100-40g", "--count", 2),
         ("--suggest", "--model", "llama-3.1-8b", "--device", "l4"),
+        ("--suggest", "--model", "qwen3-32b", "--device", "a100-40g"),
         ("--model", "qwen2.5-72b", "--device", "h100", "--count", 2, "--clients", 4, "--accepted-tokens", 3),
         ("--maximize", "context", "--model", "llama-3.1-8b", "--device", "rtx-4090"),
     ],
