@@ -116,6 +116,7 @@ def test_completion_knows_commands_options_and_names(words, expected):
         ("explain", "two_hosts"),
         ("capacity",),
         ("check-article",),
+        ("fleet", "--qps", "1", "--profile", "low_mem"),
         ("doctor", "--plan", "no/plan.json"),
         ("receipt", "docs/measurements/2026-11-23-2xh200/low_mem-4-channels.json"),
     ],
@@ -128,6 +129,12 @@ def test_output_fits_80_columns_uncut(words):
     long = [line for line in done.stdout.splitlines() if len(line) > 80 and "'" not in line]
     assert long == []
     assert "…" not in done.stdout.replace("of which …", "").replace("… 23", "")
+
+
+def test_frontier_fits_80_columns(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = said("frontier", "--out", str(tmp_path / "f.png"))
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 80
 
 
 def test_a_pipe_gets_each_sentence_on_one_line(monkeypatch):
