@@ -191,6 +191,7 @@ class ModelCard(Strict):
         None, description="sum of the tensors as the safetensors headers give it; None: not read"
     )
     published: Published | None = Field(None, exclude=True, repr=False)
+    made: bool = Field(False, description="a deployment quantizes it first; no such checkpoint is published")
     counted: bool = Field(
         False, description="the groups are those of the table of architectures, and bytes are its inventory"
     )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import difflib
 import importlib
 import re
+import shlex
+import shutil
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -43,6 +46,36 @@ def span(seconds: float) -> str:
     return " ".join(parts[:2]) or "0 s"
 
 
+_LONGEST_WORD = 100
+"""Characters; the comparison of two words takes the product of their lengths."""
+
+
+def nearest_words(word: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """Find the known words that a mistyped one may mean, the nearest first.
+
+    A word that begins with the given one, or the reverse, counts before similar letters.
+    """
+    words = {w.lower().replace("_", "-"): w for w in known}
+    wanted = word.lower().replace("_", "-")[:_LONGEST_WORD]
+    if not wanted:
+        return []
+    near = [w for w in words if len(wanted) > 1 and w.startswith(wanted)]
+    near += [w for w in sorted(words, key=len, reverse=True) if len(w) > 1 and wanted.startswith(w)]
+    near = near or difflib.get_close_matches(wanted, words, n=most, cutoff=0.6)
+    if not near:
+        return []
+    # of similar words, those that are nearly as near as the nearest
+    least = difflib.SequenceMatcher(None, near[0], wanted).ratio() - 0.1
+    alike = [w for w in near if difflib.SequenceMatcher(None, w, wanted).ratio() >= least]
+    return [words[w] for w in dict.fromkeys(alike)][:most]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Ask for the known words that a mistyped one may mean, as the end of a sentence; empty if none does."""
+    near = nearest_words(word, known)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
 _UNPRINTABLE = re.compile(
     # control characters but tab and newline, soft hyphen, marks of direction and of no width, separators of
     # lines and paragraphs, halves of a UTF-16 pair, interlinear marks, tags
@@ -71,6 +104,26 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
+def shell_lines(words: Sequence[str], width: int = 80, before: Sequence[str] = ()) -> list[str]:
+    """Write a command as lines that a shell reads as one, an option and its value together.
+
+    `before` are NAME=value, one a line. A line is longer than `width` only if a word of it is.
+    """
+    named = (variable.partition("=") for variable in before)
+    parts = [f"{name}={shlex.quote(value)}" for name, _, value in named]
+    line, at = "", 0
+    while at < len(words):
+        paired = words[at].startswith("-") and at + 1 < len(words) and not words[at + 1].startswith("-")
+        piece = shlex.join(words[at : at + 1 + paired])
+        at += 1 + paired
+        if line and len(line) + 1 + len(piece) > width - 2:
+            parts.append(line)
+            line = "  " + piece
+        else:
+            line = f"{line} {piece}" if line else piece
+    return [f"{part} \\" for part in parts] + [line]
+
+
 SPARKS = "▁▂▃▄▅▆▇█"
 
 
@@ -97,6 +150,21 @@ def terminal(**options: Any) -> Console:
                 yield segment if segment.control else segment._replace(text=visible(segment.text))
 
     return Terminal(highlight=False, **options)
+
+
+def terminal_columns() -> int:
+    """Return the columns of the terminal, or what COLUMNS says; 0 in a pipe, where lines stay whole."""
+    return shutil.get_terminal_size((0, 0)).columns
+
+
+def say(console: Console, markup: str, indent: int = 0) -> None:
+    """Print a sentence: broken at the terminal's width and indented on each line, in a pipe on one line."""
+    from rich.padding import Padding
+
+    if terminal_columns():
+        console.print(Padding(markup, (0, 0, 0, indent), expand=False))
+    else:
+        console.print(" " * indent + markup, soft_wrap=True)
 
 
 PATTERN_LIMIT = 500

@@ -16,7 +16,7 @@ def check_article(
     json_: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
     markdown_: Annotated[bool, typer.Option("--markdown", help="the page docs/claims.md on stdout")] = False,
 ) -> None:
-    """Go through the source article's claims with numbers computed on the spot."""
+    """Check the claims of the source article by computing them."""
     if markdown_:
         sys.stdout.write(markdown())
         return
@@ -26,11 +26,11 @@ def check_article(
         return
     from rich.markup import escape
 
-    from lowmem.text import terminal
+    from lowmem.text import say, terminal
 
     out = terminal()
     for c in results:
         colour = {"by plan": "yellow", "barely": "yellow"}.get(c.holds, "red")
-        out.print(f"[bold]{escape(c.claim)}[/]  [{colour}]{c.holds}[/]", soft_wrap=True)
-        out.print(f"    {escape(c.truth)}", soft_wrap=True)
-        out.print(f"    [cyan]recipe:[/] {escape(c.recipe)}", soft_wrap=True)
+        say(out, f"[bold]{escape(c.claim)}[/]  [{colour}]{c.holds}[/]")
+        say(out, f"{escape(c.truth)}", 4)
+        say(out, f"[cyan]recipe:[/] {escape(c.recipe)}", 4)

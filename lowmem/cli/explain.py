@@ -22,7 +22,7 @@ def explain(
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     measurements: Annotated[Path, typer.Option(help="folder with ablations.yml")] = Path("docs/measurements"),
 ) -> None:
-    """Print each flag of a profile, with its reason and its cost or saving.
+    """Print each flag of a profile with its reason and cost.
 
     Costs are bytes and milliseconds for this model and device.
     """
@@ -30,7 +30,7 @@ def explain(
 
     from lowmem.plan.compute import compute
     from lowmem.plan.render import step_text
-    from lowmem.text import terminal
+    from lowmem.text import say, terminal
 
     inputs = gather(PlanRequest(profile, model, device, count, parse_assignments(set_ or [])))
     out = terminal()
@@ -50,11 +50,11 @@ def explain(
 
     def quote(sentence: str) -> None:
         if sentence:
-            out.print(f"    [green]measured: {escape(sentence)}[/]", soft_wrap=True)
+            say(out, f"[green]measured: {escape(sentence)}[/]", 4)
 
     for e in effects(inputs, measured):
         out.print(f"[bold cyan]{flag_of(e.name)}[/] {escape(e.value)}")
-        out.print(f"    {escape(e.why)}", soft_wrap=True)
+        say(out, f"{escape(e.why)}", 4)
         if (
             e.peak_mib is not None
             and e.kv_tokens is not None
@@ -71,16 +71,13 @@ def explain(
                 )
                 if abs(value) >= 0.5 * 10**-digits
             ]
-            out.print(
-                f"    [dim]{', '.join(shown) or 'the same as the default in memory and time'}[/]",
-                soft_wrap=True,
-            )
+            say(out, f"[dim]{', '.join(shown) or 'the same as the default in memory and time'}[/]", 4)
         quote(e.measured)
         if e.remark:
-            out.print(f"    [yellow]{escape(e.remark)}[/]", soft_wrap=True)
+            say(out, f"[yellow]{escape(e.remark)}[/]", 4)
     for name, knob in inputs.environment.items():
         out.print(f"[bold cyan]{name}[/]={escape(str(knob.value))}")
-        out.print(f"    {escape(knob.why)}", soft_wrap=True)
+        say(out, f"{escape(knob.why)}", 4)
         quote(measured.get(name, ""))
     if left := [name for name in measured if name not in inputs.knobs and name not in inputs.environment]:
         out.print("left as the engine has them:")
@@ -88,4 +85,4 @@ def explain(
         out.print(f"[bold cyan]{flag_of(name)}[/]")
         quote(measured[name])
     for note in inputs.profile.notes:
-        out.print(f"note: {escape(note)}", soft_wrap=True)
+        say(out, f"note: {escape(note)}")

@@ -16,7 +16,7 @@ from lowmem.errors import BadInput
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
-from lowmem.text import terminal, visible_json
+from lowmem.text import say, terminal, visible_json
 
 PROFILES = ("low_mem", "low_latency", "extreme")
 
@@ -134,4 +134,4 @@ def show(
         out.print(table)
     for row in rows:
         if "reason" in row:
-            out.print(f"{row['host']}: {row['reason']}", markup=False, soft_wrap=True)
+            say(out, escape(f"{row['host']}: {row['reason']}"))

@@ -73,12 +73,20 @@ def frontier_command(
         raise BadInput(f"no setting of {model} starts on {count} x {device}; use more or larger cards")
     draw(points, load_device(device).title, count, load, memory_limit_gib, latency_limit_ms, out)
     best = [o for weights in _COLOURS for o in pareto(points, weights)]
-    typer.echo(f"{out}: {len(points)} settings, {len(best)} on the frontier of their weight width")
+    typer.echo(f"{out}: {len(points)} settings, {len(best)} on the frontier of their weight width;")
+    typer.echo("memory of a card, and what they are:")
     for o in best:
-        typer.echo(
-            f"  {needed_bytes(o.plan) / GIB:6.1f} GiB a card  {o.plan.latency_ms.decode_expected:8.1f} ms a"
-            f" token  {o.label}"
-        )
+        memory, step = needed_bytes(o.plan) / GIB, o.plan.latency_ms.decode_expected
+        typer.echo(f"{memory:7.1f} GiB {step:8.1f} ms a token  {_short(o)}")
+
+
+def _short(option: Option) -> str:
+    """Describe an option in at most 48 columns."""
+    cards = option.plan.tensor_parallel_size
+    parts = [option.weights, f"{cards} card{'s' if cards > 1 else ''}"]
+    parts += [f"KV {_kv_bits(option)} bits"] if "kv_cache_dtype" in option.knobs else []
+    parts += [f"{option.knobs['cpu_offload_gb']} GiB RAM"] if "cpu_offload_gb" in option.knobs else []
+    return ", ".join(parts)
 
 
 def draw(

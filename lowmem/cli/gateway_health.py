@@ -28,7 +28,10 @@ def gateway_health(
     ] = None,
     every_s: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 2,
 ) -> None:
-    """Tell the gateway on a socket whether a deployed server can complete a request."""
+    """Answer the gateway whether a deployed server is healthy.
+
+    A server is healthy that can complete a request. The gateway asks on a socket.
+    """
     planned = read_deployed_plan(plan)
     health = Health(VllmServer(planned, env_file), stale_s)
     server = serve(health, socket, figures)

@@ -11,18 +11,21 @@ import importlib
 import math
 import os
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from typer.core import TyperGroup
 
+import lowmem
 from lowmem.errors import BadInput, first_problem
-from lowmem.text import visible
+from lowmem.schema import VLLM_VERSION
+from lowmem.text import did_you_mean, visible
 
 COMMANDS = {
     "plan": "lowmem.cli.plan:plan",
     "explain": "lowmem.cli.explain:explain",
+    "capacity": "lowmem.cli.capacity:capacity",
     "frontier": "lowmem.cli.frontier:frontier_command",
     "fleet": "lowmem.cli.fleet:fleet",
     "oracle": "lowmem.cli.oracle:oracle",
@@ -39,6 +42,29 @@ COMMANDS = {
     "gateway-health": "lowmem.cli.gateway_health:gateway_health",
 }
 """Subcommand -> `module:function`; the function is an ordinary typer command."""
+
+_DONE = "0 done, 1 bad input"
+
+EXIT_CODES = {
+    "plan": "0 fits, 1 bad input, 2 impossible, 3 slow",
+    "explain": _DONE,
+    "capacity": "0 a request fits, 1 bad input, 2 none fits",
+    "frontier": _DONE,
+    "fleet": "0 some number of hosts is enough, 1 bad input, 2 none is",
+    "check-article": _DONE,
+    "measure": "0 within the limits, 1 bad input, 2 outside them or not started",
+    "receipt": "0 passed, 1 bad input, 2 failed",
+    "report": _DONE,
+    "top": "0 ended, 1 the server cannot be reached at the start",
+    "doctor": "0 nothing is bad, 1 bad input, 2 something is bad",
+    "start-check": "0 nothing hinders a start, 1 something does",
+    "ready": "0 the server answers, 1 it will not",
+    "watch": "0 ended, 1 bad input",
+    "gateway-health": "0 ended, 1 bad input",
+}
+"""Subcommand -> what its exit status means; the last line of its help."""
+
+HELP = {"help_option_names": ["-h", "--help"]}
 
 USAGE_ERRORS: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 """The root of typer's own usage errors, which it does not export."""
@@ -57,12 +83,20 @@ class LazyGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Refuse an unknown command with the nearest one; a shell that completes words is left alone."""
+        if not ctx.resilient_parsing and args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = did_you_mean(args[0], COMMANDS) or f": use one of {', '.join(COMMANDS)}"
+            raise BadInput(f"there is no command {args[0]!r}{near}")
+        return super().resolve_command(ctx, args)
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         module, function = COMMANDS[cmd_name].split(":")
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
-        single.command(cmd_name)(getattr(importlib.import_module(module), function))
+        told = single.command(cmd_name, context_settings=HELP, epilog=f"Exit status: {EXIT_CODES[cmd_name]}.")
+        told(getattr(importlib.import_module(module), function))
         command = typer.main.get_command(single)
         run = command.invoke
 
@@ -120,13 +154,25 @@ def refuse_odd_numbers(options: dict[str, Any]) -> None:
 
 app = typer.Typer(
     cls=LazyGroup,
-    add_completion=False,
+    add_completion=True,
+    context_settings=HELP,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowmem {lowmem.__version__}, for vLLM {VLLM_VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_tell_version, help="print the version and exit"),
+    ] = False,
+) -> None:
     """Plan, measure and prove a vLLM service within a memory and latency limit."""

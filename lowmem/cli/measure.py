@@ -89,7 +89,9 @@ def measure(
         bool, typer.Option(help="VLLM_LOGGING_LEVEL=DEBUG: the engine prints its memory profile (slower)")
     ] = False,
 ) -> None:
-    """Start a service as planned, or find it running, load it, and write a receipt: memory, latency, verdict.
+    """Load a service and write a receipt of what it took.
+
+    It is started as planned, or found running. The receipt has memory, latency and the verdict.
 
     Exit 0: within the plan's limits. 2: outside them, or it did not start. 1: bad input.
     """

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from lowmem.cli.options import complete_device, complete_model, complete_profile
 from lowmem.cli.pasted import check_flags, command_of, profile_of_command
 from lowmem.errors import BadInput
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
-from lowmem.plan.calibration import calibrated, read_calibration
+from lowmem.plan.calibration import read_calibration
+from lowmem.plan.goals import DEFAULT_PROFILE
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
-from lowmem.schema import VLLM_VERSION, Deploy, Plan
+from lowmem.schema import VLLM_VERSION, Deploy
 from lowmem.text import visible_json
 from lowmem.units import parse_bytes
 
@@ -38,23 +40,34 @@ def plan(
     only_flags: Annotated[
         bool, typer.Option("--check-flags", help="check the flags of the command; needs no model")
     ] = False,
-    profile: Annotated[str, typer.Option(help="name in profiles/, or a YAML file")] = "low_mem",
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            help="name in profiles/, or a YAML file; default: low_mem without --model, else the settings are"
+            " searched",
+            autocompletion=complete_profile,
+        ),
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's"),
+        typer.Option(
+            help="built-in name, checkpoint directory or Hugging Face id; default: the profile's",
+            autocompletion=complete_model,
+        ),
     ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
-            help="stored, or profile: quantized first, as the profile says; default: stored for a directory"
-            " or Hugging Face id"
+            help="stored, or quantized first: profile (as it says) or a format such as awq-4bit; default:"
+            " stored for a directory or Hugging Face id"
         ),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option(
             help="name in the device table, auto, custom:24GiB,936GB/s,71TFLOPS,sm_86 or a YAML file;"
-            " default: the profile's"
+            " default: the profile's",
+            autocompletion=complete_device,
         ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
@@ -85,6 +98,16 @@ def plan(
     memory_limit: Annotated[
         str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
     ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="limit of a token, ms; default: the profile's, 200 in a search")
+    ] = None,
+    ttft_ms: Annotated[
+        float | None,
+        typer.Option(help="limit of the first token, ms; default: the profile's, none in a search"),
+    ] = None,
+    maximize: Annotated[
+        str | None, typer.Option(help="requests, context or throughput: as much of it as the limits allow")
+    ] = None,
     vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,
     calibration: Annotated[
         Path | None, typer.Option(help="constants of your hosts, as `lowmem calibrate` writes them")
@@ -107,7 +130,7 @@ def plan(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Say whether a model will fit and how fast it can be, before a host is touched.
+    """Say whether a model fits, and how fast it will be.
 
     Exit 0: fits. 3: slow. 2: impossible. 1: bad input.
     """
@@ -118,7 +141,7 @@ def plan(
         check_flags(pasted)
     deploy = None
     if model_path is not None or served_model_name is not None:
-        path = model_path or model or profile
+        path = model_path or model or profile or DEFAULT_PROFILE
         deploy = Deploy(
             model_path=path,
             served_model_name=served_model_name or path.rstrip("/").rsplit("/", 1)[-1],
@@ -129,7 +152,8 @@ def plan(
         )
     elif node or interface:
         raise BadInput("--node and --interface describe a deployment: give --model-path too")
-    named = network or (None if pasted else load_profile(profile).network)
+    searched = profile is None and pasted is None and (model is not None or maximize is not None)
+    named = network or (None if searched or pasted else load_profile(profile or DEFAULT_PROFILE).network)
     if named is None and (network_gb_per_s is not None or network_round_trip_us is not None):
         raise BadInput(
             "--network-gb-per-s and --network-round-trip-us need --network, which names the kind of link"
@@ -138,29 +162,33 @@ def plan(
         limit = parse_bytes(memory_limit) if memory_limit is not None else None
     except (ValueError, OverflowError) as e:
         raise BadInput(f"--memory-limit: {e}") from None
-    result = make_plan(
-        PlanRequest(
-            profile_of_command(pasted, profile, device, model, as_profile) if pasted else profile,
-            model,
-            device,
-            count,
-            parse_assignments(set_ or []),
-            deploy,
-            clients=clients,
-            input_tokens=input_tokens,
-            output_tokens=output_tokens,
-            accepted_tokens=accepted_tokens,
-            memory_limit_bytes=limit,
-            environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
-            vllm_version=vllm_version,
-            hosts=hosts,
-            network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
-            weights="stored" if pasted and weights is None else weights,
-            calibration=read_calibration(calibration) if calibration else None,
-        )
+    request = PlanRequest(
+        profile_of_command(pasted, profile, device, model, as_profile)
+        if pasted
+        else profile or DEFAULT_PROFILE,
+        model,
+        device,
+        count,
+        parse_assignments(set_ or []),
+        deploy,
+        clients=clients,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        accepted_tokens=accepted_tokens,
+        memory_limit_bytes=limit,
+        tpot_p99_ms=tpot_ms,
+        ttft_p99_ms=ttft_ms,
+        environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},
+        vllm_version=vllm_version,
+        hosts=hosts,
+        network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
+        weights="stored" if pasted and weights is None else weights,
+        calibration=read_calibration(calibration) if calibration else None,
     )
-    if suggest:
-        raise typer.Exit(0 if show_options(model or result.model, device, result, json_) else 2)
+    if searched or suggest or maximize:
+        goals = importlib.import_module("lowmem.cli.goals")
+        raise typer.Exit(goals.answer(request, searched, suggest, maximize, json_))
+    result = make_plan(request)
     if json_:
         sys.stdout.write(visible_json(result.model_dump_json(indent=2)) + "\n")
     else:
@@ -168,27 +196,3 @@ def plan(
 
         show_plan(result)
     raise typer.Exit(EXIT[result.verdict])
-
-
-def show_options(model: str, device: str | None, plan: Plan, as_json: bool) -> bool:
-    """Print the options that meet the limits of a plan. Return False if none does."""
-    from lowmem.plan.render import show_suggestions
-    from lowmem.plan.search import suggestions
-
-    with calibrated(plan.calibration, plan.device):
-        options = suggestions(
-            model,
-            device or plan.device,
-            plan.device_count,
-            plan.limits,
-            plan.load,
-            plan.vllm_version,
-        )
-    if as_json:
-        rows = [
-            {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in options
-        ]
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-    else:
-        show_suggestions(options, plan)
-    return bool(options)

@@ -22,7 +22,7 @@ def ready(
         float, typer.Option(min=0, help="seconds to wait; 0: the plan's limit for a start")
     ] = 0,
 ) -> None:
-    """Wait until a deployed server answers a completion, or has joined the host that answers.
+    """Wait until a deployed server answers or has joined.
 
     Exit 0: it did. 1: it will not.
     """

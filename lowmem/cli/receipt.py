@@ -19,7 +19,7 @@ def receipt(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="file for the joined receipt")] = None,
 ) -> None:
-    """Print plan against measurement, with latencies, checks and the verdict.
+    """Print a plan against its measurement, and the verdict.
 
     Exit 0: passed. 2: failed. 1: bad input.
     """

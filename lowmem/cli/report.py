@@ -52,7 +52,7 @@ def report(
         ),
     ] = 0,
 ) -> None:
-    """Write one self-contained HTML page: plan against measurement, latencies, limits and checks.
+    """Write one HTML page of plans against measurements.
 
     With --live the page also shows the running server.
     """

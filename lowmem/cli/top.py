@@ -30,7 +30,7 @@ def top(
         bool, typer.Option("--json", help="print each look as one JSON object a line")
     ] = False,
 ) -> None:
-    """Watch a running server: requests, KV cache, tokens per second, latency, memory against plan.
+    """Watch a running server against its plan.
 
     Ctrl-C ends it. In a pipe it prints a line for each look. Exit 1: the server cannot be reached at the
     start.

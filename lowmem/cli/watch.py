@@ -34,7 +34,10 @@ def watch(
         float, typer.Option(min=0, help="seconds that a server gets to answer open requests with an error")
     ] = 15,
 ) -> None:
-    """Watch a deployed server, and end it when its engine hangs. Its service manager starts it again."""
+    """End a deployed server when its engine hangs.
+
+    Its service manager starts it again.
+    """
     planned = read_deployed_plan(plan)
     if silence_s < 0:
         raise BadInput(f"--silence-s {silence_s:g} must be 0 (from the plan) or more")

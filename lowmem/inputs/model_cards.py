@@ -21,6 +21,7 @@ from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.schema import ModelCard, Published, Quantization, WeightGroup
+from lowmem.text import did_you_mean
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
 
@@ -457,7 +458,13 @@ def quantized(card: ModelCard, quantization: Quantization) -> ModelCard:
     )
     published = card.published and Published({**card.published.config, **_recipe(quantization)})
     return card.model_copy(
-        update={"quantization": quantization, "groups": groups, "header_bytes": None, "published": published}
+        update={
+            "quantization": quantization,
+            "groups": groups,
+            "header_bytes": None,
+            "published": published,
+            "made": True,
+        }
     )
 
 
@@ -503,18 +510,29 @@ def _recipe(q: Quantization) -> dict[str, Any]:
 
 @cache
 def builtin() -> dict[str, dict[str, Any]]:
-    """Return the entries of data/models.yml by name, alias and Hugging Face id."""
+    """Return the entries of data/models.yml by name, alias, and Hugging Face id with or without its owner."""
     table: dict[str, dict[str, Any]] = {}
     for name, entry in load_yaml("models.yml").items():
         for key in (name, *entry.get("aliases", ())):
             table[key] = {"name": name, **entry}
-        table[entry["id"].lower()] = {"name": name, **entry}
+        for key in (entry["id"].lower(), entry["id"].lower().rsplit("/", 1)[-1]):
+            table.setdefault(key, {"name": name, **entry})
     return table
 
 
 def names() -> list[str]:
     """List the built-in cards, without aliases."""
     return list(load_yaml("models.yml"))
+
+
+def published_formats(model: str) -> tuple[str, ...]:
+    """List the built-in cards of quantized checkpoints that were published of a built-in model."""
+    entry = builtin().get(model.lower())
+    if entry is None:
+        return ()
+    return tuple(
+        name for name, other in load_yaml("models.yml").items() if other.get("base") == entry["name"]
+    )
 
 
 def card_from_directory(folder: Path) -> ModelCard:
@@ -582,7 +600,7 @@ def card_from_hub(repo: str, revision: str | None = None) -> ModelCard:
     except Exception as e:
         raise BadInput(
             f"model {repo!r} is no built-in card or directory, and Hugging Face gave no config.json for it"
-            f" ({type(e).__name__}); built-in: {', '.join(names())}"
+            f" ({type(e).__name__}); built-in: {', '.join(names())}{did_you_mean(repo, builtin())}"
         ) from None
     return card_from_config(config, repo.rsplit("/", 1)[-1], repo, header or None, beside, tokenizer)
 
@@ -630,5 +648,6 @@ def load_card(model: str) -> ModelCard:
     if HUB_ID.fullmatch(name):
         return card_from_hub(name, revision or None)
     raise BadInput(
-        f"model {model!r} is no built-in card, directory or Hugging Face id; built-in: {', '.join(names())}"
+        f"model {model!r} is no built-in card, directory or Hugging Face id; built-in:"
+        f" {', '.join(names())}{did_you_mean(model, builtin())}"
     )

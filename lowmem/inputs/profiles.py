@@ -11,6 +11,7 @@ import lowmem
 from lowmem.errors import BadInput, first_problem
 from lowmem.files import read_yaml
 from lowmem.schema import Profile
+from lowmem.text import did_you_mean
 
 
 def folder() -> Path:
@@ -44,6 +45,7 @@ def load_profile(name: str) -> Profile:
     if not path.exists():
         raise BadInput(
             f"profile {name!r} does not exist; use one of {', '.join(names())}, or the path of a YAML file"
+            f"{did_you_mean(name, names())}"
         )
     try:
         return Profile.model_validate(read_yaml(path))

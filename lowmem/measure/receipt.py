@@ -82,7 +82,7 @@ def show(receipt: Receipt) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from lowmem.text import terminal
+    from lowmem.text import say, terminal
 
     console = terminal()
     plan, colour = receipt.plan, "green" if receipt.verdict == "passed" else "red"
@@ -149,11 +149,11 @@ def show(receipt: Receipt) -> None:
             f" {outcomes.count('skipped')} skipped"
         )
     for note in receipt.notes:
-        console.print(f"[dim]note: {escape(note)}[/]", soft_wrap=True)
+        say(console, f"[dim]note: {escape(note)}[/]")
     if receipt.advice:
-        console.print(f"[yellow]advice: {escape(receipt.advice)}[/]", soft_wrap=True)
+        say(console, f"[yellow]advice: {escape(receipt.advice)}[/]")
     for finding in receipt.findings:
-        console.print(f"[red]✗ {escape(finding)}[/]", soft_wrap=True)
+        say(console, f"[red]✗ {escape(finding)}[/]")
     console.print(f"[bold {colour}]{receipt.verdict}[/]")
 
 

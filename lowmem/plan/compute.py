@@ -181,7 +181,8 @@ def compute(inputs: Inputs) -> Plan:
     blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
     slow = slow_reasons(engine, speed, share, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, share), *pipeline_notes(pipeline, speed)]
-    beside = [*speculation_notes(drafts, limits), *start_notes(card, engine, device, memory, limits)]
+    beside = [*inputs.remarks, *speculation_notes(drafts, limits)]
+    beside += start_notes(card, engine, device, memory, limits)
     beside += [*replica_notes(engine, card), *option_notes(inputs.knobs)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
@@ -203,7 +204,7 @@ def compute(inputs: Inputs) -> Plan:
         load=load,
         limits=limits,
         verdict=verdict,
-        reasons=tuple(blocked or [*(slow or notes), *beside]),
+        reasons=(*blocked, *inputs.remarks) if blocked else (*(slow or notes), *beside),
         limit_bytes=limits.memory_bytes,
         per_gpu={**memory.terms, "total": memory.total},
         weight_terms=weight_terms(memory),

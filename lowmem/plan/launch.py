@@ -31,16 +31,9 @@ def arguments_of(
 ) -> tuple[Argument, ...]:
     """Build the arguments of `vllm serve` in the profile's order, each with its reason."""
     place, card = inputs.deploy, inputs.card
-    made = (
-        ""
-        if card.quantization.method == "none" or card.source.endswith(card.quantization.method)
-        else f"-{card.quantization.method}"
-    )
-    model = (
-        place.model_path
-        if place
-        else (card.source if "/" in card.source and not made else f"{card.name}{made}")
-    )
+    made = f"{card.name}-{card.quantization.method}" if card.made else ""
+    stored = card.source if "/" in card.source else card.name
+    model = place.model_path if place else made or stored
     arguments = [Argument(flag="", value=model, why="the checkpoint")]
     if place:
         arguments += _server_arguments(inputs, place)

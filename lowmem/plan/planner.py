@@ -8,6 +8,7 @@ from __future__ import annotations
 from lowmem.errors import BadInput
 from lowmem.plan import capability
 from lowmem.plan.calibration import calibrated
+from lowmem.plan.capacity import would_do
 from lowmem.plan.compute import compute, engine_of
 from lowmem.plan.request import Inputs, PlanRequest, gather
 from lowmem.plan.search import nearest
@@ -26,10 +27,9 @@ def make_plan(request: PlanRequest) -> Plan:
         plan = _explained(compute(inputs), inputs, request.calibration)
         if not request.search or plan.verdict == "fits":
             return plan
-        better = nearest(inputs, plan)
-    if better is None:
-        return plan
-    return plan.model_copy(update={"nearest": better[0], "reasons": (*plan.reasons, better[1])})
+        better, enough = nearest(inputs, plan), would_do(inputs)
+    reasons = [*plan.reasons, *([enough] if enough else []), *([better[1]] if better else [])]
+    return plan.model_copy(update={"nearest": better and better[0], "reasons": tuple(reasons)})
 
 
 def _explained(plan: Plan, inputs: Inputs, calibration: Calibration | None) -> Plan:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
-import shlex
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
-from lowmem.plan.search import Option
-from lowmem.schema import DecodeStep, Node, Pipeline, Plan
-from lowmem.text import bar, terminal
+from lowmem.plan.goals import Choice, Goal, described
+from lowmem.plan.request import NO_LIMIT_MS, WEIGHTS
+from lowmem.schema import VLLM_VERSION, DecodeStep, Node, Pipeline, Plan
+from lowmem.text import bar, shell_lines, terminal
 from lowmem.units import GB, GIB, MIB, gib, mib
 
 _COLOUR = {"fits": "green", "slow": "yellow", "impossible": "red"}
@@ -24,8 +27,13 @@ def plan_text(plan: Plan, width: int = 120) -> str:
     return page.getvalue()
 
 
-def show_plan(plan: Plan, console: Console | None = None) -> None:
-    """Print verdict, memory per card, host RAM, latency and arguments."""
+def show_plan(
+    plan: Plan, console: Console | None = None, beside: Callable[[Console], None] | None = None
+) -> None:
+    """Print verdict, memory per card, host RAM, latency and the command that starts the engine.
+
+    `beside` prints what comes before that command.
+    """
     out = console or terminal()
     q = plan.quantization
     weights = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit, group {q.group_size}"
@@ -37,7 +45,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     )
     out.print(f"[bold {_COLOUR[plan.verdict]}]{plan.verdict}[/]")
     for reason in plan.reasons:
-        out.print(f"  {reason}", markup=False)
+        out.print(_indented(reason, 2))
     out.print()
     out.print(_stages_table(plan) if plan.stages else _memory_table(plan))
     out.print()
@@ -48,7 +56,7 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     speed = plan.latency_ms
     out.print(
         f"decode {speed.decode_expected:,.1f} ms a token expected at {plan.load.clients} clients, floor"
-        f" {speed.decode_floor:,.1f}; limit {plan.limits.tpot_p99_ms:g}"
+        f" {speed.decode_floor:,.1f}; limit {_limit(plan.limits.tpot_p99_ms)}"
     )
     out.print(f"prefill {speed.prefill_expected:,.0f} ms a prompt expected, floor {speed.prefill_floor:,.0f}")
     if plan.decode_step:
@@ -60,12 +68,24 @@ def show_plan(plan: Plan, console: Console | None = None) -> None:
     for note in plan.device_notes:
         out.print(note, markup=False)
     out.print()
+    if beside:
+        beside(out)
+        out.print()
     for start in plan.nodes or (plan,):
         if isinstance(start, Node):
             out.print(f"[bold]on {start.address}[/]")
-        out.print("vllm serve " + shlex.join(start.argv), markup=False, soft_wrap=True)
-        for variable in start.environment:
-            out.print(f"  {variable.name}={variable.value}", markup=False)
+        variables = [f"{variable.name}={variable.value}" for variable in start.environment]
+        for line in shell_lines(["vllm", "serve", *start.argv], before=variables):
+            out.print(line, markup=False, soft_wrap=True)
+
+
+def _indented(text: str, columns: int) -> Padding:
+    """Indent every line of a text, also those that the terminal's width makes."""
+    return Padding(Text(text), (0, 0, 0, columns), expand=False)
+
+
+def _limit(ms: float) -> str:
+    return "none" if ms >= NO_LIMIT_MS else f"{ms:g}"
 
 
 def step_text(plan: Plan, step: DecodeStep) -> str:
@@ -157,34 +177,71 @@ def show_pipeline(plan: Plan, pipeline: Pipeline, out: Console) -> None:
     )
 
 
-def show_suggestions(options: list[Option], plan: Plan, console: Console | None = None) -> None:
-    """Print the options that meet the limits of a plan, best first."""
+def command_of(choice: Choice, goal: Goal) -> list[str]:
+    """Return the command that plans this choice again."""
+    load, limits = goal.load, goal.limits
+    words = ["lowmem", "plan"]
+    words += ["--profile", choice.profile] if choice.profile else []
+    known = choice.weights in WEIGHTS
+    model, weights = (goal.model or goal.card.name, choice.weights) if known else (choice.weights, "stored")
+    words += ["--model", model, "--device", goal.place or goal.device.name]
+    words += ["--count", str(choice.plan.device_count), "--weights", weights]
+    words += ["--memory-limit", size_word(limits.memory_bytes)]
+    words += ["--clients", str(choice.plan.load.clients)]
+    words += ["--input-tokens", str(choice.plan.load.input_tokens)]
+    words += ["--output-tokens", str(load.output_tokens)]
+    words += ["--tpot-ms", f"{limits.tpot_p99_ms:.10g}"]
+    if choice.profile or limits.ttft_p99_ms < NO_LIMIT_MS:
+        words += ["--ttft-ms", f"{limits.ttft_p99_ms:.10g}"]
+    words += ["--vllm-version", goal.vllm_version] if goal.vllm_version != VLLM_VERSION else []
+    if choice.profile:
+        return words + [w for name, value in goal.overrides.items() for w in ("--set", f"{name}={value}")]
+    if choice.plan.speculation and load.accepted_tokens is not None:
+        words += ["--accepted-tokens", f"{load.accepted_tokens:g}"]
+    knobs = {"kv_cache_dtype": "auto", "cpu_offload_gb": 0, **choice.knobs}
+    if knobs.get("kv_cache_memory_bytes") == "auto":  # as a search has it
+        del knobs["kv_cache_memory_bytes"]
+    words += [w for name, value in knobs.items() for w in ("--set", f"{name}={value}")]
+    return words + [w for name, value in choice.environment.items() for w in ("--env", f"{name}={value}")]
+
+
+def size_word(value: int) -> str:
+    """Write bytes as MiB or GiB if they are whole ones."""
+    if value % GIB == 0:
+        return f"{value // GIB}GiB"
+    return f"{value // MIB}MiB" if value % MIB == 0 else str(value)
+
+
+def show_choices(title: str, choices: Sequence[Choice], goal: Goal, console: Console | None = None) -> None:
+    """Print choices, best first, each with the command that plans it again."""
     out = console or terminal()
-    wanted = (
-        f"{mib(plan.limit_bytes)} a card and {plan.limits.tpot_p99_ms:g} ms a token at {plan.load.clients}"
-        " clients"
-    )
-    if not options:
+    out.print(title)
+    for number, choice in enumerate(choices, 1):
+        plan = choice.plan
+        name = f"profile {choice.profile}: " if choice.profile else ""
         out.print(
-            f"no setting of {plan.model} on {plan.device_count} x {plan.device} meets {wanted}; use more or"
-            " larger cards, or a higher limit"
+            f"{number}. {name}{described(choice)}: {mib(plan.peak_bytes)} a card, {plan.max_requests}"
+            f" requests, {plan.latency_ms.decode_expected:,.1f} ms a token",
+            markup=False,
         )
-        return
-    out.print(
-        f"{plan.model} on up to {plan.device_count} x {plan.device}, within {wanted}: best first (more bits,"
-        " then fewer cards, then faster)"
+        if choice.bits < 4:
+            out.print(
+                _indented(f"warning: {choice.bits}-bit weights answer worse than 4-bit ones; {_MEASURE}", 3)
+            )
+        for line in shell_lines(command_of(choice, goal), 76):
+            out.print("   " + line, markup=False, soft_wrap=True)
+
+
+_MEASURE = "measure their perplexity before you serve them (docs/quantization.md)"
+
+
+def wanted(goal: Goal) -> str:
+    """Say what a goal asks for."""
+    load, limits = goal.load, goal.limits
+    parts = [f"{mib(limits.memory_bytes)} a card"]
+    parts += [f"{limits.tpot_p99_ms:g} ms a token"] if limits.tpot_p99_ms < NO_LIMIT_MS else []
+    parts += [f"{limits.ttft_p99_ms:g} ms to the first token"] if limits.ttft_p99_ms < NO_LIMIT_MS else []
+    return (
+        f"{' and '.join(parts)} at {load.clients} client{'s' if load.clients > 1 else ''} of"
+        f" {load.input_tokens} + {load.output_tokens} tokens"
     )
-    table = Table(box=None, pad_edge=False)
-    for name in ("weights", "cards", "KV type", "offload GiB", "MiB a card", "requests", "ms a token"):
-        table.add_column(name, justify="left" if name in ("weights", "KV type") else "right")
-    for o in options:
-        table.add_row(
-            o.weights,
-            str(o.plan.tensor_parallel_size),
-            str(o.knobs.get("kv_cache_dtype", "16-bit")),
-            str(o.knobs.get("cpu_offload_gb", "")),
-            f"{o.plan.peak_bytes / MIB:,.0f}",
-            str(o.plan.max_requests),
-            f"{o.plan.latency_ms.decode_expected:,.1f}",
-        )
-    out.print(table)

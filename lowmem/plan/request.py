@@ -48,14 +48,14 @@ class PlanRequest:
     output_tokens: int | None = None
     accepted_tokens: float | None = None  # that a step with drafts gives a request
     memory_limit_bytes: int | None = None
-    ttft_ms: float | None = None  # limits of the 99th percentile
-    tpot_ms: float | None = None
+    tpot_p99_ms: float | None = None
+    ttft_p99_ms: float | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     vllm_version: str = VLLM_VERSION
     hosts: int | None = None
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
-    weights: str | None = None  # stored, profile (to be quantized as it says); None: see wanted_weights
+    weights: str | None = None  # see wanted_weights and WEIGHT_FORMATS
     calibration: Calibration | None = None  # constants of the site; None: the package's
 
 
@@ -77,6 +77,7 @@ class Inputs:
     hosts: int = 1
     link: Link | None = None  # between the hosts; None: there is one host
     weights: str = "profile"  # or stored: how the checkpoint is planned
+    remarks: tuple[str, ...] = ()  # what was changed beyond the request
 
 
 def gather(request: PlanRequest) -> Inputs:
@@ -85,15 +86,19 @@ def gather(request: PlanRequest) -> Inputs:
     wanted_device, wanted_model = request.device or p.device, request.model or p.model
     d = devices.load_device(wanted_device) if isinstance(wanted_device, str) else wanted_device
     c = model_cards.load_card(wanted_model) if isinstance(wanted_model, str) else wanted_model
-    n = _count(request, p, d)
+    n = count_of(request, p, d)
     given = _knobs(request, p)
+    if request.count is not None and "tensor_parallel_size" not in request.overrides:
+        given = _split_over(n, given, p, c, request)
     environment = _environment(request.environment)
     _refuse_acceptance(request.accepted_tokens, given)
-    load, limits = _load(request, p), _limits(request, p)
+    load, limits = load_of(request, p), limits_of(request, p)
     quantized = c
     how = wanted_weights(request, c)
-    if how == "profile":
-        quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
+    if how != "stored":
+        refuse_requantizing(c, how)
+        wanted = WEIGHT_FORMATS[how] if how in WEIGHT_FORMATS else wanted_quantization(p, given)
+        quantized = model_cards.quantized(c, fitting_group(c, wanted, given))
     place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
     hosts, link = _hosts(request, p)
     if place:
@@ -113,6 +118,7 @@ def gather(request: PlanRequest) -> Inputs:
         hosts=hosts,
         link=link,
         weights=how,
+        remarks=_remarks(request, p, given),
     )
 
 
@@ -132,7 +138,7 @@ def _environment(given: Mapping[str, str]) -> dict[str, Knob]:
     return {name: Knob(value=value, why="set by the operator") for name, value in given.items()}
 
 
-def _count(request: PlanRequest, profile: Profile, device: Device) -> int:
+def count_of(request: PlanRequest, profile: Profile, device: Device) -> int:
     """Return the cards of one host."""
     n = profile.device_count if request.count is None else request.count
     if not 1 <= n <= 64:
@@ -154,7 +160,50 @@ def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
     return merged
 
 
-def _load(request: PlanRequest, profile: Profile) -> Load:
+def _split_over(
+    count: int, given: dict[str, Knob], profile: Profile, card: ModelCard, request: PlanRequest
+) -> dict[str, Knob]:
+    """Let tensor parallelism follow a number of cards other than the profile's.
+
+    It is the largest number of cards that can share the model's layers. A profile that leaves cards idle on
+    its own host keeps its split.
+    """
+    stages = given["pipeline_parallel_size"].value if "pipeline_parallel_size" in given else 1
+    before = given["tensor_parallel_size"].value if "tensor_parallel_size" in given else 1
+    hosts = profile.hosts if request.hosts is None else request.hosts
+    if not isinstance(stages, int) or not isinstance(before, int):
+        return given
+    if count == profile.device_count or before * stages != profile.device_count * profile.hosts:
+        return given
+    most = max(1, count * hosts // stages)
+    split = next(n for n in range(most, 0, -1) if card.heads % n == 0 and _shares_kv_heads(card, n))
+    idle = f", of which it can use {split * stages // hosts}" if split * stages < count * hosts else ""
+    why = f"{_FOLLOWS} {count} card(s) of the host{idle} (profile {profile.name}: {before})"
+    return {**given, "tensor_parallel_size": Knob(value=split, why=why)}
+
+
+def _remarks(request: PlanRequest, profile: Profile, given: Mapping[str, Knob]) -> tuple[str, ...]:
+    """Say what follows from the request and was not asked for."""
+    said = []
+    split = given.get("tensor_parallel_size")
+    if split is not None and split.why.startswith(_FOLLOWS):
+        said.append(f"tensor_parallel_size={split.value} {split.why}")
+    if shorter := _shortened(request, profile):
+        said.append(
+            f"the load follows max_model_len: {shorter['input_tokens']} + {shorter['output_tokens']} tokens a"
+            f" request (profile {profile.name}: {profile.load.input_tokens} + {profile.load.output_tokens})"
+        )
+    return tuple(said)
+
+
+_FOLLOWS = "follows the"
+
+
+def _shares_kv_heads(card: ModelCard, n: int) -> bool:
+    return card.kv_heads % n == 0 or n % card.kv_heads == 0
+
+
+def load_of(request: PlanRequest, profile: Profile) -> Load:
     """Return the profile's load with the request's changes."""
     asked = {
         "clients": request.clients,
@@ -166,10 +215,25 @@ def _load(request: PlanRequest, profile: Profile) -> Load:
             raise BadInput(f"{name}={value} is not from 1 to 10,000,000; correct it")
     if request.clients is not None and request.clients > 100_000:
         raise BadInput(f"clients={request.clients} is more than 100,000; correct it")
-    changed: dict[str, object] = {k: v for k, v in asked.items() if v is not None}
+    changed: dict[str, object] = _shortened(request, profile)
+    changed |= {k: v for k, v in asked.items() if v is not None}
     if request.accepted_tokens is not None:
         changed |= {"accepted_tokens": request.accepted_tokens, "accepted_source": "given by the operator"}
     return profile.load.model_copy(update=changed)
+
+
+def _shortened(request: PlanRequest, profile: Profile) -> dict[str, object]:
+    """Return a shorter prompt where the operator gave a max_model_len below the profile's own requests.
+
+    A request of which the operator gave a part is left as it is.
+    """
+    given = knobs.checked("max_model_len", request.overrides.get("max_model_len", "auto"))
+    load = profile.load
+    fixed = request.input_tokens is not None or request.output_tokens is not None
+    if fixed or not isinstance(given, int) or given >= load.input_tokens + load.output_tokens or given < 2:
+        return {}
+    answer = min(load.output_tokens, given // 2)
+    return {"input_tokens": given - answer, "output_tokens": answer}
 
 
 def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> None:
@@ -185,22 +249,23 @@ def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> Non
         )
 
 
-def _limits(request: PlanRequest, profile: Profile) -> Limits:
+def limits_of(request: PlanRequest, profile: Profile) -> Limits:
     """Return the profile's limits with those of the request."""
-    changed: dict[str, float] = {}
-    for name, value in (("ttft", request.ttft_ms), ("tpot", request.tpot_ms)):
-        if value is not None:
-            if not 0 < value <= 86_400_000:
-                raise BadInput(f"{name}_ms={value:g} is not from above 0 to 86,400,000 (a day); correct it")
-            changed[f"{name}_p99_ms"] = value
-    if request.memory_limit_bytes is None:
-        return profile.limits.model_copy(update=changed)
-    if request.memory_limit_bytes < MIB:
+    for name in ("tpot_p99_ms", "ttft_p99_ms"):
+        value = getattr(request, name)
+        if value is not None and not 0.001 <= value <= NO_LIMIT_MS:
+            raise BadInput(f"{name}={value:g} is not from 0.001 to {NO_LIMIT_MS:,.0f}; correct it")
+    if request.memory_limit_bytes is not None and request.memory_limit_bytes < MIB:
         raise BadInput(
             f"memory limit {request.memory_limit_bytes} bytes is less than 1 MiB; give it with its unit, e.g."
             " 20GiB"
         )
-    return profile.limits.model_copy(update={**changed, "memory_bytes": request.memory_limit_bytes})
+    asked = {
+        "memory_bytes": request.memory_limit_bytes,
+        "tpot_p99_ms": request.tpot_p99_ms,
+        "ttft_p99_ms": request.ttft_p99_ms,
+    }
+    return profile.limits.model_copy(update={k: v for k, v in asked.items() if v is not None})
 
 
 def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
@@ -258,11 +323,24 @@ def refuse_place(place: Deploy, hosts: int) -> None:
         raise BadPlace(f"port={place.port} and master_port are the same; choose another for one of them")
 
 
-WEIGHTS = ("stored", "profile")
+NO_LIMIT_MS = 1e9
+"""A latency limit that nothing misses."""
+
+WEIGHT_FORMATS: dict[str, Quantization] = {
+    "gptq-8bit": Quantization(method="gptq", bits=8, group_size=128, zero_point=False),
+    "compressed-tensors-4bit": Quantization(method="compressed-tensors", bits=4, group_size=128),
+    "awq-4bit": Quantization(method="awq", bits=4, group_size=128),
+    "gptq-4bit": Quantization(method="gptq", bits=4, group_size=128, zero_point=False),
+    "auto-round-3bit": Quantization(method="auto-round", bits=3, group_size=128, zero_point=False),
+    "auto-round-2bit": Quantization(method="auto-round", bits=2, group_size=128, zero_point=False),
+}
+"""Formats that a 16-bit checkpoint may be quantized to before it is served, by the name of `--weights`."""
+
+WEIGHTS = ("stored", "profile", *WEIGHT_FORMATS)
 
 
 def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
-    """Tell whether the checkpoint is planned as it is stored, or as the profile will quantize it.
+    """Tell whether the checkpoint is planned as it is stored, or quantized first: as the profile says, or so.
 
     A directory or a Hugging Face id that is named is what the operator has, and is planned as it is stored. A
     built-in card is a model to be deployed by the profile.
@@ -273,6 +351,15 @@ def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
         return request.weights
     named = isinstance(request.model, str) and not model_cards.is_builtin(request.model)
     return "stored" if named or card.counted else "profile"
+
+
+def refuse_requantizing(card: ModelCard, how: str) -> None:
+    """Raise BadInput if a format is asked for that an already quantized checkpoint cannot get."""
+    if how in WEIGHT_FORMATS and card.quantization.method != "none":
+        raise BadInput(
+            f"weights={how}: {card.name} is {card.quantization.method} {card.quantization.bits}-bit already;"
+            " name the 16-bit model, or leave --weights out"
+        )
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:

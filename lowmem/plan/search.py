@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards, profiles
 from lowmem.plan.compute import compute
+from lowmem.plan.goals import Choice, Goal, families
 from lowmem.plan.request import Inputs, PlanRequest, gather
 from lowmem.schema import Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
 from lowmem.units import GIB, MIB, mib
@@ -24,7 +25,7 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
             continue
         try:
             p = profiles.load_profile(name)
-            if p.hosts > inputs.hosts:
+            if p.hosts > inputs.hosts or is_for_another(p, inputs.base):
                 continue  # a recipe for more hosts does not help
             if devices.load_device(p.device).kind != inputs.device.kind:
                 continue
@@ -48,6 +49,13 @@ def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Pla
         except BadInput:
             continue
     return sorted(plans, key=lambda q: _rank(q, inputs))
+
+
+def is_for_another(profile: Profile, card: ModelCard) -> bool:
+    """Tell whether a profile was written for a published checkpoint that is not this one."""
+    entry = model_cards.builtin().get(profile.model.lower())
+    published = entry is not None and "quantization_config" in entry["config"]
+    return published and entry is not None and entry["name"] != card.name
 
 
 def _rank(plan: Plan, inputs: Inputs) -> tuple[object, ...]:
@@ -184,31 +192,56 @@ def options(
                         break
 
 
-_QUALITY = {label: rank for rank, (label, _) in enumerate(WEIGHTS)} | {"as stored": 0}
-
-_KV_QUALITY = {kv: rank for rank, kv in enumerate(KV)}
-
-
-def suggestions(
-    model: str | ModelCard, device: str, count: int, limits: Limits, load: Load, vllm_version: str
-) -> list[Option]:
-    """List the options that meet every limit, best first.
+def suggestions(goal: Goal) -> list[Choice]:
+    """List the settings and the recipes that meet every limit of a goal, best first.
 
     More bits come before fewer, then a better KV type, fewer cards, and less time a token.
     """
-    fitting = [
-        o for o in options(model, device, count, limits, load, vllm_version) if o.plan.verdict == "fits"
-    ]
-    unique = {o.label: o for o in fitting}
-    return sorted(
-        unique.values(),
-        key=lambda o: (
-            _QUALITY[o.weights],
-            _KV_QUALITY[str(o.knobs.get("kv_cache_dtype", "auto"))],
-            o.plan.tensor_parallel_size,
-            o.plan.latency_ms.decode_expected,
-        ),
+    fitting = [choices[-1] for _, _, choices in families(goal) if choices[-1].fits]
+    return sorted([*fitting, *recipes(goal)], key=lambda c: c.rank)
+
+
+def recipes(goal: Goal) -> list[Choice]:
+    """Plan each profile of one host for a goal's model, device, load and limits; return those that fit."""
+    found = []
+    for name in profiles.names():
+        profile = profiles.load_profile(name)
+        if profile.hosts > 1 or is_for_another(profile, goal.card):
+            continue
+        if devices.load_device(profile.device).kind != goal.device.kind:
+            continue
+        for count in sorted({goal.count, min(profile.device_count, goal.count)}):
+            if (choice := _recipe(goal, profile, count)) and choice.fits:
+                found.append(choice)
+    return found
+
+
+def _recipe(goal: Goal, profile: Profile, count: int) -> Choice | None:
+    stored = goal.weights == "stored" or not goal.quantizes
+    weights = "stored" if stored else goal.weights or "profile"
+    request = PlanRequest(
+        profile,
+        goal.card,
+        goal.device,
+        count,
+        goal.overrides,
+        clients=goal.load.clients,
+        input_tokens=goal.load.input_tokens,
+        output_tokens=goal.load.output_tokens,
+        memory_limit_bytes=goal.limits.memory_bytes,
+        tpot_p99_ms=goal.limits.tpot_p99_ms,
+        ttft_p99_ms=goal.limits.ttft_p99_ms,
+        vllm_version=goal.vllm_version,
+        weights=weights,
     )
+    try:
+        inputs = gather(request)
+        plan = compute(inputs)
+    except BadInput:
+        return None
+    knobs = {name: knob.value for name, knob in profile.knobs.items()}
+    environment = {name: str(knob.value) for name, knob in profile.environment.items()}
+    return Choice(weights, {**knobs, **goal.overrides}, environment, plan, inputs, profile.name)
 
 
 def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_version: str) -> list[Option]:

@@ -275,10 +275,18 @@ def fit_notes(
 ) -> list[str]:
     """Describe a plan that fits: its room below the limit, and its KV pool."""
     room = limits.memory_bytes - memory.peak
-    return [
+    notes = [
         f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limits.memory_bytes)}; "
         f"the KV pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens"
     ]
+    useful = engine.max_num_seqs * memory.kv.layout.blocks_per_request + 1
+    if engine.kv_auto and memory.kv.blocks == useful and room > memory.kv.block_bytes:
+        notes.append(
+            f"the pool ends at max_num_seqs={engine.max_num_seqs} requests of"
+            f" max_model_len={engine.max_model_len} tokens, more than which the engine does not take; raise"
+            " one of them to use the rest"
+        )
+    return notes
 
 
 def start_notes(

@@ -7,6 +7,7 @@ the host has one. `playbooks/doctor.yml` brings the two together; nothing here t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from textwrap import wrap
 from typing import Any, Literal
 
 from lowmem.schema import Strict
@@ -375,9 +376,16 @@ def overall(findings: list[Finding]) -> Grade:
     return "bad" if "bad" in grades else "warn" if "warn" in grades else "ok"
 
 
-def lines(findings: list[Finding]) -> list[str]:
-    """Format the findings as they are shown: grade, subject, state, and what to do."""
+def lines(findings: list[Finding], columns: int = 0) -> list[str]:
+    """Format the findings as they are shown: grade, subject, state, and what to do.
+
+    With a number of columns, a longer line goes on below its state.
+    """
     wide = max((len(f.subject) for f in findings), default=0)
-    return [
+    whole = [
         f"{f.grade:<4}  {f.subject:<{wide}}  {f.says}" + (f" -> {f.do}" if f.do else "") for f in findings
     ]
+    if not columns:
+        return whole
+    below = " " * min(wide + 8, columns // 2)
+    return [part for line in whole for part in wrap(line, max(columns, 20), subsequent_indent=below)]

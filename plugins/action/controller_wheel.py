@@ -45,7 +45,7 @@ def sources(source: Path) -> list[Path]:
     packages = {init.parent for init in source.glob("*/__init__.py")} | {
         init.parent for init in source.glob("src/*/__init__.py")
     }
-    packages |= {source / name for name in ("profiles",) if (source / name).is_dir()}
+    packages |= {source / name for name in ("profiles", "plugins/modules") if (source / name).is_dir()}
     files = [source / name for name in PROJECT_FILES if (source / name).is_file()] + list(source.glob("*.py"))
     for package in packages:
         files += [path for path in package.rglob("*") if path.is_file() and not IGNORED & set(path.parts)]

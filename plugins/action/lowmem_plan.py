@@ -149,7 +149,9 @@ def wanted_weights(wanted: Mapping[str, Any], card: ModelCard) -> str:
 def goals(wanted: Mapping[str, Any]) -> dict[str, Any]:
     """Return the limits and the load of the inventory as a plan's request has them."""
     given: dict[str, Any] = {name: int(value) for name, value in wanted["load"].items()}
-    given |= {name: float(value) for name, value in wanted["latency_limits"].items()}
+    given |= {
+        f"{name.removesuffix('_ms')}_p99_ms": float(value) for name, value in wanted["latency_limits"].items()
+    }
     if wanted["memory_limit"]:
         given["memory_limit_bytes"] = parse_bytes(wanted["memory_limit"])
     return given

@@ -10,8 +10,6 @@ import os
 import shutil
 from pathlib import Path
 
-from ansible.module_utils.basic import AnsibleModule
-
 DOCUMENTATION = r"""
 module: host_report
 short_description: Report memory, swap, kernel settings, disk space, listeners and libraries of a host
@@ -255,7 +253,23 @@ def memlock_bytes() -> int:
     return resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
 
 
+SYSCTLS = ("vm.swappiness", "vm.max_map_count", "vm.overcommit_memory")
+
+
+def report(root: str | None, paths: list) -> dict:
+    """What `lowmem doctor` judges of a host."""
+    return {
+        "memory": memory(),
+        "sysctl": sysctls(SYSCTLS),
+        "disk": {path: disk(path) for path in paths},
+        "own_processes": own_processes(root),
+    }
+
+
 def main() -> None:
+    # Here and not above: `lowmem doctor` reads a host by these functions too, where there is no Ansible.
+    from ansible.module_utils.basic import AnsibleModule
+
     strings = {"type": "list", "elements": "str", "default": []}
     module = AnsibleModule(
         argument_spec={
@@ -270,14 +284,11 @@ def main() -> None:
     wanted = module.params
     module.exit_json(
         changed=False,
-        memory=memory(),
+        **report(wanted["root"], wanted["paths"]),
         swaps=swaps(),
-        sysctl=sysctls(("vm.swappiness", "vm.max_map_count", "vm.overcommit_memory")),
         numa=numa(),
         memlock_bytes=memlock_bytes(),
-        disk={path: disk(path) for path in wanted["paths"]},
         listeners=listeners(wanted["ports"], wanted["root"]),
-        own_processes=own_processes(wanted["root"]),
         missing_libraries=missing_libraries(wanted["libraries"]),
         missing_commands=missing_commands(wanted["commands"]),
     )

@@ -40,6 +40,7 @@ WRITERS = {
     "receipt": ("receipt", RECEIPT, "--out", "{}"),
     "measure": ("measure", "--plan", PLAN, "--url", "http://127.0.0.1:9", "--pid", 1, "--out", "{}"),
     "frontier": ("frontier", "--out", "{}"),
+    "capacity": ("capacity", "--out", "{}"),
 }
 """Every command that writes a file."""
 

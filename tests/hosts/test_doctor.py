@@ -3,12 +3,19 @@ gives none.
 """
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+import lowmem
+from lowmem.cli.main import app
+from lowmem.errors import BadInput
+from lowmem.status import reading
 from lowmem.status.doctor import lines, overall, triage
 
 ROOT = Path(__file__).parents[2]
@@ -302,3 +309,23 @@ def test_a_file_that_is_no_report_is_one_line(tmp_path):
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
     assert "is not a report of playbooks/doctor.yml" in done.stderr
+
+
+def test_it_reads_its_own_host_without_a_report(tmp_path):
+    words = ["doctor", "--plan", str(tmp_path / "etc/plan.json")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code in (0, 2), done.output
+    first, *found = done.stdout.splitlines()
+    assert first == f"read from this host, plan {tmp_path}/etc/plan.json (there is none)"
+    assert any(line.split()[1] == "RAM" for line in found)
+    assert re.fullmatch(r"verdict: (ok|warn|bad)", found[-1])
+
+
+def test_an_installed_package_has_the_readers_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(lowmem, "__file__", str(tmp_path / "lowmem/__init__.py"))
+    assert reading.readers() == tmp_path / "lowmem/readers"
+    with pytest.raises(BadInput, match="is not there: install lowmem again"):
+        reading.this_host(tmp_path / "etc/plan.json")
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for name in ("gpu_report", "host_report"):
+        assert wheel["force-include"][f"plugins/modules/{name}.py"] == f"lowmem/readers/{name}.py"

@@ -104,7 +104,8 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 WRITTEN = {
-    "calibrate out", "frontier out", "measure out", "receipt out", "report out", "gateway-health socket",
+    "calibrate out", "capacity out", "frontier out", "measure out", "receipt out", "report out",
+    "gateway-health socket",
 }  # fmt: skip
 """Paths that a command writes."""
 
@@ -113,6 +114,9 @@ READ_ELSEWHERE = {
     "measure log": "tests/measure/test_enginelog.py",
     "gateway-health figures": "test_figures_that_are_no_text_are_left_out",
     "plan model": "tests of the model cards",
+    "doctor plan": "case `top plan`: one reader",
+    "capacity profile": "case `plan profile`",
+    "capacity model": "tests of the model cards",
     "explain model": "tests of the model cards",
     "frontier model": "tests of the model cards",
     "fleet profile": "case `plan profile`",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowmem.errors import BadInput
-from lowmem.inputs import profiles
+from lowmem.inputs import model_cards, profiles
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import Plan
@@ -26,6 +26,17 @@ VERDICT = {
     "lab": "fits",
     "article": "impossible",
     "two_hosts": "fits",
+    "llama_3_3_70b": "fits",
+    "qwen3_32b_40g": "fits",
+    "qwen3_32b_24g": "fits",
+    "qwen3_30b_a3b_40g": "fits",
+    "qwen3_30b_a3b_24g": "fits",
+    "gpt_oss_20b_40g": "fits",
+    "gpt_oss_20b_24g": "fits",
+    "gemma_3_27b_40g": "fits",
+    "gemma_3_27b_24g": "fits",
+    "mistral_small_24b_40g": "fits",
+    "mistral_small_24b_24g": "fits",
 }
 
 
@@ -112,6 +123,24 @@ def test_every_argument_has_its_reason(name):
     plan = make_plan(PlanRequest(name))
     assert all(a.why for a in plan.arguments)
     assert all(v.why for v in plan.environment)
+
+
+def test_llama_3_3_70b_fits_20_gib_a_card_only_with_a_quantized_kv_cache():
+    plan = make_plan(PlanRequest("llama_3_3_70b"))
+    assert (plan.max_requests, plan.limit_bytes // GIB) == (4, 20)
+    whole = make_plan(PlanRequest("llama_3_3_70b", overrides={"kv_cache_dtype": "auto"}))
+    assert whole.verdict == "slow"
+    assert any(r.startswith("kv_cache: the pool holds 1 requests of 1280 tokens") for r in whole.reasons)
+
+
+@pytest.mark.parametrize("name", [n for n in VERDICT if n[-4:] in ("_40g", "_24g", "_70b")])
+def test_profiles_that_nothing_measured_say_so(name):
+    profile = profiles.load_profile(name)
+    assert profile.summary.endswith("planned, not measured")
+    assert "Checkpoint as published: " in (profiles.folder() / f"{name}.yml").read_text()
+    stored = model_cards.load_card(profile.model).quantization
+    assert profile.quantization.method == stored.method
+    assert profile.quantization.bits == stored.bits
 
 
 def test_a_fitting_plan_has_no_nearest():
@@ -267,7 +296,10 @@ def test_weights_larger_than_the_card_are_out_of_memory():
         ({"overrides": {"offload_group_size": 4, "offload_prefetch_step": 0}}, "offload_prefetch_step=0"),
         ({"overrides": {"offload_backend": "prefetch"}}, "offload_backend=prefetch needs offload_group_size"),
         ({"overrides": {"max_model_len": 8192}}, "max_model_len=8192 is more than the 4096 positions"),
-        ({"overrides": {"max_model_len": 1000}}, "is more than max_model_len=1000"),
+        (
+            {"overrides": {"max_model_len": 1000}, "input_tokens": 900},
+            "input_tokens=900 + output_tokens=256 is more than max_model_len=1000",
+        ),
         ({"overrides": {"kv_cache_dtype": "int3"}}, "kv_cache_dtype='int3' is not one of"),
         ({"overrides": {"enforce_eager": "maybe"}}, "enforce_eager='maybe' is not true or false"),
         ({"overrides": {"block_size": 20}}, "block_size=20 is not a multiple of 16"),
@@ -325,6 +357,32 @@ def test_max_model_len_auto_is_what_the_pool_holds():
     plan = make_plan(PlanRequest("low_latency", overrides={"max_model_len": "auto"}))
     assert plan.verdict in ("fits", "slow")
     assert plan.argv[plan.argv.index("--max-model-len") + 1] == "auto"
+
+
+def test_a_shorter_max_model_len_shortens_the_profiles_own_load():
+    plan = make_plan(PlanRequest("low_mem", overrides={"max_model_len": 1024}))
+    assert (plan.load.input_tokens, plan.load.output_tokens) == (768, 256)
+    said = "the load follows max_model_len: 768 + 256 tokens a request (profile low_mem: 1024 + 256)"
+    assert said in plan.reasons
+    assert plan.verdict == "fits"
+
+
+def test_a_pool_that_ends_below_the_limit_says_why():
+    plan = make_plan(PlanRequest("low_mem", memory_limit_bytes=36 * GIB))
+    assert plan.reasons[1].startswith("the pool ends at max_num_seqs=8 requests of max_model_len=2048 tokens")
+    assert len(make_plan(PlanRequest("low_mem")).reasons) == 1
+
+
+@pytest.mark.parametrize(
+    ("profile", "model"),
+    [
+        ("low_mem", "llama-2-70b-compressed-tensors"),
+        ("qwen3_32b_40g", "Qwen/Qwen3-32B-AWQ"),
+        ("gpt_oss_20b_24g", "openai/gpt-oss-20b"),
+    ],
+)
+def test_the_command_names_the_published_checkpoint_or_the_one_to_be_made(profile, model):
+    assert make_plan(PlanRequest(profile)).argv[0] == model
 
 
 def test_a_two_bit_awq_does_not_exist():
