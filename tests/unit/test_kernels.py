@@ -136,7 +136,7 @@ def test_a_checkpoint_of_floats_has_a_plan(recipe):
 
 @pytest.mark.parametrize("command", [("plan", "--profile", "low_mem"), ("explain", "low_mem")])
 def test_the_text_says_what_a_step_reads_and_by_which_kernel(command):
-    """18.05 GB is half of the 4-bit model less its embedding, and 1.51 GB what 8 requests hold in KV cache."""
+    """18.05 GB is half of the 4-bit model less its embedding, and 1.51 GB the KV cache of 8 requests."""
     said = " ".join(CliRunner().invoke(app, command).stdout.split())
     assert "a token uses 68.71 of 68.98 billion parameters" in said
     assert "reads 18.05 GB of weights and 1.51 GB of KV cache a card (kernels: marlin)" in said
