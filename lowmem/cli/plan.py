@@ -162,10 +162,9 @@ def plan(
         limit = parse_bytes(memory_limit) if memory_limit is not None else None
     except (ValueError, OverflowError) as e:
         raise BadInput(f"--memory-limit: {e}") from None
+    base = profile or DEFAULT_PROFILE
     request = PlanRequest(
-        profile_of_command(pasted, profile, device, model, as_profile)
-        if pasted
-        else profile or DEFAULT_PROFILE,
+        profile_of_command(pasted, base, device, model, as_profile) if pasted else base,
         model,
         device,
         count,

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from lowmem.cli.main import app
 from lowmem.data import load_yaml
 from lowmem.inputs.devices import load_device
 from lowmem.inputs.model_cards import card_from_config, load_card
@@ -130,3 +132,11 @@ def test_a_checkpoint_of_floats_has_a_plan(recipe):
     card = card_from_config(config, "m", "config.json")
     plan = make_plan(PlanRequest("lab", card, "h200", 1, weights="stored", search=False))
     assert plan.decode_step.linear_kernel == {"modelopt": "humming"}.get(recipe["quant_method"], "fp8")
+
+
+@pytest.mark.parametrize("command", [("plan", "--profile", "low_mem"), ("explain", "low_mem")])
+def test_the_text_says_what_a_step_reads_and_by_which_kernel(command):
+    """18.05 GB is half of the 4-bit model less its embedding, and 1.51 GB the KV cache of 8 requests."""
+    said = " ".join(CliRunner().invoke(app, command).stdout.split())
+    assert "a token uses 68.71 of 68.98 billion parameters" in said
+    assert "reads 18.05 GB of weights and 1.51 GB of KV cache a card (kernels: marlin)" in said
