@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.files import parse_json
-from lowmem.plan import support
+from lowmem.plan import capability, support
 from lowmem.plan.engine_config import (
     EngineConfig,
     graph_sizes,
@@ -41,7 +41,7 @@ def resolve(
     dp = int(v.get("data_parallel_size", 1))
     support.refuse_parallel(tp, pp, count, hosts, dp)
     support.refuse_split(card, tp)
-    dtype = _dtype(v, card)
+    dtype = _dtype(v, card, device)
     support.refuse_dtype(card, dtype)
     support.refuse_quantization(card, v)
     max_len = _max_model_len(v, card)
@@ -75,7 +75,8 @@ def resolve(
         kv_dtype=kv_dtype,
         block_tokens=None if block is None else int(block),
         **_graphs(v, device, seqs, batched, speculation),
-        custom_all_reduce=not v.get("disable_custom_all_reduce", False),
+        custom_all_reduce=not v.get("disable_custom_all_reduce", False)
+        and capability.custom_all_reduce(device, tp),
         **_offload(v),
         kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
         dummy=v.get("load_format") == "dummy",
@@ -107,13 +108,12 @@ def _text_only(v: Mapping[str, Any]) -> bool:
     return most == [0, 0]
 
 
-def _dtype(v: Mapping[str, Any], card: ModelCard) -> str:
+def _dtype(v: Mapping[str, Any], card: ModelCard, device: Device) -> str:
+    """Return the type that the engine computes in; "auto" is the checkpoint's, if the card has it."""
     dtype = str(v.get("dtype", "auto"))
-    if dtype in ("auto", "half", "float"):
-        dtype = {"half": "float16", "float": "float32"}.get(
-            dtype, "float16" if card.dtype == "float32" else card.dtype
-        )
-    return dtype
+    if dtype == "auto":
+        return capability.usable_dtype("float16" if card.dtype == "float32" else card.dtype, device)
+    return {"half": "float16", "float": "float32"}.get(dtype, dtype)
 
 
 def _kv_dtype(v: Mapping[str, Any], card: ModelCard) -> str:
