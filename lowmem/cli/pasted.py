@@ -50,7 +50,9 @@ def profile_of_command(
         raise BadInput(f"--as-profile {as_profile} is no YAML file; name one that ends in .yml")
     base = load_profile(profile)
     name = Path(as_profile).stem if as_profile else "command"
-    made = profile_of(command, base, load_device(device or base.device), model, name)
+    wanted = device or base.device
+    made = profile_of(command, base, load_device(wanted), model, name)
+    made = made.model_copy(update={"device": wanted})  # a card that is described has no name in the table
     if as_profile is not None:
         check_writable(Path(as_profile))
         write_text(Path(as_profile), text_of(made))
