@@ -27,6 +27,7 @@ COMMANDS = {
     "fleet": "lowmem.cli.fleet:fleet",
     "check-article": "lowmem.cli.check_article:check_article",
     "measure": "lowmem.cli.measure:measure",
+    "calibrate": "lowmem.cli.calibrate:calibrate",
     "receipt": "lowmem.cli.receipt:receipt",
     "report": "lowmem.cli.report:report",
     "top": "lowmem.cli.top:top",

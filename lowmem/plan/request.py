@@ -14,6 +14,7 @@ from lowmem.plan import engine_config, knobs
 from lowmem.plan.speculation import KNOB, MOST_DRAFTS
 from lowmem.schema import (
     VLLM_VERSION,
+    Calibration,
     Deploy,
     Device,
     Knob,
@@ -54,6 +55,7 @@ class PlanRequest:
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
     weights: str | None = None  # stored, profile (to be quantized as it says); None: see wanted_weights
+    calibration: Calibration | None = None  # constants of the site; None: the package's
 
 
 @dataclass(frozen=True)
