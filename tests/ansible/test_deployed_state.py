@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from .plugin import load
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODULE = REPOSITORY / "plugins/modules/deployed_state.py"
 
@@ -210,3 +212,20 @@ def test_the_role_tells_hosts_and_says_why(root: Path, tmp_path: Path) -> None:
     told = play(root, *variables, "--tags", "compare").stdout
     assert f"left it: {root}/etc/a.conf\n" in told
     assert "unchanged: False" in told
+
+
+def test_a_seal_stands_for_all_files_of_an_environment(tmp_path: Path) -> None:
+    module = load("modules/deployed_state.py")
+    (tmp_path / "a.py").write_text("a")
+    (tmp_path / "b.py").write_text("b")
+    (tmp_path / ".files.json").write_text('{"a.py": [1, 2], "b.py": [1, 2]}')
+    whole = module.sealed(tmp_path / ".files.json")
+    assert module.sealed(tmp_path / ".files.json") == whole
+    (tmp_path / "other.py").touch()
+    assert module.sealed(tmp_path / ".files.json") == whole
+    (tmp_path / "a.py").write_text("aa")
+    altered = module.sealed(tmp_path / ".files.json")
+    (tmp_path / "b.py").unlink()
+    assert len({whole, altered, module.sealed(tmp_path / ".files.json")}) == 3
+    (tmp_path / ".files.json").write_text("{")
+    assert module.sealed(tmp_path / ".files.json") == "unreadable"

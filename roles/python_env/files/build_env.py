@@ -206,15 +206,15 @@ def ensure(env: Path, spec: dict[str, Any]) -> None:
         for trouble in itertools.islice(seal.troubles(env) if mark.exists() else (), SHOWN):
             say(f"{env.name}: {trouble}")
         fresh = env.with_name(f".{env.name}.new")
+        place = fresh if mark.exists() else env
         try:
             if old := donor(env, spec["stamp"]):
-                clone(old, env)
-                install_wheels(env, spec["wheels"])
-            elif mark.exists():
-                build(fresh, spec)
-                clone(fresh, env)
+                clone(old, place)
+                install_wheels(place, spec["wheels"])
             else:
-                build(env, spec)
+                build(place, spec)
+            if place == fresh:
+                clone(fresh, env)
             seal.write(env)
             beside = env / ".complete.new"
             beside.write_text(json.dumps(spec["stamp"]), encoding="utf-8")
