@@ -113,7 +113,7 @@ def by_nvml_name(nvml_name: str, total_mib: int) -> Device:
 
 
 def _by_name(nvml_name: str, total_mib: int) -> Device | None:
-    key = _index().get(_canonical(nvml_name))
+    key = _found(nvml_name)
     device = _entry(*key) if key else None
     if device is None or device.kind != "cuda":
         return None
@@ -277,30 +277,51 @@ _NOISE = frozenset({
 """Words of an NVML name that tell no card from another."""
 
 
-def _canonical(name: str) -> str:
-    """Return a name as the index has it: NVML, the table and people write the same card differently."""
+def _words(name: str) -> list[str]:
+    """Return the words of a name that tell cards apart: `40GB` is `40g`, and each SXM socket is `sxm`."""
     words = [w for w in re.split(r"[^a-z0-9]+", name.lower()) if w and w not in _NOISE]
     words = [re.sub(r"(?<=\d)gi?b$", "g", w) for w in words]
-    return "".join(re.sub(r"^sxm\d$", "sxm", w) for w in words)
+    return [re.sub(r"^sxm\d$", "sxm", w) for w in words]
+
+
+def _canonical(name: str) -> str:
+    """Return a name as the index has it: NVML, the table and people write the same card differently."""
+    return "".join(_words(name))
+
+
+def _unordered(name: str) -> str:
+    """Return the words of a name in one order: A100-PCIE-80GB is the A100 80GB PCIe."""
+    return " ".join(sorted(_words(name)))
+
+
+def _found(name: str) -> tuple[str, str | None] | None:
+    """Return name and MIG profile of a device of the table, however it is written; None: it has none."""
+    index = _index()
+    return index.get(_canonical(name)) or index.get(_unordered(name))
 
 
 @cache
 def _index() -> dict[str, tuple[str, str | None]]:
     """Return name and MIG profile of each way to write a device; of one family the SXM card comes first."""
     table, found = load_yaml("devices.yml"), dict[str, tuple[str, str | None]]()
+
+    def enter(written: str, key: str, profile: str | None = None) -> None:
+        found.setdefault(_canonical(written), (key, profile))
+        found.setdefault(_unordered(written), (key, profile))
+
     for key, entry in table.items():
         for written in (key, *entry.get("nvml", ()), *entry.get("aliases", ())):
-            found.setdefault(_canonical(written), (key, None))
+            enter(written, key)
             for profile in entry.get("slices", ()):
-                found.setdefault(_canonical(f"{written}-{profile}"), (key, profile))
+                enter(f"{written}-{profile}", key, profile)
     for key in sorted(table, key=lambda k: k.endswith(("-pcie", "-nvl"))):
         for profile in table[key].get("slices", ()):
-            found.setdefault(_canonical(f"{key.split('-')[0]}-{profile}"), (key, profile))
+            enter(f"{key.split('-')[0]}-{profile}", key, profile)
     return found
 
 
 def _table_device(name: str) -> Device:
-    key = _index().get(_canonical(name))
+    key = _found(name)
     if key:
         return _entry(*key)
     every = names()

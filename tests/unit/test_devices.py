@@ -112,6 +112,9 @@ def test_nvml_names(said, total_mib, name):
         ("NVIDIA RTX A6000", "rtx-a6000"), ("a6000", "rtx-a6000"), ("4070 Ti Super", "rtx-4070-ti-super"),
         ("a100-1g.5gb", "a100-40g-mig-1g.5gb"), ("A100-7g.80gb", "a100-80g-mig-7g.80gb"),
         ("h100-3g.40gb", "h100-mig-3g.40gb"), ("dgx spark", "gb10"),
+        ("a100-pcie-80g", "a100-80g-pcie"), ("PCIe H100", "h100-pcie"), ("V100-PCIE-32GB", "v100-32g-pcie"),
+        ("a100-pcie-40gb", "a100-40g-pcie"), ("a100-40g-sxm", "a100-40g"), ("a100-sxm-80g", "a100-80g"),
+        ("h100-sxm", "h100"), ("h200-141g", "h200"), ("rtx_4090", "rtx-4090"),
     ],
 )  # fmt: skip
 def test_a_name_is_read_as_people_write_it(written, name):
