@@ -56,11 +56,13 @@ make molecule SCENARIO="service cluster two_hosts"
 No host had a clock of its own (`unit-clock-jump` shows another clock to the service's programs).
 No machine had a GPU.
 
-**What one key can take from another.** Sixteen clients of one key repeated a refused request as fast as they could (2026-12-01, 2 cores, load 27).
+**What one key can take from another.** Sixteen clients of one key repeated a refused request without a pause.
+That was on 2026-12-01, on 2 cores at a load of 27.
 The server answered at most 37 times a second and used 4 to 10 % of one core for it.
-The kinds were numbers out of range, a choice of 100,000, a prompt of 9 MiB, a schema of 2,000 properties and a schema without end.
-While another key was here within the hour, the engine computes one step of the busy key's prompts at a time, or one longer prompt.
-`benchmarks/abuse.py` measures the other key's first token; its bound of 3 x the quiet p99 was not measured on an idle machine yet.
+The kinds: numbers out of range, 100,000 choices, a prompt of 9 MiB, 2,000 properties, a schema without end.
+While another key is here, the engine computes one step of a busy key's prompts at a time, or one longer one.
+`benchmarks/abuse.py` measures the other key's first token.
+Its bound, 3 times the quiet p99, was not measured on an idle machine yet.
 
 Written and not seen yet: {unseen}.
 
