@@ -56,6 +56,14 @@ make molecule SCENARIO="service cluster two_hosts"
 No host had a clock of its own (`unit-clock-jump` shows another clock to the service's programs).
 No machine had a GPU.
 
+**What one key can take from another.** Sixteen clients of one key repeated a refused request without a pause.
+That was on 2026-12-01, on 2 cores at a load of 27.
+The server answered at most 37 times a second and used 4 to 10 % of one core for it.
+The kinds: numbers out of range, 100,000 choices, a prompt of 9 MiB, 2,000 properties, a schema without end.
+While another key is here, the engine computes one step of a busy key's prompts at a time, or one longer one.
+`benchmarks/abuse.py` measures the other key's first token.
+Its bound, 3 times the quiet p99, was not measured on an idle machine yet.
+
 Written and not seen yet: {unseen}.
 
 | fault | what happens | recovery | runbook |
