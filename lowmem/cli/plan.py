@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, EngineRefuses
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import VLLM_VERSION, Deploy, Plan
-from lowmem.text import visible_json
+from lowmem.text import visible, visible_json
 from lowmem.units import parse_bytes
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
@@ -30,8 +30,8 @@ def plan(
     weights: Annotated[
         str | None,
         typer.Option(
-            help="stored, or profile: quantized first, as the profile says; default: stored for a directory"
-            " or Hugging Face id"
+            help="stored; profile: quantized first, as the profile says; awq-4bit or compressed-tensors-4bit:"
+            " quantized first in that format; default: stored for a directory or Hugging Face id"
         ),
     ] = None,
     device: Annotated[
@@ -110,7 +110,7 @@ def plan(
         limit = parse_bytes(memory_limit) if memory_limit is not None else None
     except (ValueError, OverflowError) as e:
         raise BadInput(f"--memory-limit: {e}") from None
-    result = make_plan(
+    result = _plan_or_refusal(
         PlanRequest(
             profile,
             model,
@@ -128,7 +128,8 @@ def plan(
             hosts=hosts,
             network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
             weights=weights,
-        )
+        ),
+        json_,
     )
     if suggest:
         raise typer.Exit(0 if show_options(model or result.model, result, json_) else 2)
@@ -139,6 +140,17 @@ def plan(
 
         show_plan(result)
     raise typer.Exit(EXIT[result.verdict])
+
+
+def _plan_or_refusal(request: PlanRequest, as_json: bool) -> Plan:
+    """Make a plan; for a checkpoint that the engine refuses print its reason, and exit as impossible."""
+    try:
+        return make_plan(request)
+    except EngineRefuses as refusal:
+        said = {"verdict": "impossible", "reasons": [str(refusal)]}
+        text = json.dumps(said, indent=2) if as_json else f"impossible\n  {visible(str(refusal))}"
+        sys.stdout.write((visible_json(text) if as_json else text) + "\n")
+        raise typer.Exit(EXIT["impossible"]) from None
 
 
 def show_options(model: str, plan: Plan, as_json: bool) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from lowmem.checkpoint.quantization import ONLINE, ONLINE_ALIASES
 from lowmem.errors import BadInput
 from lowmem.plan.knobs import _capability
 from lowmem.plan.speculation import Speculation
@@ -78,6 +80,7 @@ class EngineConfig:
     hosts: int = 1
     partition: tuple[int, ...] = ()  # decoder layers of each pipeline stage; empty: one stage
     speculation: Speculation | None = None
+    online: str = ""  # quantization that the engine makes while it loads 16-bit weights
 
     @property
     def rows(self) -> int:
@@ -96,6 +99,16 @@ class EngineConfig:
     def local_cards(self) -> int:
         """Count the cards of one host that the engine takes."""
         return self.tp * self.pp // self.hosts
+
+
+def online_method(v: Mapping[str, Any], card: ModelCard) -> str:
+    """Return the online quantization that the `quantization` knob asks for; "" for none.
+
+    A checkpoint that is quantized already stays as it is stored.
+    """
+    name = str(v.get("quantization") or "")
+    name = ONLINE_ALIASES.get(name, name)
+    return name if name in ONLINE and card.quantization.method == "none" else ""
 
 
 def graph_sizes(

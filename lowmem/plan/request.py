@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from pydantic import ValidationError
 
+from lowmem.checkpoint.quantization import ONLINE, ONLINE_ALIASES
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, links, model_cards, profiles
 from lowmem.plan import engine_config, knobs
@@ -53,7 +54,7 @@ class PlanRequest:
     hosts: int | None = None
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
-    weights: str | None = None  # stored, profile (to be quantized as it says); None: see wanted_weights
+    weights: str | None = None  # stored, profile, or a format (see MADE); None: see wanted_weights
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ class Inputs:
     deploy: Deploy | None = None
     hosts: int = 1
     link: Link | None = None  # between the hosts; None: there is one host
-    weights: str = "profile"  # or stored: how the checkpoint is planned
+    weights: str = "profile"  # how the checkpoint is planned: see wanted_weights
+
+    @property
+    def to_be_quantized(self) -> bool:
+        """Tell whether this deployment quantizes the checkpoint before it serves it."""
+        return self.card.quantization != self.base.quantization
 
 
 def gather(request: PlanRequest) -> Inputs:
@@ -89,8 +95,9 @@ def gather(request: PlanRequest) -> Inputs:
     load, limits = _load(request, p), _limits(request, p)
     quantized = c
     how = wanted_weights(request, c)
-    if how == "profile":
-        quantized = model_cards.quantized(c, fitting_group(c, wanted_quantization(p, given), given))
+    if how != "stored":
+        wanted = wanted_quantization(p, given) if how == "profile" else made_quantization(how, c)
+        quantized = model_cards.quantized(c, fitting_group(c, wanted, given))
     place = _place(request.deploy) if isinstance(request.deploy, Mapping) else request.deploy
     hosts, link = _hosts(request, p)
     if place:
@@ -249,7 +256,25 @@ def refuse_place(place: Deploy, hosts: int) -> None:
         raise BadPlace(f"port={place.port} and master_port are the same; choose another for one of them")
 
 
-WEIGHTS = ("stored", "profile")
+MADE: Mapping[str, Quantization] = {
+    "awq-4bit": Quantization(method="awq", bits=4, group_size=128, zero_point=True),
+    "compressed-tensors-4bit": Quantization(
+        method="compressed-tensors", bits=4, group_size=128, zero_point=True
+    ),
+}
+"""Formats that role awq_quantize makes of a 16-bit checkpoint."""
+
+WEIGHTS = ("stored", "profile", *MADE)
+
+
+def made_quantization(how: str, card: ModelCard) -> Quantization:
+    """Return the format to be made. BadInput for a checkpoint that is quantized already."""
+    if card.quantization.method != "none":
+        raise BadInput(
+            f"weights={how} asks for a checkpoint to be quantized, and {card.name} is stored as"
+            f" {card.quantization.method} {card.quantization.bits}-bit; use weights=stored"
+        )
+    return MADE[how]
 
 
 def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
@@ -263,7 +288,9 @@ def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
             raise BadInput(f"weights={request.weights!r} is not one of {', '.join(WEIGHTS)}")
         return request.weights
     named = isinstance(request.model, str) and request.model.lower() not in model_cards.builtin()
-    return "stored" if named or card.counted else "profile"
+    knob = str(request.overrides.get("quantization", ""))
+    online = knob in ONLINE or knob in ONLINE_ALIASES
+    return "stored" if named or card.counted or online else "profile"
 
 
 def wanted_quantization(profile: Profile, given: Mapping[str, Knob]) -> Quantization:

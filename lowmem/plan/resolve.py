@@ -12,6 +12,7 @@ from lowmem.plan.engine_config import (
     graph_sizes,
     layer_partition,
     linear_kernel,
+    online_method,
 )
 from lowmem.plan.knobs import version
 from lowmem.plan.kv_types import stored_kv_dtype
@@ -39,8 +40,8 @@ def resolve(
     support.refuse_parallel(tp, pp, count, hosts)
     support.refuse_split(card, tp)
     dtype = _dtype(v, card)
-    support.refuse_dtype(card, dtype)
     support.refuse_quantization(card, v)
+    support.refuse_dtype(card, dtype, online_method(v, card))
     max_len = _max_model_len(v, card)
     seqs, batched = _batch(v, device, max_len)
     support.refuse_batch(v, seqs, batched, max_len)
@@ -81,6 +82,7 @@ def resolve(
         hosts=hosts,
         partition=layer_partition(card.layers, pp, wanted_partition) if pp > 1 else (),
         speculation=speculation,
+        online=online_method(v, card),
     )
 
 
