@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from lowmem.cli.main import app
 from lowmem.errors import BadInput
 from lowmem.inputs.model_cards import card_from_config
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
+from lowmem.plan.search import changes
 from lowmem.schema import ModelCard, Plan
 
 MODELS = json.loads((Path(__file__).parents[1] / "data/checkpoints/models_vllm_0.32.json").read_text())[
@@ -119,3 +122,32 @@ def test_a_quantized_checkpoint_keeps_its_own_method() -> None:
     ):
         make_plan(PlanRequest("low_mem", card(LLAMA), overrides={"quantization": "fp8_per_tensor"},
                               weights="awq-4bit"))  # fmt: skip
+
+
+def test_a_removed_architecture_is_impossible_like_any_other_plan(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODELS["Qwen-7B"]["config"]))
+    says = "vLLM 0.32.0 refuses QWenLMHeadModel: it was supported until 0.23.0, and is not supported anymore"
+    told = CliRunner().invoke(app, ["plan", "--model", str(tmp_path)])
+    assert (told.exit_code, told.stderr) == (2, "")
+    assert told.stdout.startswith(f"impossible\n  {says}")
+    told = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--json"])
+    assert told.exit_code == 2
+    answer = json.loads(told.stdout)
+    assert answer["verdict"] == "impossible"
+    assert answer["reasons"][0].startswith(says)
+
+
+def test_nearest_names_everything_that_it_changes() -> None:
+    old = make_plan(PlanRequest("low_mem", search=False))
+    new = make_plan(
+        PlanRequest("low_mem", "llama-2-70b", count=4, weights="stored", memory_limit_bytes=60 * 2**30,
+                    overrides={"tensor_parallel_size": 4, "enforce_eager": True}, search=False)
+    )  # fmt: skip
+    assert changes(old, new) == [
+        "cards 2 -> 4",
+        "weights compressed-tensors 4-bit (to be quantized by this deployment) -> 16-bit (as stored)",
+        "memory limit 20,480 MiB -> 61,440 MiB",
+        "--tensor-parallel-size 2 -> 4",
+        "--enforce-eager not set -> on",
+    ]
+    assert changes(old, old) == ["nothing"]
