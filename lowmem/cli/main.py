@@ -28,6 +28,7 @@ COMMANDS = {
     "oracle": "lowmem.cli.oracle:oracle",
     "check-article": "lowmem.cli.check_article:check_article",
     "measure": "lowmem.cli.measure:measure",
+    "calibrate": "lowmem.cli.calibrate:calibrate",
     "receipt": "lowmem.cli.receipt:receipt",
     "report": "lowmem.cli.report:report",
     "top": "lowmem.cli.top:top",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from lowmem.errors import BadInput, EngineRefuses
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
+from lowmem.plan.calibration import calibrated, read_calibration
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
@@ -35,7 +37,11 @@ def plan(
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="name in the device table, or auto; default: the profile's")
+        str | None,
+        typer.Option(
+            help="name in the device table, auto, custom:24GiB,936GB/s,71TFLOPS,sm_86 or a YAML file;"
+            " default: the profile's"
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
     hosts: Annotated[
@@ -66,6 +72,9 @@ def plan(
         str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
     ] = None,
     vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,
+    calibration: Annotated[
+        Path | None, typer.Option(help="constants of your hosts, as `lowmem calibrate` writes them")
+    ] = None,
     model_path: Annotated[
         str | None, typer.Option(help="checkpoint on the host, for a deployment's arguments")
     ] = None,
@@ -128,11 +137,12 @@ def plan(
             hosts=hosts,
             network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
             weights=weights,
+            calibration=read_calibration(calibration) if calibration else None,
         ),
         json_,
     )
     if suggest:
-        raise typer.Exit(0 if show_options(model or result.model, result, json_) else 2)
+        raise typer.Exit(0 if show_options(model or result.model, device, result, json_) else 2)
     if json_:
         sys.stdout.write(visible_json(result.model_dump_json(indent=2)) + "\n")
     else:
@@ -153,19 +163,20 @@ def _plan_or_refusal(request: PlanRequest, as_json: bool) -> Plan:
         raise typer.Exit(EXIT["impossible"]) from None
 
 
-def show_options(model: str, plan: Plan, as_json: bool) -> bool:
+def show_options(model: str, device: str | None, plan: Plan, as_json: bool) -> bool:
     """Print the options that meet the limits of a plan. Return False if none does."""
     from lowmem.plan.render import show_suggestions
     from lowmem.plan.search import suggestions
 
-    options = suggestions(
-        model,
-        plan.device,
-        plan.device_count,
-        plan.limits,
-        plan.load,
-        plan.vllm_version,
-    )
+    with calibrated(plan.calibration, plan.device):
+        options = suggestions(
+            model,
+            device or plan.device,
+            plan.device_count,
+            plan.limits,
+            plan.load,
+            plan.vllm_version,
+        )
     if as_json:
         rows = [
             {"weights": o.weights, "knobs": o.knobs, "plan": o.plan.model_dump(mode="json")} for o in options

@@ -15,6 +15,7 @@ from lowmem.plan import engine_config, knobs
 from lowmem.plan.speculation import KNOB, MOST_DRAFTS
 from lowmem.schema import (
     VLLM_VERSION,
+    Calibration,
     Deploy,
     Device,
     Knob,
@@ -55,6 +56,7 @@ class PlanRequest:
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
     weights: str | None = None  # stored, profile, or a format (see MADE); None: see wanted_weights
+    calibration: Calibration | None = None  # constants of the site; None: the package's
 
 
 @dataclass(frozen=True)
