@@ -16,6 +16,10 @@ class BadInput(ValueError):
     """
 
 
+class EngineRefuses(BadInput):
+    """Raised for a checkpoint that the engine refuses, with its reason: a plan of it is impossible."""
+
+
 def first_problem(error: ValidationError, whole: str) -> str:
     """Say the first problem as `field: reason`; `whole` stands for a problem of no single field."""
     first = error.errors()[0]

@@ -159,8 +159,8 @@ class Published:
     config: Mapping[str, Any]
     hf_quant_config: Mapping[str, Any] | None = None
     headers: Mapping[str, Mapping[str, Any]] | None = None
-    inventories: dict[tuple[int, str], Any] = field(default_factory=dict, compare=False, repr=False)
-    """Counted once for a number of GPUs and a dtype; a search asks many times."""
+    inventories: dict[tuple[int, str, str], Any] = field(default_factory=dict, compare=False, repr=False)
+    """Counted once for a number of GPUs, a dtype and an online quantization; a search asks many times."""
 
 
 class ModelCard(Strict):
@@ -527,6 +527,10 @@ class Plan(Strict):
     parameters: int
     weight_bytes: Bytes = Field(description="all tensors of the checkpoint as stored")
     quantization: Quantization
+    weights: str = Field(
+        "",
+        description="how they come: as stored, to be quantized by this deployment, or online by the engine",
+    )
     checkpoint: Checkpoint | None = Field(None, description="None: the engine refuses it, or not counted")
     device: str
     device_kind: Literal["cuda", "cpu"]

@@ -15,9 +15,9 @@ from lowmem.checkpoint.architectures import (
     table,
     text_config,
 )
-from lowmem.checkpoint.quantization import Recipe, recipe_of
+from lowmem.checkpoint.quantization import Recipe, online_recipe, recipe_of
 from lowmem.checkpoint.storage import Scheme, Stored, tensors
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, EngineRefuses
 
 ENGINE_DTYPES = {"float16": "float16", "half": "float16", "bfloat16": "bfloat16", "float32": "float32",
                  "float": "float32"}  # fmt: skip
@@ -90,9 +90,11 @@ def inventory_of(
     dtype: str = "auto",
     hf_quant_config: Mapping[str, Any] | None = None,
     headers: Mapping[str, Mapping[str, Any]] | None = None,
+    online: str = "",
 ) -> Inventory:
     """Count a checkpoint's tensors on one of `tp` GPUs.
 
+    With the name of an online quantization they are those that the engine makes of them while it loads.
     `headers` holds {dtype, shape} by tensor name. BadInput for an architecture that is not in the table, for
     a config.json that is damaged, and, with vLLM's reason, for what vLLM refuses.
     """
@@ -100,7 +102,7 @@ def inventory_of(
         raise BadInput(f"tensor_parallel_size is {tp!r}; it must be a whole number from 1 to {TP_LIMIT}")
     architecture = known_architecture(config, headers)
     stored = {n: str(t.get("dtype")) for n, t in headers.items()} if headers else None
-    recipe = recipe_of(config, hf_quant_config, architecture, stored)
+    recipe = online_recipe(online) if online else recipe_of(config, hf_quant_config, architecture, stored)
     engine_dtype = engine_dtype_of(config, architecture, dtype, stored)
     ledger = _Ledger(recipe, engine_dtype)
     listed = tuple(modules(architecture, config, tp, recipe.method))
@@ -120,7 +122,7 @@ def known_architecture(
     for name in names if isinstance(names, list) else ():
         last = table()["removed"].get(name) if isinstance(name, str) else None
         if last:
-            raise BadInput(
+            raise EngineRefuses(
                 f"vLLM 0.32.0 refuses {name}: it was supported until {last}, and is not supported anymore;"
                 f" use vLLM {last} or another model"
             )

@@ -14,7 +14,7 @@ from typing import Any
 from lowmem.checkpoint.architectures import Architecture, Module
 from lowmem.checkpoint.patterns import matches, matches_target
 from lowmem.checkpoint.storage import Scheme
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, EngineRefuses
 
 PATTERNS_LIMIT = 100_000
 """Names and patterns of one recipe."""
@@ -44,6 +44,36 @@ class Recipe:
 UNQUANTIZED = Recipe("none", lambda module: None)
 
 
+_FP8_BLOCK = Scheme("fp8", 8, -1, strategy="block", online=True)
+
+ONLINE: Mapping[str, tuple[Scheme | None, Scheme | None]] = {
+    "fp8_per_tensor": (Scheme("fp8", 8, -1, online=True),) * 2,
+    "fp8_per_block": (_FP8_BLOCK, replace(_FP8_BLOCK, padded=(128, 128))),
+    "fp8_per_channel": (Scheme("fp8", 8, -1, strategy="channel", online=True),) * 2,
+    "mxfp8": (Scheme("mx", 8, 32, online=True),) * 2,
+    "mxfp4": (Scheme("mx", 4, 32, online=True),) * 2,
+    "int8_per_channel_weight_only": (None, Scheme("int8", 8, -1, strategy="channel", online=True)),
+    "nvfp4_per_token": (None, Scheme("nvfp4", 4, 16, static="float32", online=True)),
+}
+"""What the engine makes of linear layers and of experts at 16 bits while it loads them, by the value of
+`--quantization` (0.32.0, config/quantization.py and layers/quantization/online)."""
+
+ONLINE_ALIASES: Mapping[str, str] = {"fp8": "fp8_per_tensor", "experts_int8": "int8_per_channel_weight_only"}
+"""Older names (0.32.0, model_loader/weight_utils.py and layers/quantization/experts_int8.py)."""
+
+
+def online_recipe(name: str) -> Recipe:
+    """Return the recipe of an entry of ONLINE; lm_head and embedding stay as they are."""
+    linear, experts = ONLINE[name]
+
+    def choose(module: Module) -> Scheme | None:
+        if module.kind == "experts":
+            return experts
+        return None if module.kind == "lm_head" else linear
+
+    return Recipe(name, choose)
+
+
 def recipe_of(
     config: Mapping[str, Any],
     hf_quant_config: Mapping[str, Any] | None,
@@ -58,7 +88,7 @@ def recipe_of(
     names = _Names(architecture, stored or {})
     reader = _READERS.get(method) or _READERS.get(method.replace("_", "-"))
     if reader is None:
-        raise BadInput(
+        raise EngineRefuses(
             f"config.json: vLLM 0.32.0 has no quantization method {method!r}; it takes"
             f" {', '.join(sorted(_READERS))}: use a checkpoint of one of these"
         )
@@ -91,7 +121,7 @@ def _with_method(recipe: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if (made_by_modelopt or "modelopt_quant_config" in inner) and inner.get("quant_algo") is not None:
         algorithm = str(inner["quant_algo"]).upper()
         if algorithm not in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "NVFP4"):
-            raise BadInput(
+            raise EngineRefuses(
                 f"vLLM 0.32.0 refuses this checkpoint (unknown ModelOpt quant algo: {algorithm[:40]}); use"
                 " one whose config.json holds the quantization_config"
             )
@@ -274,12 +304,12 @@ def _gptq_scheme(recipe: Mapping[str, Any], override: Mapping[str, Any]) -> Sche
     group = _whole(merged, ("group_size",), 128, GROUP_SIZES)
     bits, symmetric = merged.get("bits"), merged.get("sym", True)
     if bits not in (4, 8) or not symmetric:
-        raise BadInput(
+        raise EngineRefuses(
             f"vLLM 0.32.0 refuses this GPTQ checkpoint (unsupported quantization config: bits={bits},"
             f" sym={symmetric}); it takes symmetric 4 or 8 bits: use a checkpoint of one of these"
         )
     if merged.get("desc_act") and group != -1:
-        raise BadInput(
+        raise EngineRefuses(
             "vLLM 0.32.0 refuses GPTQ checkpoints with desc_act (activation ordering) and groups; use a"
             " checkpoint made with desc_act false"
         )
@@ -298,8 +328,9 @@ def _gptq_modules(recipe: Mapping[str, Any], names: _Names) -> list[str]:
 def _awq(recipe: Mapping[str, Any], names: _Names) -> Recipe:
     bits = recipe.get("w_bit", recipe.get("bits"))
     if bits != 4:
-        raise BadInput(f"vLLM 0.32.0 refuses AWQ with bits={str(bits)[:40]}; it takes 4: use a checkpoint of"
-                       " 4 bits")  # fmt: skip
+        raise EngineRefuses(
+            f"vLLM 0.32.0 refuses AWQ with bits={str(bits)[:40]}; it takes 4: use a checkpoint of 4 bits"
+        )
     scheme = Scheme("awq", 4, _whole(recipe, ("q_group_size", "group_size"), 128, GROUP_SIZES))
     ignored = names.listed(recipe, "modules_to_not_convert")
     if not ignored and names.stored:
@@ -374,12 +405,12 @@ def _auto_round_scheme(recipe: Mapping[str, Any], bits: int, group: Any, symmetr
     group = _whole({"group_size": group}, ("group_size",), 128, GROUP_SIZES)
     if "awq" in str(recipe.get("packing_format", "")) or "awq" in str(recipe.get("backend", "")):
         if bits != 4:
-            raise BadInput(f"vLLM 0.32.0 refuses AutoRound packed as AWQ with bits={bits}; it takes 4")
+            raise EngineRefuses(f"vLLM 0.32.0 refuses AutoRound packed as AWQ with bits={bits}; it takes 4")
         return Scheme("awq", bits, group)
     if not 2 <= bits <= 8:
-        raise BadInput(f"vLLM 0.32.0 refuses AutoRound with bits={bits}; it takes 2 to 8")
+        raise EngineRefuses(f"vLLM 0.32.0 refuses AutoRound with bits={bits}; it takes 2 to 8")
     if bits in (4, 8) and not symmetric:
-        raise BadInput(
+        raise EngineRefuses(
             f"vLLM 0.32.0 refuses this AutoRound checkpoint (bits={bits}, sym=False is not supported); use a"
             " symmetric one, or one packed as auto_round:auto_awq"
         )
@@ -444,7 +475,7 @@ def _compressed_tensors(recipe: Mapping[str, Any], names: _Names) -> Recipe:
 def _refuse_sparsity(recipe: Mapping[str, Any]) -> None:
     sparsity = recipe.get("sparsity_config")
     if isinstance(sparsity, Mapping) and sparsity.get("targets"):
-        raise BadInput(
+        raise EngineRefuses(
             "vLLM 0.32.0 refuses this checkpoint (sparsity support has been removed from compressed-tensors);"
             " use a checkpoint without sparsity_config"
         )
@@ -453,7 +484,7 @@ def _refuse_sparsity(recipe: Mapping[str, Any]) -> None:
 def _compressed_attention(recipe: Mapping[str, Any]) -> tuple[int, int]:
     scheme = recipe.get("kv_cache_scheme")
     if isinstance(scheme, Mapping) and (scheme.get("type") != "float" or scheme.get("num_bits") != 8):
-        raise BadInput(
+        raise EngineRefuses(
             "vLLM 0.32.0 refuses this kv_cache_scheme (supported is num_bits=8, type=float, however received"
             f" num_bits={scheme.get('num_bits')}, type={scheme.get('type')}); use a checkpoint without it"
         )
@@ -470,7 +501,7 @@ def _compressed_scheme(group: Mapping[str, Any], form: str) -> Scheme | None:
                        " config.json again")  # fmt: skip
     order = weights.get("actorder")
     if order in ("group", "dynamic", True):
-        raise BadInput(
+        raise EngineRefuses(
             f"vLLM 0.32.0 refuses this checkpoint (activation ordering, actorder={order!r}, is no longer"
             " supported); use a checkpoint with static or weight ordering, or without one"
         )
@@ -498,7 +529,7 @@ def _compressed_scheme(group: Mapping[str, Any], form: str) -> Scheme | None:
     if not is_float and bits == 8 and has_input and strategy in ("tensor", "channel"):
         return Scheme("int8", 8, -1, strategy=strategy, static=static,
                       zeros=not activations.get("symmetric", True))  # fmt: skip
-    raise BadInput(
+    raise EngineRefuses(
         f"vLLM 0.32.0 refuses this checkpoint (no compressed-tensors compatible scheme was found: num_bits"
         f" {bits}, type {weights.get('type')}, strategy {strategy}, format {form or None}); use another one"
     )
@@ -526,7 +557,7 @@ def _modelopt(recipe: Mapping[str, Any], names: _Names) -> Recipe:
     if algorithm == "NVFP4" and _weights_only(recipe):
         algorithm = "W4A16_NVFP4"
     if algorithm not in _MODELOPT:
-        raise BadInput(
+        raise EngineRefuses(
             f"vLLM 0.32.0 refuses this checkpoint (ModelOpt currently only supports {', '.join(_MODELOPT)}"
             f" and MIXED_PRECISION, quant_algo is {algorithm or None}); use a checkpoint of one of these"
         )
@@ -578,7 +609,7 @@ def _modelopt_skip(own: Mapping[str, Any], names: _Names) -> Callable[[Module], 
 def _modelopt_mixed(own: Mapping[str, Any], names: _Names, skipped: Callable[[Module], bool]) -> Recipe:
     layers = own.get("quantized_layers")
     if not isinstance(layers, Mapping) or not layers:
-        raise BadInput(
+        raise EngineRefuses(
             "vLLM 0.32.0 refuses this checkpoint (MIXED_PRECISION requires a non-empty quantized_layers);"
             " download hf_quant_config.json again"
         )
@@ -631,7 +662,7 @@ def _parents(found: Mapping[str, str]) -> dict[str, str]:
 
 def _quark(recipe: Mapping[str, Any], names: _Names) -> Recipe:
     if not isinstance(recipe.get("export"), Mapping):
-        raise BadInput("vLLM 0.32.0 refuses this Quark checkpoint (the export key should be included);"
+        raise EngineRefuses("vLLM 0.32.0 refuses this Quark checkpoint (the export key should be included);"
                        " download config.json again")  # fmt: skip
     ignored = names.listed(recipe, "exclude")
     base = recipe.get("global_quant_config")
@@ -683,7 +714,7 @@ def _quark_scheme(own: Any) -> Scheme:
             return Scheme("mx", 4, 32)
         if dtype in ("int4", "uint4") and inputs is None:
             return Scheme("awq", 4, _whole(weight, ("group_size",), 128, GROUP_SIZES))
-    raise BadInput(
+    raise EngineRefuses(
         "vLLM 0.32.0 refuses this checkpoint (no Quark compatible scheme was found), or this plan does not"
         " know it; use one of fp8, int8, fp4 or int4 weights"
     )
@@ -698,7 +729,9 @@ def _mxfp4(recipe: Mapping[str, Any], names: _Names) -> Recipe:
 
 def _refused(reason: str) -> Callable[[Mapping[str, Any], _Names], Recipe]:
     def refuse(recipe: Mapping[str, Any], names: _Names) -> Recipe:
-        raise BadInput(f"vLLM 0.32.0 refuses quantization method {recipe.get('quant_method')!r}: {reason}")
+        raise EngineRefuses(
+            f"vLLM 0.32.0 refuses quantization method {recipe.get('quant_method')!r}: {reason}"
+        )
 
     return refuse
 

@@ -57,6 +57,8 @@ class Scheme:
     """Quark brings zero points of int8 weights, though they are all zero."""
     padded: tuple[int, int] = (1, 1)
     """Multiples to which the kernel that vLLM takes rounds hidden and inner size of experts up."""
+    online: bool = False
+    """The engine makes it while it loads: merged parts share a scale, and a block may cross a border."""
 
 
 def tensors(module: Module, scheme: Scheme | None, dtype: str) -> Iterator[Stored]:
@@ -125,13 +127,14 @@ def _fp8(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
     rows = sum(module.out)
     yield Stored("weight", (rows, module.inp), "float8")
     if scheme.strategy == "block":
-        _check_blocks(module, scheme.block)
+        if not scheme.online:
+            _check_blocks(module, scheme.block)
         n, k = scheme.block
         yield Stored("weight_scale_inv", (math.ceil(rows / n), math.ceil(module.inp / k)), scheme.scale)
     elif scheme.strategy == "channel":
         yield Stored("weight_scale", (rows, 1), scheme.scale)
     else:
-        yield Stored("weight_scale", (len(module.out),), scheme.scale)
+        yield Stored("weight_scale", (1 if scheme.online else len(module.out),), scheme.scale)
     if scheme.static:
         yield Stored("input_scale", (len(module.out),), scheme.static)
 
@@ -207,8 +210,10 @@ def _expert_bias(module: Module, rows: int, hidden: int, dtype: str) -> Iterator
 
 
 def _expert_fp8(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
-    count, hidden, inner, shards = module.experts, module.inp, module.out[0], len(module.out)
-    yield Stored("w13_weight", (count, sum(module.out), hidden), "float8")
+    count, shards = module.experts, len(module.out)
+    hidden = -(-module.inp // scheme.padded[0]) * scheme.padded[0]
+    inner = -(-module.out[0] // scheme.padded[1]) * scheme.padded[1]
+    yield Stored("w13_weight", (count, shards * inner, hidden), "float8")
     yield Stored("w2_weight", (count, hidden, inner), "float8")
     if scheme.strategy == "block":
         n, k = scheme.block
@@ -225,7 +230,7 @@ def _expert_fp8(module: Module, scheme: Scheme, dtype: str) -> Iterator[Stored]:
         yield Stored("w13_weight_scale", (count, sum(module.out)), "float32")
         yield Stored("w2_weight_scale", (count, hidden), "float32")
     else:
-        yield Stored("w13_weight_scale", (count, shards), "float32")
+        yield Stored("w13_weight_scale", (count,) if scheme.online else (count, shards), "float32")
         yield Stored("w2_weight_scale", (count,), "float32")
     if scheme.static:
         yield Stored("w13_input_scale", (count,), "float32")

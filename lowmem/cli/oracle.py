@@ -28,6 +28,7 @@ from lowmem.oracle.question import (
     read_record,
     write_record,
 )
+from lowmem.schema import Device, Plan
 from lowmem.text import visible, visible_json
 
 
@@ -41,7 +42,9 @@ def oracle(
         ),
     ],
     against: Annotated[Path | None, typer.Option(help="plan.json to compare with; its settings hold")] = None,
-    device: Annotated[str, typer.Option(help="without a plan: name in the device table, or auto")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="name in the device table; auto: the plan's, or this machine's")
+    ] = "auto",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="without a plan: knob=value, as often as needed")
     ] = None,
@@ -66,7 +69,7 @@ def oracle(
         if plan and set_:
             raise BadInput("--set and --against exclude each other: the settings are the plan's")
         if plan:
-            question = question_of_plan(folder, plan, load_device(plan.device))
+            question = question_of_plan(folder, plan, _device_of(plan, device))
         else:
             question = question_of(folder, _arguments(set_ or []), {}, card_of(load_device(device), 1024))
         answer = _asked(folder, question, record, reuse)
@@ -83,6 +86,15 @@ def oracle(
     for term in differ:
         sys.stderr.write(f"oracle: {problem(term)}\n")
     raise typer.Exit(2 if differ else 0)
+
+
+def _device_of(plan: Plan, named: str) -> Device | None:
+    """Return the device that is named, else the plan's; None for one that is not in the table."""
+    if named != "auto":
+        return load_device(named)
+    with contextlib.suppress(BadInput):
+        return load_device(plan.device)
+    return None
 
 
 @contextlib.contextmanager

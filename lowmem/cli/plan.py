@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +14,7 @@ import typer
 
 from lowmem.cli.options import complete_device, complete_model, complete_profile
 from lowmem.cli.pasted import check_flags, command_of, profile_of_command
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, EngineRefuses
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
 from lowmem.plan.calibration import read_calibration
@@ -20,7 +23,7 @@ from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import VLLM_VERSION, Deploy
-from lowmem.text import visible_json
+from lowmem.text import visible, visible_json
 from lowmem.units import parse_bytes
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
@@ -184,10 +187,11 @@ def plan(
         weights="stored" if pasted and weights is None else weights,
         calibration=read_calibration(calibration) if calibration else None,
     )
-    if searched or suggest or maximize:
-        goals = importlib.import_module("lowmem.cli.goals")
-        raise typer.Exit(goals.answer(request, searched, suggest, maximize, json_))
-    result = make_plan(request)
+    with _refusal_as_verdict(json_):
+        if searched or suggest or maximize:
+            goals = importlib.import_module("lowmem.cli.goals")
+            raise typer.Exit(goals.answer(request, searched, suggest, maximize, json_))
+        result = make_plan(request)
     if json_:
         sys.stdout.write(visible_json(result.model_dump_json(indent=2)) + "\n")
     else:
@@ -195,3 +199,17 @@ def plan(
 
         show_plan(result)
     raise typer.Exit(EXIT[result.verdict])
+
+
+@contextmanager
+def _refusal_as_verdict(as_json: bool) -> Iterator[None]:
+    """Print the reason for which the engine refuses a checkpoint, and exit as for an impossible plan."""
+    try:
+        yield
+    except EngineRefuses as refusal:
+        said = {"verdict": "impossible", "reasons": [str(refusal)]}
+        text = (
+            visible_json(json.dumps(said, indent=2)) if as_json else f"impossible\n  {visible(str(refusal))}"
+        )
+        sys.stdout.write(f"{text}\n")
+        raise typer.Exit(EXIT["impossible"]) from None

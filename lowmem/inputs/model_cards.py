@@ -220,7 +220,7 @@ def card_from_config(
         if kind not in MODEL_TYPES or not plain:
             raise
         return _named_card(published, name, source)  # the plan says why the engine refuses it
-    published.inventories[1, inventory.dtype] = inventory
+    published.inventories[1, inventory.dtype, ""] = inventory
     if kind not in MODEL_TYPES or not plain:
         return _counted_card(published, inventory, name, source)
     if _is_uniform(inventory) and _is_named_recipe(config):

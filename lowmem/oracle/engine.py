@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from lowmem.errors import BadInput
 from lowmem.oracle import cuda_without_card
-from lowmem.oracle.question import Answer, KvAnswer, KvGroup, Question, TensorGroup
+from lowmem.oracle.question import UNKNOWN, Answer, KvAnswer, KvGroup, Question, TensorGroup
 
 _QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -85,6 +85,11 @@ def _platform(question: Question) -> Literal["card", "stubs", "cpu"]:
         return "cpu"
     if torch.cuda.is_available():
         return "card"
+    if question.card.capability == UNKNOWN:
+        raise BadInput(
+            f"there is no card here, and {question.card.name} is no device of the table: name the nearest one"
+            " with --device, or run this on a host with the card"
+        )
     cuda_without_card.install(question.card)
     return "stubs"
 

@@ -18,6 +18,9 @@ from lowmem.units import MIB
 CONFIG_FILES = ("config.json", "hf_quant_config.json")
 """Files of a checkpoint that decide what the engine registers."""
 
+UNKNOWN = (0, 0)
+"""Capability of a card that no table has: it can be asked where it is, and has no stubs."""
+
 ROOMY_POOL_BYTES = 2**40
 """Pool that holds a request of any model; the layout does not depend on it."""
 
@@ -146,14 +149,23 @@ def question_of(
     )
 
 
-def question_of_plan(folder: Path, plan: Plan, device: Device) -> Question:
+def card_of_plan(plan: Plan, device: Device | None) -> Card | None:
+    """Return the figures of a plan's card; without a device of the table only its name is known."""
+    if plan.device_kind == "cpu":
+        return None
+    if device is not None:
+        return card_of(device, plan.device_count * plan.hosts)
+    return Card(name=plan.device, capability=UNKNOWN, memory_bytes=plan.limit_bytes, multiprocessors=1)
+
+
+def question_of_plan(folder: Path, plan: Plan, device: Device | None) -> Question:
     """Put a plan's question: its arguments, its environment, its device and its pool."""
     pool = plan.per_gpu.get("kv_cache", 0)
     return question_of(
         folder,
         tuple(plan.argv[1:]),  # the first one is the model's path
         {v.name: v.value for v in plan.environment if v.name.startswith("VLLM_")},
-        card_of(device, plan.device_count * plan.hosts),
+        card_of_plan(plan, device),
         pool if plan.verdict != "impossible" and pool > 0 else ROOMY_POOL_BYTES,
     )
 

@@ -133,6 +133,13 @@ def _sizes(engine: EngineConfig) -> dict[str, Any]:
     }
 
 
+def weights_said(inputs: Inputs, engine: EngineConfig) -> str:
+    """Say in words how the weights come to what is served."""
+    if engine.online:
+        return f"quantized by the engine while it loads: {engine.online}"
+    return "to be quantized by this deployment" if inputs.to_be_quantized else "as stored"
+
+
 def checkpoint_of(inputs: Inputs, engine: EngineConfig) -> tuple[Checkpoint | None, list[str]]:
     """Return the served checkpoint's tensors on one GPU, or the engine's reason to refuse it."""
     try:
@@ -195,6 +202,7 @@ def compute(inputs: Inputs) -> Plan:
         parameters=card.parameters,
         weight_bytes=stored_bytes(card),
         quantization=card.quantization,
+        weights=weights_said(inputs, engine),
         checkpoint=checkpoint,
         device=device.name,
         device_kind=device.kind,

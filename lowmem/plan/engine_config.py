@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from lowmem.checkpoint.quantization import ONLINE, ONLINE_ALIASES
 from lowmem.errors import BadInput
 from lowmem.plan.lora import Lora
 from lowmem.plan.speculation import Speculation
-from lowmem.schema import Load, Scalar
+from lowmem.schema import Load, ModelCard, Scalar
 
 # Each KV type with the CUDA compute capability and the vLLM version that it needs. FlashAttention takes fp8
 # on 9.0 and 10.0 only, and Triton's fp8 needs 8.9. The per-token-head integer types and TurboQuant's integer
@@ -83,6 +85,7 @@ class EngineConfig:
     lora: Lora | None = None
     dp: int = 1  # replicas of the engine in one server
     text_only: bool = False  # no picture, video or sound is taken, so their encoders are not loaded
+    online: str = ""  # quantization that the engine makes while it loads 16-bit weights
 
     @property
     def rows(self) -> int:
@@ -101,6 +104,16 @@ class EngineConfig:
     def local_cards(self) -> int:
         """Count the cards of one host that the engine takes."""
         return self.tp * self.pp * self.dp // self.hosts
+
+
+def online_method(v: Mapping[str, Any], card: ModelCard) -> str:
+    """Return the online quantization that the `quantization` knob asks for; "" for none.
+
+    A checkpoint that is quantized already stays as it is stored.
+    """
+    name = str(v.get("quantization") or "")
+    name = ONLINE_ALIASES.get(name, name)
+    return name if name in ONLINE and card.quantization.method == "none" else ""
 
 
 def graph_sizes(

@@ -21,6 +21,7 @@ from lowmem.plan.weights import (
     _wanted,
     ignores_offload,
     largest_linear,
+    largest_online,
     offloaded_parameters,
     stored_bytes,
     weights,
@@ -351,6 +352,7 @@ def loading(card: ModelCard, engine: EngineConfig, memory: CardMemory, which: st
     `which` is loading_needs or loading_seen.
     """
     extra = float(of_loading(which, card, engine) or 0) * largest_linear(card, engine)
+    extra += largest_online(card, engine)
     return memory.weights.on_card + memory.before_start + round(extra)
 
 

@@ -37,6 +37,7 @@ def show_plan(
     out = console or terminal()
     q = plan.quantization
     weights = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit, group {q.group_size}"
+    weights += f", {plan.weights}" if plan.weights not in ("", "as stored") else ""
     cards = f"{plan.device_count} x {plan.device}"
     place = f"{plan.hosts} hosts with {cards} each" if plan.hosts > 1 else cards
     out.print(

@@ -8,6 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from pydantic import ValidationError
 
+from lowmem.checkpoint.quantization import ONLINE, ONLINE_ALIASES
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, links, model_cards, options, profiles
 from lowmem.plan import engine_config, knobs
@@ -76,8 +77,13 @@ class Inputs:
     deploy: Deploy | None = None
     hosts: int = 1
     link: Link | None = None  # between the hosts; None: there is one host
-    weights: str = "profile"  # or stored: how the checkpoint is planned
+    weights: str = "profile"  # how the checkpoint is planned: see wanted_weights
     remarks: tuple[str, ...] = ()  # what was changed beyond the request
+
+    @property
+    def to_be_quantized(self) -> bool:
+        """Tell whether this deployment quantizes the checkpoint before it serves it."""
+        return self.card.quantization != self.base.quantization
 
 
 def gather(request: PlanRequest) -> Inputs:
@@ -350,7 +356,9 @@ def wanted_weights(request: PlanRequest, card: ModelCard) -> str:
             raise BadInput(f"weights={request.weights!r} is not one of {', '.join(WEIGHTS)}")
         return request.weights
     named = isinstance(request.model, str) and not model_cards.is_builtin(request.model)
-    return "stored" if named or card.counted else "profile"
+    knob = str(request.overrides.get("quantization", ""))
+    online = knob in ONLINE or knob in ONLINE_ALIASES
+    return "stored" if named or card.counted or online else "profile"
 
 
 def refuse_requantizing(card: ModelCard, how: str) -> None:

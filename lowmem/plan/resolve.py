@@ -12,6 +12,7 @@ from lowmem.plan.engine_config import (
     EngineConfig,
     graph_sizes,
     layer_partition,
+    online_method,
 )
 from lowmem.plan.kernels import with_kernels
 from lowmem.plan.knobs import version
@@ -42,8 +43,8 @@ def resolve(
     support.refuse_parallel(tp, pp, count, hosts, dp)
     support.refuse_split(card, tp)
     dtype = _dtype(v, card, device)
-    support.refuse_dtype(card, dtype)
     support.refuse_quantization(card, v)
+    support.refuse_dtype(card, dtype, online_method(v, card))
     max_len = _max_model_len(v, card)
     seqs, batched = _batch(v, device, max_len)
     support.refuse_batch(v, seqs, batched, max_len)
@@ -88,6 +89,7 @@ def resolve(
         lora=lora,
         dp=dp,
         text_only=_text_only(v),
+        online=online_method(v, card),
     )
     return with_kernels(engine, card, device, backend, disabled)
 

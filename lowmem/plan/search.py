@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards, profiles
 from lowmem.plan.compute import compute
 from lowmem.plan.goals import Choice, Goal, families
+from lowmem.plan.knobs import flag_of
 from lowmem.plan.request import Inputs, PlanRequest, gather
 from lowmem.schema import Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
 from lowmem.units import GIB, MIB, mib
@@ -81,10 +83,36 @@ def nearest(inputs: Inputs, plan: Plan) -> tuple[str, str] | None:
                     f"nearest: profile {other.profile}"
                     f" {'fits' if other.verdict == 'fits' else 'starts but is slow'} on {cards_} at"
                     f" {mib(other.peak_bytes)} a card, {other.latency_ms.decode_expected:.0f} ms a token"
-                    " expected"
+                    f" expected; it changes {', '.join(changes(plan, other))}"
                 ),
             )
     return None
+
+
+_OF_THE_POOL = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
+"""Arguments that follow from the others: the plan works them out."""
+
+
+def changes(plan: Plan, other: Plan) -> list[str]:
+    """Name everything that an operator would get otherwise: cards, weights, limits and arguments."""
+    pairs = [
+        ("cards", str(plan.device_count * plan.hosts), str(other.device_count * other.hosts)),
+        ("weights", _weights(plan), _weights(other)),
+        ("memory limit", mib(plan.limits.memory_bytes), mib(other.limits.memory_bytes)),
+        ("ms a token allowed", f"{plan.limits.tpot_p99_ms:g}", f"{other.limits.tpot_p99_ms:g}"),
+        ("ms to the first token allowed", f"{plan.limits.ttft_p99_ms:g}", f"{other.limits.ttft_p99_ms:g}"),
+    ]
+    old, new = ({a.flag: a.value or "on" for a in p.arguments if a.flag} for p in (plan, other))
+    knobs = {flag_of(name) for name in load_yaml("knobs.yml")} - {*_OF_THE_POOL}
+    flags = [f for f in (*old, *(f for f in new if f not in old)) if f.replace("--no-", "--") in knobs]
+    pairs += [(flag, old.get(flag, "not set"), new.get(flag, "not set")) for flag in flags]
+    return [f"{name} {before} -> {after}" for name, before, after in pairs if before != after] or ["nothing"]
+
+
+def _weights(plan: Plan) -> str:
+    q = plan.quantization
+    stored = "16-bit" if q.method == "none" else f"{q.method} {q.bits}-bit"
+    return f"{stored} ({plan.weights})"
 
 
 # Bits, group size and method a checkpoint can have, best quality first. docs/planning.md states their

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowmem.checkpoint.quantization import ONLINE, ONLINE_ALIASES
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan import capability as rules
@@ -47,6 +48,7 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
             f"kv_cache_dtype={engine.kv_dtype} is not modelled with pipeline stages; use int8_per_token_head"
             " or int4_per_token_head"
         )
+    reasons += online_refusals(engine, card, device)
     if device.kind == "cpu":
         if engine.kv_dtype not in ("auto", "float16", "bfloat16"):
             reasons.append(
@@ -94,6 +96,37 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
             " float16"
         )
     return reasons
+
+
+def online_refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]:
+    """List why the engine cannot quantize the weights while it loads them, or why that is not planned."""
+    name = engine.online
+    if not name:
+        return []
+    if engine.vllm < PIPELINE_SINCE:
+        return [f"quantization={name} is planned as vLLM 0.32 does it; use 0.32.0 or later"]
+    if device.kind == "cpu":
+        return [f"quantization={name} is not planned on a CPU; use a checkpoint that is quantized already"]
+    capability, has = _capability(device.capability), f"{device.title} has {device.capability}"
+    if capability < (7, 5):
+        return [f"quantization={name} needs compute capability 7.5 and {has}; leave it out"]
+    if not card.experts:
+        return []
+    if name == "nvfp4_per_token" and capability[0] != 10:
+        return [
+            f"quantization=nvfp4_per_token requires a Blackwell (SM100) GPU and {has}; use fp8_per_tensor"
+        ]
+    if name == "fp8_per_channel" and capability < (8, 9):
+        return [
+            f"quantization=fp8_per_channel: FP8 PTPC online MoE quant is not supported with the Marlin"
+            f" backend, which is the one below compute capability 8.9, and {has}; use fp8_per_tensor"
+        ]
+    if name == "mxfp4":
+        return [
+            "quantization=mxfp4 of experts is not counted: each kernel rounds their sizes up by its own"
+            " rule; use mxfp8 or fp8_per_tensor"
+        ]
+    return []
 
 
 def refuse_parallel(tp: int, pp: int, count: int, hosts: int, dp: int = 1) -> None:
@@ -159,29 +192,37 @@ def refuse_split(card: ModelCard, tp: int) -> None:
             )
 
 
-def refuse_dtype(card: ModelCard, dtype: str) -> None:
-    """Raise BadInput if the checkpoint's format has no kernels of this type."""
-    if dtype == "float32" and card.quantization.method in ("awq", "gptq"):
+def refuse_dtype(card: ModelCard, dtype: str, online: str = "") -> None:
+    """Raise BadInput if the checkpoint's format, or the one made online, has no kernels of this type."""
+    method = online or card.quantization.method
+    if dtype == "float32" and (online or method in ("awq", "gptq")):
         raise BadInput(
-            f"dtype=float32 is not supported for quantization method {card.quantization.method}; use float16"
-            " or bfloat16"
+            f"dtype=float32 is not supported for quantization method {method}; use float16 or bfloat16"
         )
 
 
 def refuse_quantization(card: ModelCard, v: Mapping[str, Any]) -> None:
     """Raise BadInput if the `quantization` knob contradicts the checkpoint."""
-    if "quantization" in v and v["quantization"] not in (*FORMATS, "fp8"):
+    wanted = str(v.get("quantization", ""))
+    online = wanted in ONLINE or wanted in ONLINE_ALIASES
+    if "quantization" in v and not online and wanted not in FORMATS:
         raise BadInput(
-            f"quantization={v['quantization']!r} is not a method of this version; leave it out: it is read"
-            " from the checkpoint"
+            f"quantization={wanted!r} is not a method that vLLM 0.32.0 can take here; leave it out to serve"
+            f" the checkpoint as stored, or quantize 16-bit weights while loading: {', '.join(ONLINE)}"
         )
-    named = FORMATS.get(str(v.get("quantization")))
+    own = card.quantization.method
+    if online and own != "none" and own != wanted:
+        raise BadInput(
+            f"quantization={wanted} does not match the checkpoint's own method, {own}; leave the knob out, or"
+            " use the 16-bit checkpoint"
+        )
+    named = FORMATS.get(wanted)
     if named and card.quantization.method not in ("none", named):
         raise BadInput(
             f"quantization={v['quantization']} does not match the checkpoint's own method,"
             f" {card.quantization.method}; leave the knob out"
         )
-    if v.get("quantization") and card.quantization.method == "none" and v["quantization"] != "fp8":
+    if wanted and own == "none" and not online:
         raise BadInput(
             f"quantization={v['quantization']} asks for a quantized checkpoint, and {card.name} is not"
             " quantized; quantize it first or leave the knob out"

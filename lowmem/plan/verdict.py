@@ -110,9 +110,9 @@ def memory_reasons(
         )
     elif device.kind == "cuda" and (need := loading(card, engine, memory, "loading_needs")) > total:
         reasons.append(
-            f"weights: CUDA out of memory while loading: repacking {card.quantization.method} weights takes"
+            f"weights: CUDA out of memory while loading: {_made(card, engine)} weights takes"
             f" the card to {mib(need)}, {mib(need - total)} ({need - total} bytes) more than {device.title}"
-            " has; compressed-tensors weights need less"
+            f" has; {_smaller(engine)}"
         )
     elif memory.kv.available <= 0 and memory.kv.layout.groups:
         reasons.append(
@@ -289,6 +289,17 @@ def fit_notes(
     return notes
 
 
+def _made(card: ModelCard, engine: EngineConfig) -> str:
+    """Say what the engine does with weights while it loads them."""
+    return f"making {engine.online}" if engine.online else f"repacking {card.quantization.method}"
+
+
+def _smaller(engine: EngineConfig) -> str:
+    if engine.online:
+        return "use a checkpoint that is quantized already, or more cards"
+    return "compressed-tensors weights need less"
+
+
 def start_notes(
     card: ModelCard, engine: EngineConfig, device: Device, memory: CardMemory, limits: Limits
 ) -> list[str]:
@@ -301,6 +312,6 @@ def start_notes(
         return []
     return [
         f"start: while loading, up to {mib(highest)} for some seconds ({mib(highest - limits.memory_bytes)}"
-        f" over the limit): {card.quantization.method} weights are unpacked on the card; the limit holds once"
-        " the service is ready"
+        f" over the limit): {_made(card, engine)} weights on the card; the limit holds once the service is"
+        " ready"
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowmem.checkpoint.inventory import Inventory, inventory_of
+from lowmem.checkpoint.quantization import online_recipe
 from lowmem.errors import BadInput
 from lowmem.inputs.model_cards import DTYPE_BYTES
 from lowmem.plan.calibration import constant
@@ -162,7 +163,7 @@ def layer_parameters(card: ModelCard, engine: EngineConfig) -> tuple[Parameter, 
 
 def weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """Compute one card's weights: sharded, replicated, padded, repacked, and less those offloaded."""
-    own = _counted_weights(card, engine) if card.counted else _named_weights(card, engine)
+    own = _counted_weights(card, engine) if card.counted or engine.online else _named_weights(card, engine)
     return replace(own, lora=places_bytes(card, engine.lora, engine.tp))
 
 
@@ -237,26 +238,47 @@ def resident_buffers(card: ModelCard, engine: EngineConfig) -> int:
     return inventory.buffer_bytes if inventory else 0
 
 
-def inventory_of_card(card: ModelCard, engine: EngineConfig) -> Inventory | None:
+def inventory_of_card(card: ModelCard, engine: EngineConfig, online: str = "") -> Inventory | None:
     """Count the tensors that the engine registers on one GPU; None for a card without its config.json.
 
-    Raises BadInput, with the engine's reason, where the engine refuses the checkpoint.
+    `online` counts them after that quantization. Raises BadInput, with the engine's reason, where the engine
+    refuses the checkpoint.
     """
     published = card.published
     if published is None:
         return None
-    key = (engine.tp, engine.dtype)
+    key = (engine.tp, engine.dtype, online)
     if key not in published.inventories:
         published.inventories[key] = inventory_of(
-            published.config, engine.tp, engine.dtype, published.hf_quant_config, published.headers
+            published.config, engine.tp, engine.dtype, published.hf_quant_config, published.headers, online
         )
     found: Inventory = published.inventories[key]
     return found
 
 
+def largest_online(card: ModelCard, engine: EngineConfig) -> int:
+    """Return the bytes of the largest module at 16 bits that the engine quantizes while it loads.
+
+    The engine loads one module whole, quantizes it and frees it (0.32.0, model_loader/reload/layerwise.py).
+    """
+    before = inventory_of_card(card, engine) if engine.online else None
+    if before is None:
+        return 0
+    choose = online_recipe(engine.online).choose
+    dtype = DTYPE_BYTES[before.dtype]
+    return max(
+        (
+            max(1, m.experts) * m.inp * (sum(m.out) + (m.out[0] if m.kind == "experts" else 0)) * dtype
+            for m in before.modules
+            if m.is_linear and choose(m) is not None
+        ),
+        default=0,
+    )
+
+
 def _counted_weights(card: ModelCard, engine: EngineConfig) -> Weights:
     """Take one GPU's weights from the inventory; its buffers count as replicated."""
-    inventory = inventory_of_card(card, engine)
+    inventory = inventory_of_card(card, engine, engine.online)
     if inventory is None or engine.pp > 1:
         raise BadInput(
             f"pipeline_parallel_size={engine.pp} is not planned for {card.name}: stages are known for"

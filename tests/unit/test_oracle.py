@@ -15,7 +15,16 @@ from lowmem.errors import BadInput
 from lowmem.inputs.devices import load_device
 from lowmem.inputs.model_cards import served_files
 from lowmem.oracle.compare import problem, terms
-from lowmem.oracle.question import Answer, Card, Record, card_of, question_of_plan, read_record, write_record
+from lowmem.oracle.question import (
+    Answer,
+    Card,
+    Record,
+    card_of,
+    card_of_plan,
+    question_of_plan,
+    read_record,
+    write_record,
+)
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest, gather
 from lowmem.schema import Plan
@@ -199,3 +208,10 @@ def test_a_damaged_record_is_one_line(tmp_path: Path, content: str) -> None:
     path.write_text(content)
     with pytest.raises(BadInput, match=r"^record .*; remove it$"):
         read_record(path)
+
+
+def test_a_device_of_no_table_can_be_asked_only_where_its_card_is() -> None:
+    plan = make_plan(PlanRequest("low_mem")).model_copy(update={"device": "mine"})
+    assert card_of_plan(plan, None) == Card(
+        name="mine", capability=(0, 0), memory_bytes=20 * 2**30, multiprocessors=1
+    )
