@@ -22,7 +22,7 @@ MADE_ON_HOSTS = ("awq", "compressed-tensors")
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """What follows from the name of a model; an inventory may say each otherwise."""
+    """Meaning of the name of a model; an inventory may say each part otherwise."""
 
     name: str  # of its folder on the host, and what clients call it
     quantize: bool  # on the host, as the profile says
