@@ -18,9 +18,10 @@ from lowmem.units import MIB
 
 @dataclass(frozen=True)
 class Card:
-    """GPU that this process may open.
+    """GPU, or MIG slice of one, that this process may open.
 
-    `holders` names the processes that compute on it, each as `pid (name)`.
+    `holders` names the processes that compute on it, each as `pid (name)`. The figures after it are those of
+    the whole GPU; 0 is one that NVML does not tell.
     """
 
     index: int
@@ -29,6 +30,12 @@ class Card:
     total_bytes: int
     free_bytes: int
     holders: tuple[str, ...] = ()
+    bus_bits: int = 0
+    memory_mhz: int = 0
+    sm_mhz: int = 0
+    cores: int = 0
+    pcie_generation: int = 0
+    pcie_lanes: int = 0
 
 
 def _nvml() -> Any:
@@ -47,31 +54,68 @@ def _nvml() -> Any:
 
 
 def cards() -> list[Card]:
-    """List every GPU that this process may open. Raises RuntimeError if NVML does not start."""
+    """List every GPU that this process may open; of a GPU in MIG mode its slices.
+
+    Raises RuntimeError if NVML does not start.
+    """
     nvml = _nvml()
     opened = []
     for index in range(nvml.nvmlDeviceGetCount()):
         try:
-            handle = nvml.nvmlDeviceGetHandleByIndex(index)
+            whole = nvml.nvmlDeviceGetHandleByIndex(index)
         except nvml.NVMLError:  # DeviceAllow closes the card of another instance
             continue
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
-        holders: list[str] = []
-        with contextlib.suppress(nvml.NVMLError):
-            holders = [
-                f"pid {p.pid}{_named(p.pid)}" for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            ]
-        opened.append(
-            Card(
-                index=index,
-                name=_text(nvml.nvmlDeviceGetName(handle)),
-                capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(handle))),
-                total_bytes=int(memory.total),
-                free_bytes=int(memory.free),
-                holders=tuple(holders),
-            )
-        )
+        opened += [_card(nvml, index, whole, part) for part in _slices(nvml, whole) or [whole]]
     return opened
+
+
+def _card(nvml: Any, index: int, whole: Any, handle: Any) -> Card:
+    """Read a GPU, or a slice of it, which has the capability, clocks and slot of the whole."""
+    total, free = _memory_bytes(nvml, handle)
+    holders: list[str] = []
+    with contextlib.suppress(nvml.NVMLError):
+        holders = [f"pid {p.pid}{_named(p.pid)}" for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+
+    def told(function: str, *arguments: Any) -> int:
+        with contextlib.suppress(nvml.NVMLError, AttributeError):  # an older package has no such function
+            return int(getattr(nvml, function)(whole, *arguments))
+        return 0
+
+    return Card(
+        index=index,
+        name=_text(nvml.nvmlDeviceGetName(handle)),
+        capability=".".join(map(str, nvml.nvmlDeviceGetCudaComputeCapability(whole))),
+        total_bytes=total,
+        free_bytes=free,
+        holders=tuple(holders),
+        bus_bits=told("nvmlDeviceGetMemoryBusWidth"),
+        memory_mhz=told("nvmlDeviceGetMaxClockInfo", getattr(nvml, "NVML_CLOCK_MEM", 2)),
+        sm_mhz=told("nvmlDeviceGetMaxClockInfo", getattr(nvml, "NVML_CLOCK_SM", 1)),
+        cores=told("nvmlDeviceGetNumGpuCores"),
+        pcie_generation=told("nvmlDeviceGetMaxPcieLinkGeneration"),
+        pcie_lanes=told("nvmlDeviceGetMaxPcieLinkWidth"),
+    )
+
+
+def _memory_bytes(nvml: Any, handle: Any) -> tuple[int, int]:
+    """Read total and free memory. A GPU that shares the CPU's has none of its own, and NVML refuses."""
+    try:
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle, version=getattr(nvml, "nvmlMemory_v2", None))
+    except nvml.NVMLError:
+        ram = psutil.virtual_memory()
+        return int(ram.total), int(ram.available)
+    return int(memory.total), int(memory.free)
+
+
+def _slices(nvml: Any, whole: Any) -> list[Any]:
+    """Return the MIG slices of a GPU; none if it is not in MIG mode."""
+    found = []
+    with contextlib.suppress(nvml.NVMLError, AttributeError):
+        if nvml.nvmlDeviceGetMigMode(whole)[0]:
+            for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(whole)):
+                with contextlib.suppress(nvml.NVMLError):  # fewer slices than there may be
+                    found.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(whole, number))
+    return found
 
 
 def _text(value: bytes | str) -> str:
@@ -110,8 +154,15 @@ class Gpus:
 
     def used_bytes(self) -> tuple[int, ...]:
         """Read the bytes in use on each GPU, by all processes together."""
+        return tuple(self._used(handle) for handle in self._handles)
+
+    def _used(self, handle: Any) -> int:
         version = getattr(self._nvml, "nvmlMemory_v2", None)
-        return tuple(int(self._nvml.nvmlDeviceGetMemoryInfo(h, version=version).used) for h in self._handles)
+        try:
+            return int(self._nvml.nvmlDeviceGetMemoryInfo(handle, version=version).used)
+        except self._nvml.NVMLError:  # a GPU that shares the CPU's memory
+            ram = psutil.virtual_memory()
+            return int(ram.total - ram.available)
 
     def used_by_bytes(self, pids: set[int]) -> tuple[int, ...]:
         """Read the bytes that these processes use on each GPU.

@@ -194,28 +194,71 @@ class ModelCard(Strict):
         return sum(g.parameters for g in self.groups)
 
 
+_Rate = Annotated[float, Field(gt=0, le=1e7, allow_inf_nan=False)]
+
+
 class Device(Strict):
     """Accelerator (or the CPU) as its maker or the driver describes it.
 
-    `source` names the source of each figure.
+    `source` names the source of each figure. Rates are dense; one that is None does not exist on the card.
     """
 
-    name: str
-    title: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]{0,127}$")
+    title: str = Field(pattern=ONE_LINE, max_length=400)
     kind: Literal["cuda", "cpu"] = "cuda"
-    capability: str = Field("", description="CUDA compute capability, e.g. 8.0")
-    nvml_total_mib: int = Field(gt=0, description="memory.total of nvidia-smi; on a CPU the machine's RAM")
+    capability: str = Field(
+        "", pattern=r"^(1?[0-9]\.[0-9])?$", description="CUDA compute capability, e.g. 8.0"
+    )
+    nvml_total_mib: int = Field(
+        gt=0, le=2**24, description="memory.total of nvidia-smi; on a CPU the machine's RAM"
+    )
     torch_total_mib: int = Field(
-        gt=0, description="what cudaMemGetInfo reports: the base of --gpu-memory-utilization"
+        gt=0, le=2**24, description="what cudaMemGetInfo reports: the base of --gpu-memory-utilization"
     )
-    hbm_gb_per_s: float = Field(gt=0)
-    link_gb_per_s: float = Field(gt=0, description="host to device, pinned copy")
-    fp16_tflops: float = Field(gt=0, description="dense, tensor cores")
-    peer_gb_per_s: float = Field(
-        gt=0, description="card to card, one direction: NVLink where there is one, else the host link"
+    hbm_gb_per_s: _Rate
+    link_gb_per_s: _Rate = Field(description="host to device, pinned copy")
+    fp16_tflops: _Rate = Field(description="dense, tensor cores, FP32 accumulate")
+    bf16_tflops: _Rate | None = None
+    fp8_tflops: _Rate | None = None
+    fp4_tflops: _Rate | None = None
+    int8_tops: _Rate | None = None
+    peer_gb_per_s: _Rate = Field(
+        description="card to card, one direction: NVLink where there is one, else the host link"
     )
-    sm_count: int = Field(ge=0)
+    sm_count: int = Field(ge=0, le=100_000, description="0: not known")
+    pcie_generation: int | None = Field(None, ge=1, le=8, description="None: no PCIe slot")
+    pcie_lanes: int | None = Field(None, ge=1, le=32)
+    nvlink: bool = Field(False, description="cards of this kind come joined by NVLink")
+    peer_access: bool = Field(True, description="cards read one another's memory")
+    unified: bool = Field(False, description="its memory is the CPU's too")
+    arm_host: bool = Field(False, description="its host has an ARM CPU")
+    slice_of: str | None = Field(None, description="of a MIG slice: the card that it is a part of")
+    estimate: str = Field(
+        "", description="why the figures are estimates and which they are; empty: each one has a source"
+    )
     source: dict[str, str]
+
+
+class SiteConstant(Strict):
+    """Constant of a site, its value in the package, and the receipts that it comes from."""
+
+    value: float = Field(ge=0, le=1e7, allow_inf_nan=False)
+    before: float = Field(allow_inf_nan=False, description="value of the package")
+    source: str
+
+
+class Calibration(Strict):
+    """Constants of one site that replace those of the package, as `lowmem calibrate` writes them.
+
+    `constants` has a value by section and name of calibration.yml, such as `latency.hbm_efficiency.marlin`.
+    """
+
+    schema_version: Literal[1] = 1
+    created_utc: str
+    device: str = Field(description="the cards that were measured, a name of the device table")
+    vllm_version: str
+    constants: dict[str, SiteConstant] = Field(min_length=1)
+    receipts: tuple[str, ...] = Field(min_length=1, description="name and SHA-256 of each receipt")
 
 
 class Link(Strict):
@@ -459,6 +502,9 @@ class Plan(Strict):
     checkpoint: Checkpoint | None = Field(None, description="None: the engine refuses it, or not counted")
     device: str
     device_kind: Literal["cuda", "cpu"]
+    device_figures: Device | None = Field(None, description="with their sources; None: an older release")
+    device_notes: tuple[str, ...] = Field((), description="what the card decides, and what is an estimate")
+    calibration: Calibration | None = Field(None, description="of the site; None: the package's constants")
     device_count: int = Field(description="cards of one host")
     hosts: int = 1
     tensor_parallel_size: int

@@ -12,7 +12,7 @@ from string import Template
 from reference_runs import load_runs, load_session
 
 from lowmem.data import load_yaml
-from lowmem.inputs import links, model_cards, profiles
+from lowmem.inputs import devices, links, model_cards, profiles
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.plan.weights import stored_bytes
@@ -28,6 +28,31 @@ def _number(value: float | None, digits: int = 0) -> str:
 
 def _error(planned: float, measured: float | None) -> str:
     return "-" if not measured else f"{(planned - measured) / measured * 100:+.1f} %"
+
+
+def device_table() -> list[str]:
+    """Figures of every card of the device table."""
+    lines = [
+        "| name | card | capability | MiB | GB/s | FP16 TFLOPS | NVLink | MIG slices |",
+        "|---|---|---|---:|---:|---:|---|---|",
+    ]
+    for name in devices.names():
+        d = devices.load_device(name)
+        if d.kind == "cpu":
+            continue
+        parts = ", ".join(s.removeprefix(f"{name}-mig-") for s in devices.slices(name))
+        cells = [
+            f"`{name}`",
+            d.title.removeprefix("NVIDIA "),
+            d.capability,
+            f"{d.nvml_total_mib:,}",
+            f"{d.hbm_gb_per_s:,g}",
+            f"{d.fp16_tflops:,g}",
+            "yes" if d.nvlink else "no",
+            parts or "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def reference_table() -> list[str]:
@@ -196,6 +221,7 @@ def page() -> str:
         session="\n".join(session_table()),
         reference="\n".join(reference_table()),
         calibration="\n".join(calibration_table()),
+        devices="\n".join(device_table()),
     )
 
 

@@ -3,10 +3,13 @@
 
 Memory and speed are real; the text is noise.
 
-    python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …]
+    python3 benchmarks/gpu/models.py DIRECTORY [--model llama-2-70b-awq …] [--published Qwen3-VL-8B-Instruct …]
 
 A folder has config.json and a tokenizer, both made on the spot. The tokenizer has as many whole words as the
 vocabulary. So every prompt of n tokens decodes and encodes to n tokens again. Nothing is downloaded.
+
+`--published` takes a config.json of the tests' data, or `deepseek-v2-lite`. A vision-language model also gets
+the files that its processor reads.
 """
 
 from __future__ import annotations
@@ -104,14 +107,72 @@ def config(shape: str, quantization: str) -> dict[str, Any]:
     return base if extra is None else base | {"quantization_config": extra}
 
 
-def write_tokenizer(folder: Path, vocabulary: int) -> None:
+PUBLISHED = Path(__file__).resolve().parents[2] / "tests/data/checkpoints/models_vllm_0.32.json"
+# config.json of deepseek-ai/DeepSeek-V2-Lite: multi-head latent attention on a card's scale
+DEEPSEEK_V2_LITE: dict[str, Any] = {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "vocab_size": 102400,
+    "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 2, "n_routed_experts": 64,
+    "routed_scaling_factor": 1.0, "kv_lora_rank": 512, "q_lora_rank": None, "qk_rope_head_dim": 64,
+    "v_head_dim": 128, "qk_nope_head_dim": 128, "topk_method": "greedy", "n_group": 1, "topk_group": 1,
+    "num_experts_per_tok": 6, "moe_layer_freq": 1, "first_k_dense_replace": 1, "norm_topk_prob": False,
+    "scoring_func": "softmax", "hidden_act": "silu", "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000, "tie_word_embeddings": False, "attention_bias": False,
+    "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+QWEN_VISION = {
+    "words": {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>", "image": "<|image_pad|>",
+              "video": "<|video_pad|>"},
+    "preprocessor_config.json": {
+        "image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
+        "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3, "size": {"longest_edge": 16777216, "shortest_edge": 65536},
+    },
+    "video_preprocessor_config.json": {
+        "video_processor_type": "Qwen3VLVideoProcessor", "processor_class": "Qwen3VLProcessor",
+        "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3, "size": {"longest_edge": 25165824, "shortest_edge": 4096},
+    },
+}  # fmt: skip
+# what a model's processor reads, by model_type; `words` are tokens that it looks up by name
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "qwen3_vl": QWEN_VISION,
+    "qwen3_5_moe": QWEN_VISION,
+    "gemma3": {
+        "words": {"boi": "<start_of_image>", "eoi": "<end_of_image>", "image": "<image_soft_token>"},
+        "preprocessor_config.json": {
+            "image_processor_type": "Gemma3ImageProcessorFast", "processor_class": "Gemma3Processor",
+            "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": {"height": 896, "width": 896},
+        },
+        "processor_config.json": {"image_seq_length": 256, "processor_class": "Gemma3Processor"},
+    },
+    "llava": {
+        "words": {"image": "<image>"},
+        "preprocessor_config.json": {
+            "image_processor_type": "CLIPImageProcessor", "processor_class": "LlavaProcessor",
+            "size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336},
+        },
+        "processor_config.json": {
+            "patch_size": 14, "vision_feature_select_strategy": "default", "image_token": "<image>",
+            "num_additional_image_tokens": 1, "processor_class": "LlavaProcessor",
+        },
+    },
+}  # fmt: skip
+# where a config does not say it: the class's own default
+TEXT_VOCABULARY = {"gemma3": 262208}
+
+
+def write_tokenizer(folder: Path, vocabulary: int, named: dict[str, tuple[int, str]] | None = None) -> None:
+    """Write a tokenizer of whole words. `named`: id and word of tokens that a processor looks up."""
     words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, vocabulary))]
+    for number, word in (named or {}).values():
+        words[number] = word
     # 0.32 refuses a text longer than its longest word times max_model_len, before it counts tokens
     # (tokenizers/hf.py); spaces count too
     words[-1] = words[-1].ljust(16, "w")
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens(words[:3])
+    tokenizer.add_special_tokens(words[:3] + [word for _, word in (named or {}).values()])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>",
@@ -119,6 +180,7 @@ def write_tokenizer(folder: Path, vocabulary: int) -> None:
         "model_max_length": 4096,
         "clean_up_tokenization_spaces": False,
         "chat_template": "{% for m in messages %}{{ m['content'] }} {% endfor %}",
+        **{f"{role}_token": word for role, (_, word) in (named or {}).items()},
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
 
@@ -134,6 +196,39 @@ def write(directory: Path, name: str) -> Path:
     return folder
 
 
+def token_id(config: dict[str, Any], role: str) -> int | None:
+    """Return the id that a config gives a token of a processor, under any of the names in use."""
+    keys = (f"{role}_token_id", f"{role}_token_index")
+    return next((int(config[key]) for key in keys if key in config), None)
+
+
+def write_published(directory: Path, name: str) -> Path:
+    """Folder of a published config.json: the model as it is, less its weights."""
+    if name == "deepseek-v2-lite":
+        published = DEEPSEEK_V2_LITE
+    else:
+        known = json.loads(PUBLISHED.read_text())["models"]
+        published = known[name]["config"]
+    kind = published["model_type"]
+    text = published.get("text_config", {})
+    vocabulary = text.get("vocab_size") or published.get("vocab_size") or TEXT_VOCABULARY[kind]
+    processor = dict(PROCESSORS.get(kind, {}))
+    named, free = {}, vocabulary - 10
+    for role, word in processor.pop("words", {}).items():
+        number = token_id(published, role)
+        # its own table has a place for it, whichever
+        named[role] = (free if number is None else number, word)
+        free -= number is None
+    folder = directory / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(published, indent=1))
+    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2}))
+    for file, content in processor.items():
+        (folder / file).write_text(json.dumps(content, indent=1))
+    write_tokenizer(folder, vocabulary, named)
+    return folder
+
+
 NAMES = [f"{shape}-{quantization}" for shape in SHAPES for quantization in QUANTIZATIONS]
 
 
@@ -143,9 +238,12 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--model", action="append", choices=NAMES, help="repeatable (default: all)")
+    parser.add_argument("--published", action="append", default=[], help="repeatable")
     options = parser.parse_args()
-    for name in options.model or NAMES:
+    for name in options.model or ([] if options.published else NAMES):
         print(write(options.directory, name))
+    for name in options.published:
+        print(write_published(options.directory, name))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from lowmem.cli.options import complete_device, complete_model, complete_profile
 from lowmem.errors import BadInput
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
+from lowmem.plan.calibration import read_calibration
 from lowmem.plan.goals import DEFAULT_PROFILE
 from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.planner import make_plan
@@ -49,7 +51,9 @@ def plan(
     device: Annotated[
         str | None,
         typer.Option(
-            help="name in the device table, or auto; default: the profile's", autocompletion=complete_device
+            help="name in the device table, auto, custom:24GiB,936GB/s,71TFLOPS,sm_86 or a YAML file;"
+            " default: the profile's",
+            autocompletion=complete_device,
         ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
@@ -91,6 +95,9 @@ def plan(
         str | None, typer.Option(help="requests, context or throughput: as much of it as the limits allow")
     ] = None,
     vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,
+    calibration: Annotated[
+        Path | None, typer.Option(help="constants of your hosts, as `lowmem calibrate` writes them")
+    ] = None,
     model_path: Annotated[
         str | None, typer.Option(help="checkpoint on the host, for a deployment's arguments")
     ] = None,
@@ -155,6 +162,7 @@ def plan(
         hosts=hosts,
         network=load_link(named, network_gb_per_s, network_round_trip_us) if named else None,
         weights=weights,
+        calibration=read_calibration(calibration) if calibration else None,
     )
     if searched or suggest or maximize:
         goals = importlib.import_module("lowmem.cli.goals")

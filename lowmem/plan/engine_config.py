@@ -13,20 +13,21 @@ from lowmem.schema import Device, Load, ModelCard, Scalar
 # Each KV type with the CUDA compute capability and the vLLM version that it needs. FlashAttention takes fp8
 # on 9.0 and 10.0 only, and Triton's fp8 needs 8.9. The per-token-head integer types and TurboQuant's integer
 # keys run in Triton on any card (0.32.0: v1/attention/backends/{flash_attn,triton_attn,turboquant_attn}.py).
+# What the locked wheels have no code for, `lowmem.plan.capability` refuses whatever the KV type.
 KV_DTYPES: dict[str, tuple[str, str]] = {
-    "auto": ("8.0", "0.0"),
-    "float16": ("8.0", "0.14.0"),
+    "auto": ("6.0", "0.0"),
+    "float16": ("6.0", "0.14.0"),
     "bfloat16": ("8.0", "0.0"),
     "fp8": ("8.9", "0.0"),
     "fp8_e4m3": ("8.9", "0.0"),
     "fp8_e5m2": ("8.9", "0.0"),
-    "int8_per_token_head": ("8.0", "0.20.0"),
-    "int4_per_token_head": ("8.0", "0.21.0"),
+    "int8_per_token_head": ("6.0", "0.20.0"),
+    "int4_per_token_head": ("6.0", "0.21.0"),
     "fp8_per_token_head": ("8.9", "0.20.0"),
     "turboquant_k8v4": ("8.9", "0.20.0"),
-    "turboquant_4bit_nc": ("8.0", "0.20.0"),
-    "turboquant_k3v4_nc": ("8.0", "0.20.0"),
-    "turboquant_3bit_nc": ("8.0", "0.20.0"),
+    "turboquant_4bit_nc": ("6.0", "0.20.0"),
+    "turboquant_k3v4_nc": ("6.0", "0.20.0"),
+    "turboquant_3bit_nc": ("6.0", "0.20.0"),
 }
 
 # vLLM has several names for one checkpoint format.

@@ -63,6 +63,8 @@ def show_plan(
         show_pipeline(plan, plan.pipeline, out)
     ram = ", ".join(f"{k} {v / GIB:.1f}" for k, v in plan.host_ram.items())
     out.print(f"host RAM {gib(plan.host_ram_bytes)} ({ram})")
+    for note in plan.device_notes:
+        out.print(note, markup=False)
     out.print()
     if beside:
         beside(out)

@@ -14,6 +14,7 @@ from lowmem.plan import engine_config, knobs
 from lowmem.plan.speculation import KNOB, MOST_DRAFTS
 from lowmem.schema import (
     VLLM_VERSION,
+    Calibration,
     Deploy,
     Device,
     Knob,
@@ -56,6 +57,7 @@ class PlanRequest:
     network: str | Link | None = None
     search: bool = True  # for the nearest profile that does better
     weights: str | None = None  # see wanted_weights and WEIGHT_FORMATS
+    calibration: Calibration | None = None  # constants of the site; None: the package's
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowmem.errors import BadInput
-from lowmem.plan import support
+from lowmem.plan import capability, support
 from lowmem.plan.engine_config import (
     EngineConfig,
     graph_sizes,
@@ -38,7 +38,7 @@ def resolve(
     tp, pp = int(v.get("tensor_parallel_size", 1)), int(v.get("pipeline_parallel_size", 1))
     support.refuse_parallel(tp, pp, count, hosts)
     support.refuse_split(card, tp)
-    dtype = _dtype(v, card)
+    dtype = _dtype(v, card, device)
     support.refuse_dtype(card, dtype)
     support.refuse_quantization(card, v)
     max_len = _max_model_len(v, card)
@@ -71,7 +71,8 @@ def resolve(
         kv_dtype=kv_dtype,
         block_tokens=None if block is None else int(block),
         **_graphs(v, device, seqs, batched, speculation),
-        custom_all_reduce=not v.get("disable_custom_all_reduce", False),
+        custom_all_reduce=not v.get("disable_custom_all_reduce", False)
+        and capability.custom_all_reduce(device, tp),
         **_offload(v),
         kv_offload_bytes=int(float(v.get("kv_offloading_size", 0)) * GIB),
         dummy=v.get("load_format") == "dummy",
@@ -84,13 +85,12 @@ def resolve(
     )
 
 
-def _dtype(v: Mapping[str, Any], card: ModelCard) -> str:
+def _dtype(v: Mapping[str, Any], card: ModelCard, device: Device) -> str:
+    """Return the type that the engine computes in; "auto" is the checkpoint's, if the card has it."""
     dtype = str(v.get("dtype", "auto"))
-    if dtype in ("auto", "half", "float"):
-        dtype = {"half": "float16", "float": "float32"}.get(
-            dtype, "float16" if card.dtype == "float32" else card.dtype
-        )
-    return dtype
+    if dtype == "auto":
+        return capability.usable_dtype("float16" if card.dtype == "float32" else card.dtype, device)
+    return {"half": "float16", "float": "float32"}.get(dtype, dtype)
 
 
 def _kv_dtype(v: Mapping[str, Any], card: ModelCard) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
+from lowmem.plan import capability as rules
 from lowmem.plan.engine_config import FORMATS, KV_DTYPES, EngineConfig
 from lowmem.plan.knobs import _capability, flag_of, version_tuple
 from lowmem.plan.speculation import Speculation
@@ -54,6 +55,7 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
         if engine.kv_offload_bytes or engine.offload == "prefetch":
             reasons.append("KV offload and prefetch offload do not exist on a CPU; leave them out")
         return reasons
+    reasons += rules.refusals(engine, card, device)
     needs, since = KV_DTYPES[engine.kv_dtype]
     capability = _capability(device.capability)
     if capability < _capability(needs):

@@ -120,7 +120,7 @@ def _card_refusals(plan: Plan, seen: Passing) -> Iterator[str]:
             f" {plan.device_count}: look at vllm_service_cards and at nvidia-smi"
         )
         return
-    planned = load_device(plan.device)
+    planned = plan.device_figures or load_device(plan.device)  # a plan of an older release names it only
     for card in seen.cards[: plan.device_count]:
         if (
             card.capability != planned.capability

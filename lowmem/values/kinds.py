@@ -167,6 +167,11 @@ KINDS: dict[str, Kind] = {
         rf"{_NO_PARENT}[A-Za-z0-9_./+@,-]{{1,4096}}",
         "the name of a profile or the path of its file, of letters, digits and _ . / + @ , -, without '..'",
     ),
+    "device": pattern(
+        rf"{_NO_PARENT}[A-Za-z0-9_./][A-Za-z0-9_./:=+@,-]{{0,4095}}",
+        "the name of a device, auto, custom:24GiB,936GB/s,71TFLOPS,sm_86, or the path of a YAML file,"
+        " without blanks and '..'",
+    ),
     "relative_path": pattern(
         rf"{_NO_PARENT}[A-Za-z0-9_.+@-]+(/[A-Za-z0-9_.+@-]+)*",
         "a relative path of letters, digits and _ . / + @ -, without '..'",

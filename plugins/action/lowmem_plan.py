@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ansible.errors import AnsibleActionFail
@@ -24,6 +25,7 @@ try:
     from lowmem.inputs.devices import load_device
     from lowmem.inputs.model_cards import load_card
     from lowmem.inputs.profiles import load_profile
+    from lowmem.plan.calibration import read_calibration
     from lowmem.plan.knobs import checked
     from lowmem.plan.planner import make_plan
     from lowmem.plan.render import plan_text
@@ -45,7 +47,10 @@ options:
   profile: {description: Name of a profile in C(profiles/)., type: str, required: true}
   model: {description: "Model card by name, or a directory on the controller; empty is the profile's own.",
     type: str, default: ""}
-  device: {description: Name in the device table; empty is the profile's own., type: str, default: ""}
+  device: {description: "Name in the device table, custom:…, or a YAML file on the controller; empty is the
+    profile's own.", type: str, default: ""}
+  calibration: {description: "File of C(lowmem calibrate) on the controller; empty is none.", type: str,
+    default: ""}
   count: {description: Number of devices; 0 is the profile's own., type: int, default: 0}
   overrides: {description: Knobs set for this inventory., type: dict, default: {}}
   deploy: {description: "Where the server listens and finds its model: model_path, served_model_name, host,
@@ -76,7 +81,13 @@ def one_line(value: Any) -> str:
 
 def of_the_inventory(message: str) -> str:
     """Name the inventory's variables in a message that names the options of the command line."""
-    return re.sub(r"--count\b|\bcount(?==)", "lowmem_device_count", message)
+    named = re.sub(r"--count\b|\bcount(?==)", "lowmem_device_count", message)
+    return named.replace("--device ", "lowmem_device: ")
+
+
+def calibration_of(path: str) -> Any:
+    """Read the constants of the site; none if no file is named."""
+    return read_calibration(Path(path)) if path else None
 
 
 def input_problems(wanted: Mapping[str, Any]) -> list[str]:
@@ -87,10 +98,11 @@ def input_problems(wanted: Mapping[str, Any]) -> list[str]:
         try:
             read(value)
         except BadInput as error:
-            found.append(f"lowmem_{name} is {one_line(value)}: {error}")
+            found.append(f"lowmem_{name} is {one_line(value)}: {of_the_inventory(str(error))}")
 
     attempt("profile", wanted["profile"], load_profile)
-    for name, read in (("device", load_device), ("model", load_card)):
+    readers = (("device", load_device), ("model", load_card), ("calibration", calibration_of))
+    for name, read in readers:
         if wanted[name]:
             attempt(name, wanted[name], read)
     if not 0 <= wanted["count"] <= 64:
@@ -121,6 +133,7 @@ class ActionModule(ActionBase):
                 "profile": {"type": "str", "required": True},
                 "model": {"type": "str", "default": ""},
                 "device": {"type": "str", "default": ""},
+                "calibration": {"type": "str", "default": ""},
                 "count": {"type": "int", "default": 0},
                 "overrides": {"type": "dict", "default": {}},
                 "deploy": {"type": "dict", "required": True},
@@ -151,6 +164,7 @@ class ActionModule(ActionBase):
                     count=wanted["count"] or None,
                     overrides=wanted["overrides"],
                     deploy={**wanted["deploy"], **(wanted["members"] if hosts > 1 else {})},
+                    calibration=calibration_of(wanted["calibration"]),
                     weights="profile",  # role awq_quantize makes what the profile asks for
                 )
             )

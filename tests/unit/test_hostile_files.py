@@ -167,6 +167,9 @@ def test_any_bytes_are_read_or_refused(tmp_path, content):
 
 COMMANDS = {
     "plan": ("plan", "--profile", "{}"),
+    "plan_device": ("plan", "--device", "{}"),
+    "plan_calibration": ("plan", "--calibration", "{}"),
+    "calibrate": ("calibrate", "{}", "--out", "/tmp/calibration.yml"),
     "explain": ("explain", "{}"),
     "receipt": ("receipt", "{}"),
     "checks": ("receipt", "tests/data/absent.json", "--checks", "{}"),
