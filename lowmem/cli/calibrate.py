@@ -37,7 +37,8 @@ def calibrate(
 ) -> None:
     """Write the constants of your hosts, for a plan to use.
 
-    `lowmem plan --calibration` and the inventory take them. They are fitted to receipts, or to a run of about two minutes on this host. Exit 1: bad input.
+    `lowmem plan --calibration` and the inventory take them. They are fitted to receipts, or to a run of about
+    two minutes on this host.
     """
     check_writable(out)
     paths = list(receipt or [])
