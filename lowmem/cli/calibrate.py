@@ -35,9 +35,10 @@ def calibrate(
         str | None, typer.Option(help="with --plan: the running service; default: start it as planned")
     ] = None,
 ) -> None:
-    """Write the constants of your hosts, which `lowmem plan --calibration` and the inventory take.
+    """Write the constants of your hosts, for a plan to use.
 
-    They are fitted to receipts, or to a run of about two minutes on this host. Exit 1: bad input.
+    `lowmem plan --calibration` and the inventory take them. They are fitted to receipts, or to a run of about
+    two minutes on this host.
     """
     check_writable(out)
     paths = list(receipt or [])

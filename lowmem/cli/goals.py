@@ -12,11 +12,11 @@ from lowmem.cli.plan import EXIT
 from lowmem.plan.calibration import calibrated
 from lowmem.plan.capacity import Extreme, maximized, would_do
 from lowmem.plan.goals import Choice, Goal, find, goal_of
-from lowmem.plan.planner import refuse_foreign
+from lowmem.plan.planner import explained, refuse_foreign
 from lowmem.plan.render import command_of, show_choices, show_plan, wanted
 from lowmem.plan.request import PlanRequest
 from lowmem.plan.search import suggestions
-from lowmem.schema import Plan
+from lowmem.schema import Calibration, Plan
 from lowmem.text import terminal, visible_json
 
 SHOWN = 3
@@ -37,14 +37,14 @@ def answer(request: PlanRequest, searched: bool, suggest: bool, maximize: str | 
         if suggest:
             return _suggest(goal, as_json)
         if maximize is not None:
-            return _maximize(goal, maximize, as_json)
-        return _find(goal, as_json)
+            return _maximize(goal, maximize, as_json, request.calibration)
+        return _find(goal, as_json, request.calibration)
 
 
-def _find(goal: Goal, as_json: bool) -> int:
+def _find(goal: Goal, as_json: bool, calibration: Calibration | None) -> int:
     """Print the plan that meets the goal, or the nearest one, with the runners-up."""
     found = find(goal)
-    plan = found.choice.plan
+    plan = explained(found.choice.plan, found.choice.inputs, calibration)
     enough = "" if plan.verdict == "fits" else would_do(found.choice.inputs)
     plan = plan.model_copy(update={"reasons": (*plan.reasons, *found.why, *([enough] if enough else []))})
     _show(plan, as_json, "runners-up:", found.others[:SHOWN], goal)
@@ -101,14 +101,14 @@ def _say_nothing_fits(goal: Goal) -> None:
             out.print(f"  {line}", markup=False)
 
 
-def _maximize(goal: Goal, aim: str, as_json: bool) -> int:
+def _maximize(goal: Goal, aim: str, as_json: bool, calibration: Calibration | None) -> int:
     """Print the plan that takes the largest load, and what the other formats and KV types take."""
     found = maximized(goal, aim)
     if not found:
-        return _find(goal, as_json)
+        return _find(goal, as_json, calibration)
     best = found[0]
     said = f"{UNITS[aim][1]}: {_amount(best, aim)}"
-    plan = best.choice.plan
+    plan = explained(best.choice.plan, best.choice.inputs, calibration)
     plan = plan.model_copy(update={"reasons": (*plan.reasons, said)})
     title = "other settings take " + "; ".join(_amount(e, aim) for e in found[1 : SHOWN + 1])
     _show(plan, as_json, title, [e.choice for e in found[1 : SHOWN + 1]], goal)

@@ -51,6 +51,7 @@ EXIT_CODES = {
     "capacity": "0 a request fits, 1 bad input, 2 none fits",
     "frontier": _DONE,
     "fleet": "0 some number of hosts is enough, 1 bad input, 2 none is",
+    "calibrate": _DONE,
     "check-article": _DONE,
     "measure": "0 within the limits, 1 bad input, 2 outside them or not started",
     "receipt": "0 passed, 1 bad input, 2 failed",

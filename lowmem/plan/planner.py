@@ -24,7 +24,7 @@ def make_plan(request: PlanRequest) -> Plan:
     inputs = gather(request)
     refuse_foreign(request.calibration, inputs.device)
     with calibrated(request.calibration, inputs.device.name):
-        plan = _explained(compute(inputs), inputs, request.calibration)
+        plan = explained(compute(inputs), inputs, request.calibration)
         if not request.search or plan.verdict == "fits":
             return plan
         better, enough = nearest(inputs, plan), would_do(inputs)
@@ -32,7 +32,7 @@ def make_plan(request: PlanRequest) -> Plan:
     return plan.model_copy(update={"nearest": better and better[0], "reasons": tuple(reasons)})
 
 
-def _explained(plan: Plan, inputs: Inputs, calibration: Calibration | None) -> Plan:
+def explained(plan: Plan, inputs: Inputs, calibration: Calibration | None) -> Plan:
     """Add the device's figures, what its capability decides, and the site's constants, with their sources."""
     device = inputs.device
     notes = capability.notes(engine_of(inputs), inputs.card, device)

@@ -116,6 +116,7 @@ READ_ELSEWHERE = {
     "plan model": "tests of the model cards",
     "doctor plan": "case `top plan`: one reader",
     "capacity profile": "case `plan profile`",
+    "capacity device": "case `plan device`",
     "capacity model": "tests of the model cards",
     "explain model": "tests of the model cards",
     "frontier model": "tests of the model cards",
