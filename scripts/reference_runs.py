@@ -17,7 +17,7 @@ from lowmem.inputs.devices import by_nvml_name
 from lowmem.inputs.model_cards import card_from_config, names
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
-from lowmem.schema import Plan, Receipt, Scalar
+from lowmem.schema import ModelCard, Plan, Receipt, Scalar
 from lowmem.units import MIB
 
 _SHORT = {"-tp": "--tensor-parallel-size"}
@@ -232,13 +232,13 @@ def load_session(path: Path) -> list[Session]:
     return found
 
 
+_PLACE = ("host", "port", "middleware", "shutdown_timeout", "allowed_media_domains")
+"""Arguments that say nothing about memory or time: address, keys and stop."""
+
 _PLAYED = (
-    "host", "port", "middleware", "shutdown_timeout", "gpu_memory_utilization",
-    "attention_config.flash_attn_version", "attention_backend",
+    *_PLACE, "gpu_memory_utilization", "attention_config.flash_attn_version", "attention_backend",
 )  # fmt: skip
-"""Arguments that say nothing about memory or time: address, keys and stop, and what playing a smaller card
-takes.
-"""
+"""These, and what playing a smaller card takes."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,7 @@ class Received:
     name: str
     receipt: Receipt
     plan: Plan
+    knobs: Mapping[str, Scalar]
 
     @property
     def idle_mib(self) -> float:
@@ -270,20 +271,26 @@ class Received:
         return self.receipt.loads[0].tpot_ms.mean
 
 
-def received(name: str, receipt: Receipt) -> Received:
-    """Nothing of the receipt but the card, arguments, environment, model and load goes into the plan."""
+def received(name: str, receipt: Receipt, card: ModelCard | None = None) -> Received:
+    """Nothing of the receipt but the card, arguments, environment, model and load goes into the plan.
+
+    `card` is the model where it is no built-in one; it is planned as it is stored.
+    """
     words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    knobs = {k: v for k, v in knobs_of(shlex.join(words)).items() if k not in _PLAYED}
+    knobs = knobs_of(shlex.join(words))
+    played = _PLAYED if "kv_cache_memory_bytes" in knobs else _PLACE
+    knobs = {k: v for k, v in knobs.items() if k not in played}
     kept = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CUDA_ALLOC_CONF")
-    old, load = receipt.plan, receipt.loads[0].load
+    old = receipt.plan
+    load = receipt.loads[0].load if receipt.loads else old.load
     empty = profiles.load_profile("low_mem").model_copy(
         update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}
     )
     plan = make_plan(
         PlanRequest(
             empty,
-            old.model if old.model in names() else "llama-2-70b",
+            card or (old.model if old.model in names() else "llama-2-70b"),
             by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
             old.device_count,
             knobs,
@@ -293,10 +300,11 @@ def received(name: str, receipt: Receipt) -> Received:
             environment={n: receipt.environment[n] for n in kept if n in receipt.environment},
             vllm_version=old.vllm_version,
             memory_limit_bytes=143771 * MIB,
+            weights="stored" if card else None,
             search=False,
         )
     )
-    return Received(name, receipt, plan)
+    return Received(name, receipt, plan, knobs)
 
 
 @cache
@@ -311,5 +319,13 @@ def load_receipts(folder: Path) -> list[Received]:
         if '"argv"' in text and '"ready_s"' in text:
             receipt = read(file)
             if receipt.loads:
-                found.append(received(file.stem, receipt))
+                found.append(received(file.stem, receipt, published_beside(file)))
     return found
+
+
+def published_beside(receipt: Path) -> ModelCard | None:
+    """Return the model of a receipt whose config.json lies beside it, as NAME.config.json."""
+    config = receipt.with_suffix(".config.json")
+    if not config.exists():
+        return None
+    return card_from_config(json.loads(config.read_text(encoding="utf-8")), receipt.stem, str(config))

@@ -52,6 +52,7 @@ EXIT_CODES = {
     "frontier": _DONE,
     "fleet": "0 some number of hosts is enough, 1 bad input, 2 none is",
     "calibrate": _DONE,
+    "oracle": "0 the engine agrees to 1 %, 1 bad input or refused by vLLM, 2 it does not agree",
     "check-article": _DONE,
     "measure": "0 within the limits, 1 bad input, 2 outside them or not started",
     "receipt": "0 passed, 1 bad input, 2 failed",
