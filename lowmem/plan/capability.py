@@ -7,7 +7,7 @@ from typing import Any
 
 from lowmem.data import load_yaml
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.knobs import _capability
+from lowmem.plan.knobs import capability_tuple
 from lowmem.schema import Device, ModelCard
 
 READ_SINCE = (0, 32, 0)
@@ -24,13 +24,13 @@ def _allows(rule: Mapping[str, Any], device: Device) -> bool:
         return True
     if "only" in rule:
         return device.capability in rule["only"]
-    return _capability(device.capability) >= _capability(rule["least"])
+    return capability_tuple(device.capability) >= capability_tuple(rule["least"])
 
 
 def has_machine_code(device: Device) -> bool:
     """Tell whether the locked wheels have code that the card runs: the same major and no higher a minor."""
-    own = _capability(device.capability)
-    there = [_capability(c) for c in _rules("machine_code")["capabilities"]]
+    own = capability_tuple(device.capability)
+    there = [capability_tuple(c) for c in _rules("machine_code")["capabilities"]]
     return device.kind == "cpu" or any(c[0] == own[0] and c[1] <= own[1] for c in there)
 
 

@@ -16,7 +16,7 @@ from lowmem.inputs import devices, model_cards
 from lowmem.inputs.profiles import load_profile
 from lowmem.plan.compute import compute
 from lowmem.plan.engine_config import KV_DTYPES
-from lowmem.plan.knobs import _capability, checked
+from lowmem.plan.knobs import capability_tuple, checked
 from lowmem.plan.request import (
     NO_LIMIT_MS,
     WEIGHT_FORMATS,
@@ -126,8 +126,8 @@ def kv_types_of(device: Device) -> tuple[str, ...]:
     """List the KV types of a search that a device has kernels for, best quality first."""
     if device.kind == "cpu":
         return ("auto",)
-    capability = _capability(device.capability)
-    return tuple(kv for kv in KV_TYPES if kv == "auto" or capability >= _capability(KV_DTYPES[kv][0]))
+    capability = capability_tuple(device.capability)
+    return tuple(kv for kv in KV_TYPES if kv == "auto" or capability >= capability_tuple(KV_DTYPES[kv][0]))
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class Search:
         }
         if kv_type != "auto":
             knobs["kv_cache_dtype"] = kv_type
-        if self.goal.device.kind == "cuda" and _capability(self.goal.device.capability) < (8, 0):
+        if self.goal.device.kind == "cuda" and capability_tuple(self.goal.device.capability) < (8, 0):
             knobs["dtype"] = "float16"
         return knobs
 

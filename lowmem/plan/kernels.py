@@ -9,7 +9,7 @@ from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.knobs import _capability
+from lowmem.plan.knobs import capability_tuple
 from lowmem.plan.weights import inventory_of_card
 from lowmem.schema import Device, ModelCard
 
@@ -26,7 +26,7 @@ def with_kernels(
     if device.kind == "cpu":
         return replace(engine, kernel="cpu", expert_kernel="cpu")
     linear, experts = _formats(card, engine)
-    capability = _capability(device.capability)
+    capability = capability_tuple(device.capability)
     if linear == "integer":
         kernel = _integer_kernel(card, engine.vllm, capability, wanted, disabled)
     else:
@@ -71,10 +71,10 @@ def _first(section: str, name: str, capability: tuple[int, int]) -> str | None:
     """Return the first kernel of a format that takes this capability."""
     for rule in load_yaml("kernels.yml")[section].get(name, ()):
         if "only" in rule:
-            fits = capability == _capability(rule["only"])
+            fits = capability == capability_tuple(rule["only"])
         else:
-            fits = capability >= _capability(rule["from"])
-            fits = fits and ("below" not in rule or capability < _capability(rule["below"]))
+            fits = capability >= capability_tuple(rule["from"])
+            fits = fits and ("below" not in rule or capability < capability_tuple(rule["below"]))
         if fits:
             return str(rule["kernel"])
     return None

@@ -32,7 +32,8 @@ def version(text: str) -> tuple[int, int, int]:
     return numbers
 
 
-def _capability(text: str) -> tuple[int, int]:
+def capability_tuple(text: str) -> tuple[int, int]:
+    """Parse a compute capability such as 8.6, so that two can be compared."""
     major, _, minor = text.partition(".")
     return int(major or 0), int(minor or 0)
 

@@ -10,7 +10,7 @@ from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan import capability as rules
 from lowmem.plan.engine_config import FORMATS, KV_DTYPES, EngineConfig
-from lowmem.plan.knobs import _capability, flag_of, version_tuple
+from lowmem.plan.knobs import capability_tuple, flag_of, version_tuple
 from lowmem.plan.speculation import Speculation
 from lowmem.schema import Device, Knob, ModelCard
 
@@ -59,8 +59,8 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
         return reasons
     reasons += rules.refusals(engine, card, device)
     needs, since = KV_DTYPES[engine.kv_dtype]
-    capability = _capability(device.capability)
-    if capability < _capability(needs):
+    capability = capability_tuple(device.capability)
+    if capability < capability_tuple(needs):
         instead = "int8_per_token_head or int4_per_token_head"
         reasons.append(
             f"kv_cache_dtype={engine.kv_dtype} needs compute capability {needs} and {device.title} has"
@@ -107,7 +107,7 @@ def online_refusals(engine: EngineConfig, card: ModelCard, device: Device) -> li
         return [f"quantization={name} is planned as vLLM 0.32 does it; use 0.32.0 or later"]
     if device.kind == "cpu":
         return [f"quantization={name} is not planned on a CPU; use a checkpoint that is quantized already"]
-    capability, has = _capability(device.capability), f"{device.title} has {device.capability}"
+    capability, has = capability_tuple(device.capability), f"{device.title} has {device.capability}"
     if capability < (7, 5):
         return [f"quantization={name} needs compute capability 7.5 and {has}; leave it out"]
     if not card.experts:
