@@ -22,7 +22,7 @@ _ROUNDS = 2
 
 def calibrate(
     receipt: Annotated[
-        list[Path] | None, typer.Argument(help="receipts of `lowmem measure` on such hosts")
+        list[Path] | None, typer.Argument(help="receipts that `lowmem measure` wrote on such hosts")
     ] = None,
     out: Annotated[Path, typer.Option(help="file to write")] = Path("calibration.yml"),
     model: Annotated[

@@ -51,15 +51,21 @@ def capacity(
     model: Annotated[
         str | None,
         typer.Option(
-            help="built-in name, checkpoint directory or Hugging Face id", autocompletion=complete_model
+            help="built-in name, checkpoint directory or Hugging Face id; default: the profile's",
+            autocompletion=complete_model,
         ),
     ] = None,
     weights: Annotated[str | None, typer.Option(help="stored, or a format such as awq-4bit")] = None,
     device: Annotated[
-        str | None, typer.Option(help="name in the device table, or auto", autocompletion=complete_device)
+        str | None,
+        typer.Option(
+            help="name in the device table, or auto; default: the profile's", autocompletion=complete_device
+        ),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="cards of the host")] = None,
-    memory_limit: Annotated[str | None, typer.Option(help="per card, e.g. 20GiB")] = None,
+    count: Annotated[int | None, typer.Option(help="cards on the host; default: the profile's")] = None,
+    memory_limit: Annotated[
+        str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     out: Annotated[Path | None, typer.Option(help="picture to write; .png or .svg")] = None,
     vllm_version: Annotated[str, typer.Option(help="version the plan is for")] = VLLM_VERSION,

@@ -24,7 +24,7 @@ def doctor(
         ),
     ] = None,
     plan: Annotated[Path, typer.Option(help="plan.json of the deployment on this host")] = DEFAULT_PLAN,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object: verdict and findings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Say what is wrong with a host, one verdict a line.
 

@@ -15,10 +15,13 @@ from lowmem.plan.request import PlanRequest, gather
 def explain(
     profile: Annotated[str, typer.Argument(help="name in profiles/, or a YAML file")],
     model: Annotated[
-        str | None, typer.Option(help="built-in name, checkpoint directory or Hugging Face id")
+        str | None,
+        typer.Option(help="built-in name, checkpoint directory or Hugging Face id; default: the profile's"),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="name in the device table")] = None,
-    count: Annotated[int | None, typer.Option(help="cards on the host")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="name in the device table, or auto; default: the profile's")
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="cards on the host; default: the profile's")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     measurements: Annotated[Path, typer.Option(help="folder with ablations.yml")] = Path("docs/measurements"),
 ) -> None:

@@ -28,26 +28,28 @@ def fleet(
         float, typer.Option(help="limit of the 99th percentile, ms to the first token")
     ] = 10_000.0,
     profile: Annotated[
-        list[str] | None, typer.Option(help="repeatable (default: low_mem, low_latency, extreme)")
+        list[str] | None,
+        typer.Option(
+            help="name in profiles/, or a YAML file, as often as needed; default: low_mem, low_latency, extreme"
+        ),
     ] = None,
     receipt: Annotated[
         list[Path] | None,
         typer.Option(
-            help="receipt of a measured host (--clients 8,1), repeatable; beside the profiles given"
+            help="receipt of a measured host (--clients 8,1), as often as needed; beside the profiles given"
         ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cards of the planned hosts (default: the profile's)")
+        str | None, typer.Option(help="name in the device table, or auto; default: the profile's")
     ] = None,
     input_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = 1024,
     output_tokens: Annotated[int, typer.Option(help="tokens of an answer")] = 256,
     at_most: Annotated[int, typer.Option(help="most hosts to try")] = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="the same as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
 ) -> None:
     """Compute how many hosts of each profile a load needs.
 
-    It simulates the engine's scheduler with the speed that a receipt measured or a plan expects. Exit 2: no
-    number of hosts meets the limits.
+    It simulates the engine's scheduler with the speed that a receipt measured or a plan expects.
     """
     for name, value, low, high in (
         ("--qps", qps, 0.001, 10_000), ("--p99-tpot", p99_tpot, 0.1, 1e6), ("--p99-ttft", p99_ttft, 0.1, 1e7),

@@ -42,7 +42,7 @@ def frontier_command(
     model: Annotated[
         str, typer.Option(help="built-in name, checkpoint directory or Hugging Face id")
     ] = "llama-2-70b",
-    device: Annotated[str, typer.Option(help="name in the device table")] = "a100-40g",
+    device: Annotated[str, typer.Option(help="name in the device table, or auto")] = "a100-40g",
     count: Annotated[int, typer.Option(help="cards on the host")] = 2,
     out: Annotated[Path, typer.Option(help="picture to write; .png or .svg")] = Path("frontier.png"),
     clients: Annotated[int, typer.Option(help="closed-loop clients")] = 8,

@@ -48,7 +48,7 @@ def measure(
     ] = None,
     pid: Annotated[
         int | None,
-        typer.Option(help="with --url: the service's main process (default: the one that listens there)"),
+        typer.Option(help="with --url: the service's main process; default: the one that listens there"),
     ] = None,
     pid_file: Annotated[
         Path | None, typer.Option(help="with --url: file with the number of that process")
@@ -56,34 +56,34 @@ def measure(
     log: Annotated[
         Path | None,
         typer.Option(
-            help="the engine's log: written with --start, read with --url (default: beside the receipt)"
+            help="the engine's log: written with --start, read with --url; default: beside the receipt"
         ),
     ] = None,
     env_file: Annotated[
-        Path | None, typer.Option(help="environment file (default: vllm.env beside the launcher)")
+        Path | None, typer.Option(help="environment file; default: vllm.env beside the launcher")
     ] = None,
     arg: Annotated[
         list[str] | None,
-        typer.Option(help="one more argument for `vllm serve`, repeatable: --arg=--load-format --arg=dummy"),
+        typer.Option(
+            help="one more argument for `vllm serve`, as often as needed: --arg=--load-format --arg=dummy"
+        ),
     ] = None,
     clients: Annotated[
         str | None,
-        typer.Option(help="closed-loop clients; a list runs one load after the other (default: the plan's)"),
+        typer.Option(help="closed-loop clients; a list runs one load after the other; default: the plan's"),
     ] = None,
-    input_tokens: Annotated[int | None, typer.Option(min=1, help="per request (default: the plan's)")] = None,
-    output_tokens: Annotated[
-        int | None, typer.Option(min=1, help="per request (default: the plan's)")
-    ] = None,
-    requests: Annotated[int | None, typer.Option(min=1, help="per load (default: four per client)")] = None,
+    input_tokens: Annotated[int | None, typer.Option(min=1, help="per request; default: the plan's")] = None,
+    output_tokens: Annotated[int | None, typer.Option(min=1, help="per request; default: the plan's")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="per load; default: four per client")] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="tokenizer of the prompts (default: the served model's folder)")
+        str | None, typer.Option(help="tokenizer of the prompts; default: the served model's folder")
     ] = None,
     interval_ms: Annotated[
         int | None,
-        typer.Option(min=10, help="time between memory samples (default: 100 on a GPU, 250 on a CPU)"),
+        typer.Option(min=10, help="time between memory samples; default: 100 on a GPU, 250 on a CPU"),
     ] = None,
     start_timeout_s: Annotated[
-        int | None, typer.Option(min=1, help="time for the first completion (default: the plan's)")
+        int | None, typer.Option(min=1, help="time for the first completion; default: the plan's")
     ] = None,
     debug: Annotated[
         bool, typer.Option(help="VLLM_LOGGING_LEVEL=DEBUG: the engine prints its memory profile (slower)")
@@ -92,8 +92,6 @@ def measure(
     """Load a service and write a receipt of what it took.
 
     It is started as planned, or found running. The receipt has memory, latency and the verdict.
-
-    Exit 0: within the plan's limits. 2: outside them, or it did not start. 1: bad input.
     """
     plan_ = read_plan(plan)
     env_file = _check_words(start, serve, url, env_file)

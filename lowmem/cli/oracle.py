@@ -56,9 +56,9 @@ def oracle(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Ask vLLM's own classes for bytes and KV blocks, without weights and without memory of a card.
+    """Ask vLLM's own classes for bytes and KV blocks.
 
-    Exit 0: asked, and the plan agrees to 1 %. 2: it does not. 1: bad input, or vLLM refuses the model.
+    It needs no weights and no memory of a card, but the engine's environment.
     """
     if reuse and record is None:
         raise BadInput("--reuse needs --record, the file with the answer")

@@ -31,7 +31,7 @@ EXIT = {"fits": 0, "slow": 3, "impossible": 2}
 
 def plan(
     command: Annotated[
-        list[str] | None, typer.Argument(help="-- vllm serve …: plan this command; - reads it from stdin")
+        list[str] | None, typer.Argument(help="-- vllm serve …: plan this command; - is stdin")
     ] = None,
     command_file: Annotated[
         str | None,
@@ -89,7 +89,8 @@ def plan(
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     env: Annotated[
-        list[str] | None, typer.Option("--env", help="NAME=value of the service's environment")
+        list[str] | None,
+        typer.Option("--env", help="NAME=value of the service's environment, as often as needed"),
     ] = None,
     clients: Annotated[int | None, typer.Option(help="closed-loop clients of the load")] = None,
     input_tokens: Annotated[int | None, typer.Option(help="tokens of a prompt")] = None,
@@ -123,7 +124,7 @@ def plan(
     port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
     node: Annotated[
         list[str] | None,
-        typer.Option(help="address of a host of a multi-host server; once per host, in order"),
+        typer.Option(help="address of a host of a multi-host server; once for each host, in order"),
     ] = None,
     interface: Annotated[
         str, typer.Option(help="network interface that joins the hosts, the same on each")
@@ -133,10 +134,7 @@ def plan(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Say whether a model fits, and how fast it will be.
-
-    Exit 0: fits. 3: slow. 2: impossible. 1: bad input.
-    """
+    """Say whether a model fits, and how fast it will be."""
     pasted = command_of(command, command_file)
     if pasted is None and (as_profile is not None or only_flags):
         raise BadInput("--as-profile and --check-flags need a command: lowmem plan -- vllm serve MODEL …")

@@ -22,10 +22,7 @@ def ready(
         float, typer.Option(min=0, help="seconds to wait; 0: the plan's limit for a start")
     ] = 0,
 ) -> None:
-    """Wait until a deployed server answers or has joined.
-
-    Exit 0: it did. 1: it will not.
-    """
+    """Wait until a deployed server answers or has joined."""
     planned = read_deployed_plan(plan)
     limit_s = timeout_s or planned.service.timeout_start_s
     if planned.deploy.rank:

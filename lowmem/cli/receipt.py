@@ -19,10 +19,7 @@ def receipt(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="file for the joined receipt")] = None,
 ) -> None:
-    """Print a plan against its measurement, and the verdict.
-
-    Exit 0: passed. 2: failed. 1: bad input.
-    """
+    """Print a plan against its measurement, and the verdict."""
     result = read(measurement)
     if checks is not None:
         result = merge(result, read_checks(checks))

@@ -21,7 +21,7 @@ def start_check(
         typer.Option(min=0, help="seconds to wait for memory or a port that is being freed"),
     ] = 20,
 ) -> None:
-    """Print each obstacle to a start on a line of its own. Exit 0: none. 1: at least one."""
+    """Print each obstacle to a start on a line of its own."""
     planned = read_deployed_plan(plan)
     refused = list(lasting_refusals(planned, look_at_lasting(planned)))
     deadline = time.monotonic() + (0 if refused else wait_s)

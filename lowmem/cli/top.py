@@ -27,13 +27,12 @@ def top(
     window_s: Annotated[float, typer.Option(min=0.2, help="seconds that rates and percentiles cover")] = 30,
     once: Annotated[bool, typer.Option("--once", help="print once, after two looks --every-s apart")] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="print each look as one JSON object a line")
+        bool, typer.Option("--json", help="one JSON object a line on stdout for each look")
     ] = False,
 ) -> None:
     """Watch a running server against its plan.
 
-    Ctrl-C ends it. In a pipe it prints a line for each look. Exit 1: the server cannot be reached at the
-    start.
+    Ctrl-C ends it. In a pipe it prints a line for each look.
     """
     watcher = Watcher(deployed(plan), window_s)
     first, _ = watcher.look()

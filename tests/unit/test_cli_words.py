@@ -33,6 +33,13 @@ def test_short_help_is_the_long_one_and_ends_with_the_exit_status(command):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_each_thing_once_and_in_one_way(command):
+    shown = " ".join(said(command, "-h").stdout.split())
+    for other in ("Exit 0", "Exit 1", "Exit 2", "(default:", "repeatable", "the same as JSON"):
+        assert other not in shown
+
+
 def test_the_list_of_commands_is_uncut():
     shown = said("-h").stdout
     assert "..." not in shown.split("Commands:")[1]
