@@ -1,4 +1,4 @@
-"""Reads and writes sizes and addresses.
+"""Reads and writes sizes, compute capabilities and addresses.
 
 MiB and GiB are powers of two, GB and MB powers of ten; the names never mix.
 """
@@ -12,7 +12,7 @@ GIB = 2**30
 GB = 10**9
 
 # vLLM's human_readable_int: lower case is decimal, upper case binary (0.32.0, vllm/utils/argparse_utils.py).
-_SUFFIX = {
+SUFFIX = {
     "": 1,
     "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
     "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40,
@@ -26,12 +26,12 @@ def parse_bytes(text: str | int | float) -> int:
     if isinstance(text, int | float) and not isinstance(text, bool):
         return int(text)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
-    if not match or match[2] not in _SUFFIX:
+    if not match or match[2] not in SUFFIX:
         raise ValueError(
             f"{text!r} is not a size; write bytes, or a number with M, MiB, G, GiB (binary) or m, MB, g, GB"
             " (decimal)"
         )
-    return int(float(match[1]) * _SUFFIX[match[2]])
+    return int(float(match[1]) * SUFFIX[match[2]])
 
 
 def mib(value: int | float) -> str:
@@ -47,6 +47,12 @@ def gib(value: int | float) -> str:
 def number(value: float | None) -> str:
     """Format a number with one decimal below 100 and none above; None is a dash."""
     return "-" if value is None else f"{value:,.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def capability_tuple(text: str) -> tuple[int, int]:
+    """Parse a compute capability such as 8.6, so that two can be compared; empty text is that of a CPU."""
+    major, _, minor = text.partition(".")
+    return int(major or 0), int(minor or 0)
 
 
 # A server that listens on every address is asked at the loopback address of its family: a socket

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowmem.cli.options import complete_device, complete_model, complete_profile
+from lowmem.cli.options import complete_device, complete_model, complete_profile, limit_bytes
 from lowmem.errors import BadInput
 from lowmem.plan.capacity import Capacity, capacity_of
 from lowmem.plan.goals import DEFAULT_PROFILE, find, goal_of
@@ -17,7 +17,7 @@ from lowmem.plan.knobs import parse_assignments
 from lowmem.plan.request import Inputs, PlanRequest, gather
 from lowmem.schema import VLLM_VERSION
 from lowmem.text import visible_json
-from lowmem.units import mib, parse_bytes
+from lowmem.units import mib
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +44,8 @@ def capacity(
     profile: Annotated[
         str | None,
         typer.Option(
-            help="name in profiles/, or a YAML file; default: low_mem without --model",
+            help="name in profiles/, or a YAML file; default: low_mem without --model, else the settings are"
+            " searched",
             autocompletion=complete_profile,
         ),
     ] = None,
@@ -62,9 +63,13 @@ def capacity(
             help="name in the device table, or auto; default: the profile's", autocompletion=complete_device
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="cards on the host; default: the profile's")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help="cards on the host; default: the profile's, one of a --device in a search"),
+    ] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
+        str | None,
+        typer.Option(help="per card, e.g. 20GiB; default: the profile's, the whole card in a search"),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="knob=value, as often as needed")] = None,
     out: Annotated[Path | None, typer.Option(help="picture to write; .png or .svg")] = None,
@@ -79,17 +84,13 @@ def capacity(
         raise BadInput(f"--out {str(out)!r} does not end in .png or .svg")
     if out is not None and not out.resolve().parent.is_dir():
         raise BadInput(f"--out {str(out)!r}: its folder does not exist; make it first")
-    try:
-        limit = parse_bytes(memory_limit) if memory_limit is not None else None
-    except (ValueError, OverflowError) as e:
-        raise BadInput(f"--memory-limit: {e}") from None
     request = PlanRequest(
         profile or DEFAULT_PROFILE,
         model,
         device,
         count,
         parse_assignments(set_ or []),
-        memory_limit_bytes=limit,
+        memory_limit_bytes=limit_bytes(memory_limit),
         vllm_version=vllm_version,
         weights=weights,
     )

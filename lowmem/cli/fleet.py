@@ -30,7 +30,8 @@ def fleet(
     profile: Annotated[
         list[str] | None,
         typer.Option(
-            help="name in profiles/, or a YAML file, as often as needed; default: low_mem, low_latency, extreme"
+            help="name in profiles/, or a YAML file, as often as needed; default: low_mem, low_latency and"
+            " extreme"
         ),
     ] = None,
     receipt: Annotated[

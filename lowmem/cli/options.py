@@ -1,10 +1,12 @@
-"""Completes the names that options of several commands take."""
+"""Completes and reads the values that options of several commands take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards, profiles
+from lowmem.units import parse_bytes
 
 
 def _begun(word: str, names: Iterable[str]) -> list[str]:
@@ -24,3 +26,11 @@ def complete_device(incomplete: str) -> list[str]:
 def complete_model(incomplete: str) -> list[str]:
     """List the built-in models that begin so."""
     return _begun(incomplete, model_cards.names())
+
+
+def limit_bytes(memory_limit: str | None) -> int | None:
+    """Convert the size of `--memory-limit`. Raises BadInput for text that is no size."""
+    try:
+        return None if memory_limit is None else parse_bytes(memory_limit)
+    except (ValueError, OverflowError) as error:
+        raise BadInput(f"--memory-limit: {error}") from None

@@ -71,7 +71,7 @@ def oracle(
         if plan:
             question = question_of_plan(folder, plan, _device_of(plan, device))
         else:
-            question = question_of(folder, _arguments(set_ or []), {}, card_of(load_device(device), 1024))
+            question = question_of(folder, arguments_of(set_ or []), {}, card_of(load_device(device), 1024))
         answer = _asked(folder, question, record, reuse)
     compared = terms(plan, answer) if plan else []
     differ = [term for term in compared if not term.agrees]
@@ -126,18 +126,12 @@ def _asked(model: Path, question: Question, record: Path | None, reuse: bool) ->
     return answer
 
 
-def _arguments(assignments: list[str]) -> tuple[str, ...]:
-    """Write knobs as arguments of `vllm serve`."""
-    from lowmem.plan.knobs import flag_of, parse_assignments
+def arguments_of(assignments: list[str]) -> tuple[str, ...]:
+    """Write knobs as arguments of `vllm serve`. Raises BadInput for one that the plan refuses too."""
+    from lowmem.plan.knobs import checked_all, parse_assignments, tokens_of
 
-    arguments: list[str] = []
-    for name, value in parse_assignments(assignments).items():
-        flag = flag_of(name)
-        if isinstance(value, bool):
-            arguments.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            arguments += [flag, str(value)]
-    return tuple(arguments)
+    given = checked_all(parse_assignments(assignments))
+    return tuple(word for name, value in given.items() for word in tokens_of(name, value))
 
 
 _WAYS = {

@@ -24,7 +24,7 @@ SHOWN = 40
 """Lines that are shown of one kind."""
 
 
-def command_of(words: list[str] | None, file: str | None) -> Command | None:
+def read_command(words: list[str] | None, file: str | None) -> Command | None:
     """Return the command of the words after `--`, or of a file; `-` is stdin. None if neither is given."""
     if words and file is not None:
         raise BadInput("--command and a command after -- are both given; give one of them")

@@ -12,8 +12,8 @@ from typing import Annotated
 
 import typer
 
-from lowmem.cli.options import complete_device, complete_model, complete_profile
-from lowmem.cli.pasted import check_flags, command_of, profile_of_command
+from lowmem.cli.options import complete_device, complete_model, complete_profile, limit_bytes
+from lowmem.cli.pasted import check_flags, profile_of_command, read_command
 from lowmem.errors import BadInput, EngineRefuses
 from lowmem.inputs.links import load_link
 from lowmem.inputs.profiles import load_profile
@@ -24,7 +24,6 @@ from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import VLLM_VERSION, Deploy
 from lowmem.text import visible, visible_json
-from lowmem.units import parse_bytes
 
 EXIT = {"fits": 0, "slow": 3, "impossible": 2}
 
@@ -73,7 +72,10 @@ def plan(
             autocompletion=complete_device,
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="cards on each host; default: the profile's")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(help="cards on each host; default: the profile's, one of a --device in a search"),
+    ] = None,
     hosts: Annotated[
         int | None, typer.Option(help="hosts that one server spans; default: the profile's")
     ] = None,
@@ -100,7 +102,8 @@ def plan(
         typer.Option(help="with drafts: mean tokens that a step gives, on your text"),
     ] = None,
     memory_limit: Annotated[
-        str | None, typer.Option(help="per card, e.g. 20GiB; default: the profile's")
+        str | None,
+        typer.Option(help="per card, e.g. 20GiB; default: the profile's, the whole card in a search"),
     ] = None,
     tpot_ms: Annotated[
         float | None, typer.Option(help="limit of a token, ms; default: the profile's, 200 in a search")
@@ -135,7 +138,7 @@ def plan(
     json_: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Say whether a model fits, and how fast it will be."""
-    pasted = command_of(command, command_file)
+    pasted = read_command(command, command_file)
     if pasted is None and (as_profile is not None or only_flags):
         raise BadInput("--as-profile and --check-flags need a command: lowmem plan -- vllm serve MODEL …")
     if pasted is not None and only_flags:
@@ -159,10 +162,6 @@ def plan(
         raise BadInput(
             "--network-gb-per-s and --network-round-trip-us need --network, which names the kind of link"
         )
-    try:
-        limit = parse_bytes(memory_limit) if memory_limit is not None else None
-    except (ValueError, OverflowError) as e:
-        raise BadInput(f"--memory-limit: {e}") from None
     base = profile or DEFAULT_PROFILE
     request = PlanRequest(
         profile_of_command(pasted, base, device, model, as_profile) if pasted else base,
@@ -175,7 +174,7 @@ def plan(
         input_tokens=input_tokens,
         output_tokens=output_tokens,
         accepted_tokens=accepted_tokens,
-        memory_limit_bytes=limit,
+        memory_limit_bytes=limit_bytes(memory_limit),
         tpot_p99_ms=tpot_ms,
         ttft_p99_ms=ttft_ms,
         environment={k: str(v) for k, v in parse_assignments(env or [], "--env").items()},

@@ -22,14 +22,13 @@ from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.files import parse_json
 from lowmem.schema import VLLM_VERSION, Scalar
+from lowmem.units import SUFFIX
 
 MOST_CHARACTERS = 16_384
 """Longest value of an option; an inline chat template is the longest that people write."""
 
 Given = Scalar | list[Any] | dict[str, Any]
 """Value of an option as YAML or JSON may have it."""
-
-_SUFFIX = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 _MOST_WHOLE = 10**15
 
@@ -252,7 +251,7 @@ def readable_int(value: Any) -> int:
     if part and not suffix.islower():  # vLLM takes decimals with decimal suffixes only
         raise ValueError(value)
     number = float(f"{whole}{part}") if part else int(whole)
-    return _bounded(int(number * _SUFFIX.get(suffix, 1)))
+    return _bounded(int(number * SUFFIX[suffix]))
 
 
 def _bounded(number: int) -> int:

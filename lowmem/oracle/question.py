@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from lowmem.errors import BadInput, first_problem
 from lowmem.files import JSON_LIMIT_BYTES, read_text, write_text
 from lowmem.schema import Bytes, Device, Plan, Strict
-from lowmem.units import MIB
+from lowmem.units import MIB, capability_tuple
 
 CONFIG_FILES = ("config.json", "hf_quant_config.json")
 """Files of a checkpoint that decide what the engine registers."""
@@ -107,10 +107,9 @@ def card_of(device: Device, count: int) -> Card | None:
     """Return the figures of a device of the table; None for a CPU."""
     if device.kind == "cpu":
         return None
-    major, _, minor = device.capability.partition(".")
     return Card(
         name=device.title,
-        capability=(int(major), int(minor)),
+        capability=capability_tuple(device.capability),
         memory_bytes=device.torch_total_mib * MIB,
         multiprocessors=device.sm_count,
         count=count,

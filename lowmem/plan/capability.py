@@ -7,8 +7,8 @@ from typing import Any
 
 from lowmem.data import load_yaml
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.knobs import capability_tuple
 from lowmem.schema import Device, ModelCard
+from lowmem.units import capability_tuple
 
 READ_SINCE = (0, 32, 0)
 """The version whose rules were read; an older one has other wheels."""

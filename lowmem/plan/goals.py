@@ -16,7 +16,7 @@ from lowmem.inputs import devices, model_cards
 from lowmem.inputs.profiles import load_profile
 from lowmem.plan.compute import compute
 from lowmem.plan.engine_config import KV_DTYPES
-from lowmem.plan.knobs import capability_tuple, checked
+from lowmem.plan.knobs import checked_all
 from lowmem.plan.request import (
     NO_LIMIT_MS,
     WEIGHT_FORMATS,
@@ -33,7 +33,7 @@ from lowmem.plan.request import (
 from lowmem.plan.verdict import ceiling
 from lowmem.plan.weights import stored_bytes
 from lowmem.schema import Deploy, Device, Knob, Limits, Load, ModelCard, Plan, Profile, Quantization, Scalar
-from lowmem.units import GB, GIB, MIB
+from lowmem.units import GB, GIB, MIB, capability_tuple
 
 DEFAULT_PROFILE = "low_mem"
 """Profile that is planned where neither profile nor model is named."""
@@ -231,7 +231,7 @@ def goal_of(request: PlanRequest, searched: bool) -> Goal:
         place=device if isinstance(device, str) else "",
         weights=request.weights,
         quantizes=how != "stored",
-        overrides={name: checked(name, value) for name, value in request.overrides.items()},
+        overrides=checked_all(request.overrides),
         environment=request.environment,
         deploy=request.deploy,
     )

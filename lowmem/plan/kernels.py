@@ -9,9 +9,9 @@ from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan.engine_config import EngineConfig
-from lowmem.plan.knobs import capability_tuple
 from lowmem.plan.weights import inventory_of_card
 from lowmem.schema import Device, ModelCard
+from lowmem.units import capability_tuple
 
 _INTEGER = ("gptq", "awq", "packed")
 

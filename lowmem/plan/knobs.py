@@ -6,6 +6,7 @@ import contextlib
 import math
 import re
 import shlex
+from collections.abc import Mapping
 
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
@@ -30,12 +31,6 @@ def version(text: str) -> tuple[int, int, int]:
             f"vllm_version {text} is older than 0.17.0, the first this planner knows; use 0.17.0 or later"
         )
     return numbers
-
-
-def capability_tuple(text: str) -> tuple[int, int]:
-    """Parse a compute capability such as 8.6, so that two can be compared."""
-    major, _, minor = text.partition(".")
-    return int(major or 0), int(minor or 0)
 
 
 def parse_assignments(assignments: list[str] | tuple[str, ...], option: str = "--set") -> dict[str, Scalar]:
@@ -105,6 +100,11 @@ def checked(name: str, value: options.Given) -> Scalar:
     if "choices" in spec and result not in spec["choices"]:
         raise BadInput(f"{name}={value!r} is not one of {', '.join(spec['choices'])}")
     return result
+
+
+def checked_all(values: Mapping[str, options.Given]) -> dict[str, Scalar]:
+    """Check each knob; a dotted name (`compilation_config.mode`) is a field of its knob."""
+    return {name: checked(name, value) for name, value in options.folded(values).items()}
 
 
 def _typed(kind: str, value: Scalar) -> Scalar:

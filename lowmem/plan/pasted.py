@@ -5,7 +5,8 @@ from __future__ import annotations
 from lowmem.errors import BadInput
 from lowmem.inputs.command import Command
 from lowmem.plan.knobs import checked
-from lowmem.schema import Device, Knob, Load, Profile, Quantization
+from lowmem.plan.request import fitting_tokens
+from lowmem.schema import Device, Knob, Profile, Quantization
 from lowmem.units import MIB
 from lowmem.values import kinds
 
@@ -24,6 +25,7 @@ def profile_of(command: Command, base: Profile, device: Device, model: str | Non
     knobs = {key: Knob(value=checked(key, value), why=WHY) for key, value in command.options.items()}
     if refused := kinds.refusal("environment", "environment_name to text", command.environment):
         raise BadInput(refused)
+    longest = knobs.get("max_model_len")
     return Profile(
         name=name,
         summary="what a pasted command asks for",
@@ -32,7 +34,7 @@ def profile_of(command: Command, base: Profile, device: Device, model: str | Non
         model=wanted,
         quantization=Quantization(),
         limits=base.limits.model_copy(update={"memory_bytes": device.nvml_total_mib * MIB}),
-        load=_fitting(base.load, knobs),
+        load=base.load.model_copy(update=fitting_tokens(base.load, longest.value if longest else "auto")),
         knobs=knobs,
         environment={key: Knob(value=value, why=WHY) for key, value in command.environment.items()},
     )
@@ -49,12 +51,3 @@ def _cards(command: Command, knobs: dict[str, Knob]) -> int:
             f" {need}; give as many cards or lower a size"
         )
     return command.cards or max(1, min(need, 64))
-
-
-def _fitting(load: Load, knobs: dict[str, Knob]) -> Load:
-    """Return the load, with requests as short as the command's max_model_len makes them."""
-    most = knobs["max_model_len"].value if "max_model_len" in knobs else "auto"
-    if not isinstance(most, int) or load.input_tokens + load.output_tokens <= most or most < 2:
-        return load
-    output = min(load.output_tokens, most // 2)
-    return load.model_copy(update={"input_tokens": most - output, "output_tokens": output})

@@ -157,7 +157,7 @@ def count_of(request: PlanRequest, profile: Profile, device: Device) -> int:
 def _knobs(request: PlanRequest, profile: Profile) -> dict[str, Knob]:
     """Return the profile's knobs, overridden by those of the request."""
     merged = {name: Knob(value=knobs.checked(name, k.value), why=k.why) for name, k in profile.knobs.items()}
-    given = {name: knobs.checked(name, value) for name, value in options.folded(request.overrides).items()}
+    given = knobs.checked_all(request.overrides)
     if any(name in given for name in _POOL_KNOBS):
         merged = {name: k for name, k in merged.items() if name not in _POOL_KNOBS}
     for name, value in given.items():
@@ -234,12 +234,17 @@ def _shortened(request: PlanRequest, profile: Profile) -> dict[str, object]:
     A request of which the operator gave a part is left as it is.
     """
     given = knobs.checked("max_model_len", request.overrides.get("max_model_len", "auto"))
-    load = profile.load
-    fixed = request.input_tokens is not None or request.output_tokens is not None
-    if fixed or not isinstance(given, int) or given >= load.input_tokens + load.output_tokens or given < 2:
+    if request.input_tokens is not None or request.output_tokens is not None:
         return {}
-    answer = min(load.output_tokens, given // 2)
-    return {"input_tokens": given - answer, "output_tokens": answer}
+    return fitting_tokens(profile.load, given)
+
+
+def fitting_tokens(load: Load, most: object) -> dict[str, object]:
+    """Return the tokens of a request as short as this max_model_len; nothing if the load's are no longer."""
+    if not isinstance(most, int) or most < 2 or load.input_tokens + load.output_tokens <= most:
+        return {}
+    answer = min(load.output_tokens, most // 2)
+    return {"input_tokens": most - answer, "output_tokens": answer}
 
 
 def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> None:

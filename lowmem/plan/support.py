@@ -10,9 +10,10 @@ from lowmem.data import load_yaml
 from lowmem.errors import BadInput
 from lowmem.plan import capability as rules
 from lowmem.plan.engine_config import FORMATS, KV_DTYPES, EngineConfig
-from lowmem.plan.knobs import capability_tuple, flag_of, version_tuple
+from lowmem.plan.knobs import flag_of, version_tuple
 from lowmem.plan.speculation import Speculation
 from lowmem.schema import Device, Knob, ModelCard
+from lowmem.units import capability_tuple
 
 
 def missing_flags(knobs: Mapping[str, Knob], vllm: tuple[int, int, int]) -> list[str]:
@@ -77,8 +78,6 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
         reasons.append(
             f"{q.bits}-bit GPTQ has no loader (4 and 8 bits only); use auto-round for {q.bits} bits"
         )
-    if q.method == "fp8" and capability < (8, 9) and engine.vllm < (0, 17, 0):
-        reasons.append("fp8 weights need compute capability 8.9 or weight-only Marlin")
     if engine.kernel == "machete" and capability != (9, 0):
         reasons.append(
             f"linear_backend=machete needs compute capability 9.0 and {device.title} has {device.capability};"

@@ -12,7 +12,7 @@ from lowmem.cli.main import app
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards
 from lowmem.plan.capacity import capacity_of, largest, maximized, would_do
-from lowmem.plan.goals import Goal, described, find
+from lowmem.plan.goals import Goal, described, find, goal_of
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest, gather
 from lowmem.plan.search import suggestions
@@ -91,6 +91,11 @@ def test_a_refusal_that_memory_did_not_cause_keeps_the_weights():
     found = find(goal("qwen2.5-7b", "a10", 1, 22 * GIB, 1, overrides={"kv_cache_dtype": "fp8"}))
     assert found.choice.bits == 16
     assert found.why[0].startswith("closest: 16-bit weights")
+
+
+def test_a_field_of_a_knob_is_a_setting_of_the_search_too():
+    request = PlanRequest("low_mem", "llama-3.1-8b", "h100", overrides={"compilation_config.mode": "3"})
+    assert goal_of(request, searched=True).overrides == {"compilation_config": '{"mode":3}'}
 
 
 def test_a_given_knob_is_not_searched():
