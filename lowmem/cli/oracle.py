@@ -71,7 +71,7 @@ def oracle(
         if plan:
             question = question_of_plan(folder, plan, _device_of(plan, device))
         else:
-            question = question_of(folder, arguments_of(set_ or []), {}, card_of(load_device(device), 1024))
+            question = question_of(folder, words_of(set_ or []), {}, card_of(load_device(device), 1024))
         answer = _asked(folder, question, record, reuse)
     compared = terms(plan, answer) if plan else []
     differ = [term for term in compared if not term.agrees]
@@ -126,7 +126,7 @@ def _asked(model: Path, question: Question, record: Path | None, reuse: bool) ->
     return answer
 
 
-def arguments_of(assignments: list[str]) -> tuple[str, ...]:
+def words_of(assignments: list[str]) -> tuple[str, ...]:
     """Write knobs as arguments of `vllm serve`. Raises BadInput for one that the plan refuses too."""
     from lowmem.plan.knobs import checked_all, parse_assignments, tokens_of
 

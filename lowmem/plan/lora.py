@@ -14,7 +14,7 @@ from typing import Any
 from lowmem.errors import BadInput
 from lowmem.schema import ModelCard, WeightGroup
 
-DTYPE_BYTES = 2  # lora_dtype is a 16-bit type; auto is the model's
+_DTYPE_BYTES = 2  # lora_dtype is a 16-bit type; auto is the model's
 
 MOST_VOCABULARY = 258_048
 """Largest vocabulary with adapters (lora/layers/logits_processor.py)."""
@@ -103,9 +103,9 @@ def _kv_outputs(outputs: int, card: ModelCard, tp: int) -> int:
 
 def places_bytes(card: ModelCard, lora: Lora | None, tp: int) -> int:
     """Return the bytes of the places for adapters on one GPU."""
-    return 0 if lora is None else lora.places * _adapter(card, lora, tp) * DTYPE_BYTES
+    return 0 if lora is None else lora.places * _adapter(card, lora, tp) * _DTYPE_BYTES
 
 
 def worker_bytes(card: ModelCard, lora: Lora | None) -> int:
     """Return the most bytes of adapters in the RAM of one worker, which keeps each of them whole."""
-    return 0 if lora is None else lora.cpu_places * _adapter(card, lora, 1) * DTYPE_BYTES
+    return 0 if lora is None else lora.cpu_places * _adapter(card, lora, 1) * _DTYPE_BYTES

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lowmem.checkpoint.architectures import VOCAB_MULTIPLE
 from lowmem.checkpoint.inventory import Inventory, inventory_of
 from lowmem.checkpoint.quantization import online_recipe
 from lowmem.errors import BadInput
@@ -18,10 +19,6 @@ from lowmem.schema import ModelCard, Quantization, WeightGroup
 from lowmem.units import MIB
 
 SCALE_BYTES = 2  # scales are stored in 16 bits by every method planned here
-
-VOCAB_MULTIPLE = (
-    64  # vLLM pads the vocabulary to this before it splits it (0.32.0, vocab_parallel_embedding.py)
-)
 
 
 def stored_bytes(card: ModelCard) -> int:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lowmem.cli.main import app
-from lowmem.cli.oracle import arguments_of
+from lowmem.cli.oracle import words_of
 from lowmem.errors import BadInput
 from lowmem.inputs.devices import load_device
 from lowmem.inputs.model_cards import served_files
@@ -220,7 +220,7 @@ def test_a_device_of_no_table_can_be_asked_only_where_its_card_is() -> None:
 
 def test_knobs_become_the_arguments_that_a_plan_gives_the_engine() -> None:
     knobs = ["enforce_eager=true", "max-num-seqs=8", "compilation_config.mode=3", "enable_prefix_caching=no"]
-    assert arguments_of(knobs) == (
+    assert words_of(knobs) == (
         "--enforce-eager", "--max-num-seqs", "8", "--compilation-config", '{"mode":3}',
         "--no-enable-prefix-caching",
     )  # fmt: skip
@@ -228,4 +228,4 @@ def test_knobs_become_the_arguments_that_a_plan_gives_the_engine() -> None:
 
 def test_an_unknown_knob_is_refused_before_the_engine_is_asked() -> None:
     with pytest.raises(BadInput, match="knob 'max_seqs' is unknown"):
-        arguments_of(["max_seqs=8"])
+        words_of(["max_seqs=8"])

@@ -6,14 +6,17 @@ from pathlib import Path
 import pytest
 
 from lowmem import schema
-from lowmem.inputs import model_cards
+from lowmem.data import load_yaml
+from lowmem.inputs import devices
 
 ROOT = Path(__file__).parents[2]
 ROWS = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", (ROOT / "README.md").read_text(), re.MULTILINE))
 
 
-def test_the_model_families_are_those_that_the_plan_counts():
-    assert tuple(re.findall(r"`(\w+)`", ROWS["model families"].split(".")[0])) == model_cards.MODEL_TYPES
+def test_the_architectures_and_cards_are_as_many_as_the_tables_have():
+    counted = load_yaml("architectures.yml")["architectures"]
+    assert ROWS["model families"].startswith(f"{len(counted)} architectures that vLLM 0.32 loads: ")
+    assert f"has {len(devices.names()) - 1} cards" in ROWS["GPUs"]  # the table has the CPU too
 
 
 def test_the_engine_is_the_pinned_one():
