@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowmem.cli.options import complete_device, complete_model, complete_profile, limit_bytes
-from lowmem.errors import BadInput
+from lowmem.cli.options import check_picture, complete_device, complete_model, complete_profile, limit_bytes
 from lowmem.plan.capacity import Capacity, capacity_of
 from lowmem.plan.goals import DEFAULT_PROFILE, find, goal_of
 from lowmem.plan.knobs import parse_assignments
@@ -80,10 +79,8 @@ def capacity(
 
     Each count is a plan with as many seats. Memory decides it; `lowmem plan --maximize` looks at latency too.
     """
-    if out is not None and out.suffix not in (".png", ".svg"):
-        raise BadInput(f"--out {str(out)!r} does not end in .png or .svg")
-    if out is not None and not out.resolve().parent.is_dir():
-        raise BadInput(f"--out {str(out)!r}: its folder does not exist; make it first")
+    if out is not None:
+        check_picture(out)
     request = PlanRequest(
         profile or DEFAULT_PROFILE,
         model,

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowmem.cli.options import check_picture
 from lowmem.errors import BadInput
 from lowmem.inputs.devices import load_device
-from lowmem.plan.search import Option, frontier, needed_bytes, pareto
+from lowmem.plan.search import Point, frontier, needed_bytes, pareto
 from lowmem.schema import VLLM_VERSION, Load
 from lowmem.status.plots import palette
 from lowmem.units import GIB
@@ -33,8 +34,8 @@ _MARK_SIZES = {16: 64, 8: 40, 4: 20}
 """Area of a mark in square points, by the bits of the KV cache."""
 
 
-def _kv_bits(option: Option) -> int:
-    kind = str(option.knobs.get("kv_cache_dtype", "auto"))
+def _kv_bits(point: Point) -> int:
+    kind = str(point.knobs.get("kv_cache_dtype", "auto"))
     return 4 if "int4" in kind else 8 if "8" in kind else 16
 
 
@@ -56,10 +57,7 @@ def frontier_command(
 
     A point stands for each weight width, card split, KV type and offload share of a model and device.
     """
-    if out.suffix not in (".png", ".svg"):
-        raise BadInput(f"--out {str(out)!r} does not end in .png or .svg")
-    if not out.resolve().parent.is_dir():
-        raise BadInput(f"--out {str(out)!r}: its folder does not exist; make it first")
+    check_picture(out)
     for name, value in (
         ("clients", clients),
         ("input_tokens", input_tokens),
@@ -80,17 +78,17 @@ def frontier_command(
         typer.echo(f"{memory:7.1f} GiB {step:8.1f} ms a token  {_short(o)}")
 
 
-def _short(option: Option) -> str:
-    """Describe an option in at most 48 columns."""
-    cards = option.plan.tensor_parallel_size
-    parts = [option.weights, f"{cards} card{'s' if cards > 1 else ''}"]
-    parts += [f"KV {_kv_bits(option)} bits"] if "kv_cache_dtype" in option.knobs else []
-    parts += [f"{option.knobs['cpu_offload_gb']} GiB RAM"] if "cpu_offload_gb" in option.knobs else []
+def _short(point: Point) -> str:
+    """Describe a point in at most 48 columns."""
+    cards = point.plan.tensor_parallel_size
+    parts = [point.weights, f"{cards} card{'s' if cards > 1 else ''}"]
+    parts += [f"KV {_kv_bits(point)} bits"] if "kv_cache_dtype" in point.knobs else []
+    parts += [f"{point.knobs['cpu_offload_gb']} GiB RAM"] if "cpu_offload_gb" in point.knobs else []
     return ", ".join(parts)
 
 
 def draw(
-    points: list[Option],
+    points: list[Point],
     title: str,
     count: int,
     load: Load,
@@ -164,7 +162,7 @@ def _axes(ax: Axes) -> None:
         ax.spines[side].set_visible(False)
 
 
-def _legend(ax: Axes, points: list[Option]) -> None:
+def _legend(ax: Axes, points: list[Point]) -> None:
     """Explain colours and marks beside the picture."""
     from matplotlib.lines import Line2D
 

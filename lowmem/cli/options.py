@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards, profiles
@@ -34,3 +35,11 @@ def limit_bytes(memory_limit: str | None) -> int | None:
         return None if memory_limit is None else parse_bytes(memory_limit)
     except (ValueError, OverflowError) as error:
         raise BadInput(f"--memory-limit: {error}") from None
+
+
+def check_picture(out: Path) -> None:
+    """Raise BadInput, before a plan is made, for a picture that could not be written."""
+    if out.suffix not in (".png", ".svg"):
+        raise BadInput(f"--out {str(out)!r} does not end in .png or .svg")
+    if not out.resolve().parent.is_dir():
+        raise BadInput(f"--out {str(out)!r}: its folder does not exist; make it first")

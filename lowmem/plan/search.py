@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowmem.data import load_yaml
@@ -16,13 +16,13 @@ from lowmem.schema import Limits, Load, ModelCard, Plan, Profile, Quantization, 
 from lowmem.units import GIB, MIB, mib
 
 
-def alternatives(inputs: Inputs, names: Sequence[str] | None = None) -> list[Plan]:
+def alternatives(inputs: Inputs) -> list[Plan]:
     """Plan the other profiles for the same model, device and load; best first.
 
     A profile that cannot take the load is left out.
     """
     plans = []
-    for name in names or profiles.names():
+    for name in profiles.names():
         if name == inputs.profile.name:
             continue
         try:
@@ -129,8 +129,8 @@ KV = ("auto", "int8_per_token_head", "int4_per_token_head")
 
 
 @dataclass(frozen=True)
-class Option:
-    """Point of the search: its knobs and their plan."""
+class Point:
+    """Point of the frontier: its knobs and their plan."""
 
     weights: str
     knobs: dict[str, Scalar]
@@ -159,28 +159,11 @@ def _profile(
     )
 
 
-def base_card(model: str | ModelCard) -> ModelCard:
-    """Return the model card without its quantization if the built-in table has it, so that every width can be
-    tried.
-    """
-    return model_cards.load_card(model) if isinstance(model, str) else model
-
-
-def options(
-    model: str | ModelCard,
-    device: str,
-    count: int,
-    limits: Limits,
-    load: Load,
-    vllm_version: str,
-    *,
-    needless_offload: bool = False,
-) -> Iterator[Option]:
-    """Yield every combination of weight width, cards, KV type and offload share.
-
-    Offload is tried only for combinations that do not fit without it.
-    """
-    card = base_card(model)
+def _points(
+    model: str | ModelCard, device: str, count: int, limits: Limits, load: Load, vllm_version: str
+) -> Iterator[Point]:
+    """Yield every combination of weight width, cards, KV type and offload share that can be planned."""
+    card = model_cards.load_card(model) if isinstance(model, str) else model
     widths = WEIGHTS if card.quantization.method == "none" else (("as stored", card.quantization),)
     request = load.input_tokens + load.output_tokens
     length = min(card.max_position_embeddings, max(2048, 1 << (request - 1).bit_length()))
@@ -215,9 +198,7 @@ def options(
                         for k, v in knobs.items()
                         if k in ("tensor_parallel_size", "kv_cache_dtype", "cpu_offload_gb")
                     }
-                    yield Option(label, shown, plan)
-                    if not share and plan.verdict == "fits" and not needless_offload:
-                        break
+                    yield Point(label, shown, plan)
 
 
 def suggestions(goal: Goal) -> list[Choice]:
@@ -272,14 +253,14 @@ def _recipe(goal: Goal, profile: Profile, count: int) -> Choice | None:
     return Choice(weights, {**knobs, **goal.overrides}, environment, plan, inputs, profile.name)
 
 
-def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_version: str) -> list[Option]:
-    """List every distinct option that starts on the device, with the smallest pool that holds the load."""
+def frontier(model: str | ModelCard, device: str, count: int, load: Load, vllm_version: str) -> list[Point]:
+    """List every distinct point that starts on the device, with the smallest pool that holds the load."""
     from lowmem.inputs.devices import load_device
 
     total = load_device(device).torch_total_mib * MIB
     limits = Limits(memory_bytes=total, tpot_p99_ms=1e9, ttft_p99_ms=1e9)
-    every = options(model, device, count, limits, load, vllm_version, needless_offload=True)
-    return list({o.label: o for o in every if o.plan.verdict != "impossible"}.values())
+    every = _points(model, device, count, limits, load, vllm_version)
+    return list({p.label: p for p in every if p.plan.verdict != "impossible"}.values())
 
 
 def needed_bytes(plan: Plan) -> int:
@@ -294,14 +275,14 @@ def needed_bytes(plan: Plan) -> int:
     return round(plan.peak_bytes - plan.per_gpu["kv_cache"] + plan.load.clients * request * per_token)
 
 
-def pareto(points: list[Option], weights: str | None = None) -> list[Option]:
+def pareto(points: list[Point], weights: str | None = None) -> list[Point]:
     """Return the points that no other point beats in both memory and time a token, by memory.
 
     `weights` limits them to one weight width.
     """
-    points = [o for o in points if weights in (None, o.weights)]
-    best: list[Option] = []
-    for o in sorted(points, key=lambda o: (needed_bytes(o.plan), o.plan.latency_ms.decode_expected)):
-        if not best or o.plan.latency_ms.decode_expected < best[-1].plan.latency_ms.decode_expected:
-            best.append(o)
+    points = [p for p in points if weights in (None, p.weights)]
+    best: list[Point] = []
+    for p in sorted(points, key=lambda p: (needed_bytes(p.plan), p.plan.latency_ms.decode_expected)):
+        if not best or p.plan.latency_ms.decode_expected < best[-1].plan.latency_ms.decode_expected:
+            best.append(p)
     return best
