@@ -142,7 +142,7 @@ def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, opti
     found = _option(command, head)
     if found is None:
         known = _removed(command, head)
-        if not sign and not (known and known.switch):
+        if not sign and (not (known and known.switch) or _says_boolean(left)):
             _values(left, 1)
         return
     option, on = found

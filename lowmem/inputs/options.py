@@ -242,7 +242,7 @@ def readable_int(value: Any) -> int:
     """Convert `32k` (32,000), `32K` (32,768), `1.5m` or plain digits, as vLLM does. Raises ValueError."""
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError(value)
-    text = str(int(value) if isinstance(value, float) else value).strip()
+    text = _plain_digits(str(int(value) if isinstance(value, float) else value))
     match = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,9})?([kmgtKMGT]?)", text)
     if match is None:
         if re.fullmatch(r"-[0-9]{1,15}", text):
@@ -255,6 +255,12 @@ def readable_int(value: Any) -> int:
     return _bounded(int(number * _SUFFIX.get(suffix, 1)))
 
 
+def _plain_digits(text: str) -> str:
+    """Return the text of a number without the underscores between its digits, which Python's int takes."""
+    text = text.strip()
+    return text.replace("_", "") if re.fullmatch(r"-?[0-9]+(_[0-9]+)*", text) else text
+
+
 def _bounded(number: int) -> int:
     if abs(number) > _MOST_WHOLE:
         raise ValueError(number)
@@ -262,7 +268,7 @@ def _bounded(number: int) -> int:
 
 
 def _whole(value: Any) -> int:
-    text = str(value).strip()
+    text = _plain_digits(str(value))
     if isinstance(value, float) and value.is_integer():
         text = str(int(value))
     if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,16}", text):

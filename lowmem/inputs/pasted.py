@@ -6,6 +6,7 @@ container of a Kubernetes object, and the arguments alone.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -17,10 +18,15 @@ from lowmem.errors import BadInput
 from lowmem.files import parse_yaml
 from lowmem.inputs.command import Command, read_arguments, unset_fault
 from lowmem.inputs.shell import MOST_CHARACTERS, Word, assignment, commands
+from lowmem.inputs.unit_file import is_unit, settings
 from lowmem.schema import VLLM_VERSION, Scalar
 
 MOST_NESTED = 6
 """Shells and wrappers inside one another."""
+
+
+class _StartsNoServer(BadInput):
+    """Tells of a command of vLLM that starts no server; one that does may stand beside it."""
 
 
 def read_words(words: Sequence[str]) -> Command:
@@ -45,6 +51,8 @@ def read_text(text: str) -> Command:
     if made := re.findall(r"(?m)^[ \t]*(?:ENTRYPOINT|CMD)[ \t]+(\[[^\n]*\])", text):  # of a Dockerfile
         words = [word for one in made for word in _yaml_words(parse_yaml(one, "the Dockerfile"), {})]
         read_arguments(command, _found([_in_container(command, "", [], words, 0)]))
+    elif is_unit(text):
+        read_arguments(command, _found(_of_unit(command, settings(text))))
     elif _is_yaml(text):
         read_arguments(command, _found(_of_yaml(command, text)))
     else:
@@ -67,23 +75,32 @@ def _found(candidates: Sequence[list[Word] | None]) -> list[Word]:
 def _of_shell(command: Command, text: str, depth: int) -> list[Word] | None:
     """Return the arguments of the one server that a shell text starts; None if it starts none."""
     variables: dict[str, str] = {}
-    exported: list[Word] = []
-    found = []
+    exported: dict[str, Word] = {}  # the last setting counts
+    found: list[list[Word]] = []
+    other: _StartsNoServer | None = None
     for words in commands(text, variables):
         if words[0].text == "export":
-            exported += [word for word in words[1:] if assignment(word)]
+            exported |= {word.text.partition("=")[0]: word for word in words[1:] if assignment(word)}
             continue
-        before = (len(command.faults), len(command.notes), len(command.removed), dict(command.environment))
-        arguments = _unwrapped(command, words, depth)
-        if arguments is None:  # another command: nothing of it counts
-            del command.faults[before[0] :], command.notes[before[1] :], command.removed[before[2] :]
-            command.environment = before[3]
+        if found and re.match(r"--?[A-Za-z]", words[0].text):
+            command.faults.append(
+                f"{words[0].text[:40]} stands on a line of its own, which the shell does not give to vllm;"
+                " end the line before it with a backslash, and put no comment between"
+            )
             continue
-        found.append(arguments)
+        one = copy.deepcopy(command)
+        try:
+            arguments = _unwrapped(one, words, depth)
+        except _StartsNoServer as error:
+            arguments, other = None, other or error
+        if arguments is not None:  # nothing counts of another command
+            found.append(arguments)
+            command.__dict__.update(one.__dict__)
     if not found:
+        if other is not None:
+            raise other
         return None
-    for word in exported:
-        name = word.text.partition("=")[0]
+    for name, word in exported.items():
         if name not in command.environment:
             command.set_variable(name, word)
     return _found(found)
@@ -95,9 +112,7 @@ def _unwrapped(command: Command, words: list[Word], depth: int) -> list[Word] | 
         raise BadInput(f"the command is nested deeper than {MOST_NESTED} levels; paste the inner one")
     while words:
         pair = assignment(words[0])
-        if pair and pair[0].lower() == "execstart":
-            words = [Word(pair[1], words[0].unset), *words[1:]]
-        elif pair:
+        if pair:
             command.set_variable(pair[0], words[0])
             words = words[1:]
         else:
@@ -117,16 +132,16 @@ def _unwrapped(command: Command, words: list[Word], depth: int) -> list[Word] | 
 
 def _starter(command: Command, name: str, rest: list[Word], depth: int) -> list[Word] | None:
     """Return the arguments of `vllm serve` that a program starts: vLLM, Python, a shell or a container."""
-    if name == "vllm":
+    if re.fullmatch(r"vllm([@=\[].*)?", name):  # uvx vllm@0.32.0
         return _after_vllm(rest)
     if re.fullmatch(r"python[0-9.]*", name):
         return _after_python(rest)
     if name in ("bash", "sh", "zsh", "dash", "ash"):
         scripts = [n for n, w in enumerate(rest[:-1]) if re.fullmatch(r"-[a-z]*c", w.text)]
         return _of_shell(command, rest[scripts[0] + 1].text, depth + 1) if scripts else None
-    if name in ("tmux", "screen", "torchrun", "watch"):
+    if name in load_yaml("commands.yml")["launchers"].split():
         return _after_any(command, rest, depth)
-    if name == "kubectl" and any(word.text == "--" for word in rest):
+    if name in ("kubectl", "oc") and any(word.text == "--" for word in rest):
         image = next((w.text.partition("=")[2] for w in rest if w.text.startswith("--image=")), "")
         return _in_container(command, image, [], rest[[w.text for w in rest].index("--") + 1 :], depth)
     if name in ("docker", "podman", "nerdctl", "apptainer", "singularity"):
@@ -139,6 +154,8 @@ def _after_any(command: Command, rest: list[Word], depth: int) -> list[Word] | N
     for n, word in enumerate(rest):
         if PurePosixPath(word.text).name == "vllm" and [w.text for w in rest[n + 1 : n + 2]] == ["serve"]:
             return _unwrapped(command, rest[n:], depth + 1)
+        if word.text == "-m" and rest[n + 1 : n + 2] and rest[n + 1].text.startswith("vllm."):
+            return _after_python(rest[n:])
         if re.search(r"\bvllm +serve\b|\bvllm\.entrypoints\b", word.text):
             return _of_shell(command, word.text, depth + 1)
     return None
@@ -157,7 +174,7 @@ def _past_flags(words: list[Word], values: str) -> list[Word]:
 def _after_vllm(rest: list[Word]) -> list[Word]:
     if not rest or rest[0].text != "serve":
         what = " ".join(["vllm", *(word.text[:40] for word in rest[:1])])
-        raise BadInput(f"`{what}` starts no server; lowmem plans `vllm serve MODEL`")
+        raise _StartsNoServer(f"`{what}` starts no server; lowmem plans `vllm serve MODEL`")
     return rest[1:]
 
 
@@ -174,7 +191,9 @@ def _after_python(rest: list[Word]) -> list[Word] | None:
     if module in ("vllm", "vllm.entrypoints.cli.main"):
         return _after_vllm(arguments)
     if module.startswith("vllm."):
-        raise BadInput(f"python -m {module[:60]} starts no OpenAI server; lowmem plans `vllm serve MODEL`")
+        raise _StartsNoServer(
+            f"python -m {module[:60]} starts no OpenAI server; lowmem plans `vllm serve MODEL`"
+        )
     return None
 
 
@@ -187,6 +206,8 @@ def _past_flags_until_module(words: list[Word]) -> list[Word]:
 def _after_container(command: Command, words: list[Word], depth: int) -> list[Word] | None:
     """Return the arguments of the server that `docker run` and its like start."""
     words = _past_flags(words, "-H --host -c --context --log-level --config")
+    if words and words[0].text == "compose":
+        return _after_any(command, words[1:], depth)
     if words and words[0].text == "container":
         words = words[1:]
     if not words or words[0].text not in ("run", "exec", "create"):
@@ -274,7 +295,7 @@ def _take_gpus(command: Command, word: Word) -> None:
 def _take_image(command: Command, image: Word) -> None:
     command.image = image.text
     tag = image.text.rpartition("@")[0] or image.text
-    version = re.search(r":v?(\d\.\d+(?:\.\d+)?)[^/]*$", tag)
+    version = re.search(r":v?(0\.\d+(?:\.\d+)?)[^/]*$", tag)
     if version and "vllm" in tag and version[1] != VLLM_VERSION:
         command.notes.append(f"the image has vLLM {version[1]}; the plan is for {VLLM_VERSION}")
 
@@ -297,6 +318,35 @@ def _in_container(
     if "vllm" in image.lower() or not image:
         return rest
     return None
+
+
+def _of_unit(command: Command, unit: Mapping[str, list[str]]) -> list[list[Word] | None]:
+    """Return the arguments of each server that a unit of systemd or of podman's Quadlet starts."""
+    variables: dict[str, str] = {}
+    for line in unit.get("environment", ()):
+        for word in [word for words in commands(line) for word in words]:
+            if pair := assignment(word):
+                variables[pair[0]] = pair[1]
+                command.set_variable(pair[0], word)
+    for line in unit.get("environmentfile", ()):
+        command.notes.append(f"EnvironmentFile {line[:60]} is not read; name its VLLM_ variables here")
+
+    def words_of(key: str) -> list[list[Word]]:
+        lines = [line.lstrip("-@:+!") if key == "execstart" else line for line in unit.get(key, ())]
+        return [[word for part in commands(line, variables) for word in part] for line in lines]
+
+    image = unit.get("image", [""])[-1]
+    if not image:
+        return [_unwrapped(command, words, 0) for words in words_of("execstart")]
+    for line in unit.get("adddevice", ()):
+        _take_container_flag(command, "--device", Word(line))
+    for words in words_of("podmanargs"):
+        while words:
+            flag, value, words = _container_flag(words)
+            _take_container_flag(command, flag, value)
+    _take_image(command, Word(image))
+    entry = [word for words in words_of("entrypoint")[-1:] for word in words]
+    return [_in_container(command, image, entry, words, 0) for words in words_of("exec")[-1:] or [[]]]
 
 
 def _is_yaml(text: str) -> bool:

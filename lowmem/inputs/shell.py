@@ -25,6 +25,23 @@ _QUOTED_ARGUMENTS = re.compile(r'"\$(\{[@*]\}|[@*])"')
 _BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|[0-9])(?::?[-=]([^{}]*)|:?\?[^{}]*)?\}")
 _CONTINUED = re.compile(r"(\\|[`^](?=[ \t]*\n))[ \t]*\n")
 _REDIRECTION = re.compile(r"&?(<<<|>>|>\||<>|[<>])(&[0-9-]?)?")
+_PROMPT = re.compile(
+    r"""(?mx)^[ \t]*(?:
+      (?:\([\w.-]{1,40}\)[ \t]*)?  # of a Python environment
+      (?:[\w.-]{1,40}@[\w.-]{1,60}[^\s$\#%]{0,80}(?:[ \t][^\s$\#%]{1,80})?[ \t]?[$\#%]
+        |\[[^\]\n]{1,100}\][ \t]?[$\#]|[$%])[ \t]+
+      |PS[ \t][^>\n]{0,120}>[ \t]*|[A-Za-z]:\\[^>\n]{0,120}>[ \t]*  # of Windows
+      |>+[ \t]+(?=-|vllm\b|python|docker\b)  # of a line that goes on
+      |!(?=[A-Za-z])  # of a notebook
+    )"""
+)
+_SETTING = re.compile(
+    r"""(?mx)(?:^|(?<=;)|(?<=&))[ \t]*(?:
+      \$[Ee][Nn][Vv]:(\w+)[ \t]*=[ \t]*  # PowerShell
+      |(?:setenv|set[ \t]+-\w*x\w*)[ \t]+(\w+)[ \t]+  # csh, fish
+      |[Ss][Ee][Tt][ \t]+(?=\w+=)  # cmd.exe
+    )"""
+)
 _TYPOGRAPHIC = "\u201c\u201d\u2018\u2019"
 _ENDS = ("&&", "||", ";;", "|&", ";", "|", "\n", "(", ")", "&")
 
@@ -92,7 +109,13 @@ def _cleaned(text: str) -> str:
     if "\0" in text:
         raise BadInput("the command holds a NUL character; paste text")
     lines = [line for line in text.split("\n") if not line.lstrip().startswith("```")]
-    return "\n".join(lines) + "\n"
+    return _SETTING.sub(_exported, _PROMPT.sub("", "\n".join(lines))) + "\n"
+
+
+def _exported(setting: re.Match[str]) -> str:
+    """Return what a POSIX shell writes for the setting of a variable in another shell."""
+    name = setting[1] or setting[2]
+    return f"export {name}=" if name else "export "
 
 
 def _step(reader: _Reader) -> bool:

@@ -57,6 +57,9 @@ def test_words_that_a_shell_split():
         ("vllm serve m --spec-method ngram --speculative-config '{}'", "vLLM takes one of them"),
         ("vllm serve m -O.mode=3", "-O takes a level from 0 to 3; write the fields of a configuration"),
         ("docker run --gpus x=1 vllm/vllm-openai --model m", "--gpus x=1 is not read here"),
+        ("vllm serve m\n  --dtype half", "--dtype stands on a line of its own, which the shell does not"),
+        ("vllm serve m \\\n# two cards\n-tp 2", "-tp stands on a line of its own"),
+        ("vllm serve m --max-model-len 1_000k", "max_model_len='1_000k' is not a whole number"),
     ],
 )  # fmt: skip
 def test_faults_of_a_command(text, fault):
@@ -177,11 +180,68 @@ def test_hostile_arguments_are_read_at_once(text):
         ("sudo -E -u llm CUDA_VISIBLE_DEVICES=0 /opt/bin/vllm serve a", "a", {}),
         ("args:\n- --model\n- a\n- -tp\n- 2", "a", {"tensor_parallel_size": 2}),
         ('["--model", "a"]', "a", {}),
+        ("vllm --version\nvllm serve a & sleep 9; vllm bench serve --model a", "a", {}),
+        ("command -v vllm && vllm serve a", "a", {}),
+        ("python -m vllm.entrypoints.openai.run_batch -i x; vllm serve a", "a", {}),
+        ("uvx vllm@0.11.0 serve a", "a", {}),
+        ("ssh gpu1 'vllm serve a -tp 2'", "a", {"tensor_parallel_size": 2}),
+        ("accelerate launch vllm serve a", "a", {}),
+        ("torchrun --nproc-per-node 2 -m vllm.entrypoints.openai.api_server --model a", "a", {}),
+        ("docker compose run --rm llm vllm serve a", "a", {}),
+        ("until vllm serve a; do sleep 1; done", "a", {}),
+        ("root@gpu:~# vllm serve a \\\n> -tp 2", "a", {"tensor_parallel_size": 2}),
+        ("(base) me@host:~/x y$ vllm serve a -tp 2", "a", {"tensor_parallel_size": 2}),
+        ("[me@host dir]$ vllm serve a", "a", {}),
+        ("PS C:\\Users\\me> vllm serve a `\n -tp 2", "a", {"tensor_parallel_size": 2}),
+        ("!vllm serve a", "a", {}),
+        ("vllm serve a \\\n > out.log", "a", {}),
+        ("vllm serve a --max-model-len 32_768", "a", {"max_model_len": 32768}),
     ],
 )  # fmt: skip
 def test_other_ways_to_start_it(text, model, given):
     found = read_text(text)
     assert (found.model, found.options, found.faults) == (model, given, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "cards"),
+    [
+        ('$env:CUDA_VISIBLE_DEVICES = "0,1"\nvllm serve a', 2),
+        ("set CUDA_VISIBLE_DEVICES=0,1\nvllm serve a", 2),
+        ("set -gx CUDA_VISIBLE_DEVICES 0,1,2; vllm serve a", 3),
+        ("export CUDA_VISIBLE_DEVICES=0\nexport CUDA_VISIBLE_DEVICES=0,1\nvllm serve a", 2),
+        ("setenv CUDA_VISIBLE_DEVICES 3\nvllm serve a", 1),
+        ("CUDA_VISIBLE_DEVICES=0,1\nvllm serve a", None),  # not exported
+        ("CUDA_VISIBLE_DEVICES=0 python x.py\ndocker run --gpus 1 redis\nvllm serve a", None),
+        ('[Service]\nEnvironment="CUDA_VISIBLE_DEVICES=0,1" X=1\nExecStart=-/bin/vllm serve a', 2),
+        ("[Container]\nImage=vllm/vllm-openai\nAddDevice=nvidia.com/gpu=0\nExec=--model a", 1),
+        ("[Container]\nImage=vllm/vllm-openai\nPodmanArgs=--gpus 2\nExec=--model a", 2),
+    ],
+)
+def test_cards_that_a_command_leaves_the_engine(text, cards):
+    found = read_text(text)
+    assert (found.model, found.options, found.cards, found.faults) == ("a", {}, cards, [])
+
+
+def test_a_unit_of_systemd():
+    found = read_text(
+        "[Unit]\nAfter=network.target\n[Service]\nEnvironment=M=a VLLM_USE_V1=0\n"
+        "Environment=VLLM_LOGGING_LEVEL=INFO\nEnvironmentFile=-/etc/x\n; no\nExecStart=\n"
+        "ExecStart=/bin/python -m vllm.entrypoints.openai.api_server --model ${M} \\\n# no\n  -tp 2\n"
+    )
+    assert (found.model, found.options, found.faults) == ("a", {"tensor_parallel_size": 2}, [])
+    assert found.environment == {"VLLM_LOGGING_LEVEL": "INFO"}
+    assert [line.partition(":")[0] for line in found.removed] == ["VLLM_USE_V1"]
+    assert "EnvironmentFile -/etc/x is not read; name its VLLM_ variables here" in found.notes
+
+
+def test_a_removed_switch_may_have_a_value():
+    found = read_text("vllm serve a --multi-step-stream-outputs False --use-v2-block-manager m")
+    assert found.faults == ["'m' stands alone; vLLM takes one model, a"]
+
+
+def test_only_versions_of_vllm_are_compared():
+    assert read_text("podman run x.io/vllm-cuda-rhel9:3.0.0 --model a").notes == []
 
 
 def test_words_of_a_shell():
