@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lowmem.errors import BadInput
 from lowmem.inputs import options
@@ -124,11 +126,14 @@ def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, opti
         return
     if text == "-O" and left and re.fullmatch(r"\w+", left[0].text):
         text = "--optimization-level"
-    elif text == "-O" or text.startswith(("-O.", "-O=", "-O{")):
-        command.faults.append(
-            "-O takes a level from 0 to 3; write the fields of a configuration with -cc, as -cc.mode 3"
+    elif text.startswith(("-O.", "-O=", "-O{")) or (text == "-O" and left and left[0].text[:1] == "{"):
+        now = f"-cc{'=' * text.startswith('-O{')}{text[2:]}"
+        command.removed.append(
+            f"-O with a configuration: vLLM {VLLM_VERSION} has it no longer; use {now.partition('=')[0][:60]}"
         )
-        _values(left, 0 if "=" in text else 1)
+        text = now
+    elif text == "-O":
+        command.faults.append("-O takes a level from 0 to 3; give one")
         return
     head, sign, value = text.partition("=")
     head, dot, path = head.partition(".")
@@ -270,7 +275,38 @@ def _settle(command: Command) -> None:
             del command.options[name]
             continue
         try:
-            command.options[name] = options.checked(name, value)
+            value = command.options[name] = _of_today(command, options.options()[name], value)
+            if value == {}:  # it had nothing but fields that are gone
+                del command.options[name]
+            else:
+                command.options[name] = options.checked(name, value)
         except BadInput as error:
-            hint = "; put JSON in single quotes" if str(value).startswith("{") else ""
+            hint = "; put JSON in single quotes" if "is not JSON" in str(error) else ""
             command.faults.append(f"{error}{hint}")
+
+
+def _of_today(command: Command, option: options.Option, value: options.Given) -> options.Given:
+    """Return a JSON option's value as this vLLM takes it, without the fields that it no longer has."""
+    if not option.type.startswith("json"):
+        return value
+    flag = option.flags[0]
+    if isinstance(value, str) and re.fullmatch(r"\w{1,40}=\d{1,9}(,\w{1,40}=\d{1,9}){0,20}", value):
+        pairs = [pair.split("=") for pair in value.split(",")]
+        today = json.dumps({name: int(number) for name, number in pairs}, separators=(",", ":"))
+        command.removed.append(f"{flag} {value[:60]}: vLLM {VLLM_VERSION} takes JSON; use '{today[:120]}'")
+        return today
+    gone = {path: use for path, use in options.removed_fields().items() if path.startswith(f"{option.name}.")}
+    if not gone or (isinstance(value, str) and not value.lstrip().startswith("{")):
+        return value
+    fields: dict[str, Any] | list[Any] = json.loads(options.checked_json(option, value))
+    if not fields:
+        return value
+    for path, use in gone.items():
+        *parents, last = path.split(".")[1:]
+        level: Any = fields
+        for key in parents:
+            level = level.get(key) if isinstance(level, dict) else None
+        if isinstance(level, dict) and last in level:
+            del level[last]
+            command.removed.append(str(options.Removed(f"{option.name}.{'.'.join([*parents, last])}", use)))
+    return fields

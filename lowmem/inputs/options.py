@@ -72,7 +72,8 @@ class Removed:
         since = f" since {self.gone} at the latest" if self.gone else ""
         had = "no vLLM version has it" if self.never else f"vLLM {VLLM_VERSION} has it no longer{since}"
         use = f"use {self.use}".replace("use nothing", "leave it out", 1)
-        return f"--{self.name.replace('_', '-')}: {had}; {use}"
+        head, dot, fields = self.name.partition(".")
+        return f"--{head.replace('_', '-')}{dot}{fields}: {had}; {use}"
 
 
 @cache
@@ -106,6 +107,16 @@ def removed_flag(flag: str) -> Removed | None:
     """Return the removed option of a flag, or of its `no` form."""
     name = flag.lstrip("-").replace("-", "_")
     return removed().get(name) or removed().get(name.removeprefix("no_"))
+
+
+@cache
+def removed_fields() -> Mapping[str, str]:
+    """Return the fields that a JSON option no longer has, as `option.field`, each with what to use."""
+    return {
+        f"{option}.{path}": str(use)
+        for option, fields in load_yaml("options.yml")["removed_fields"].items()
+        for path, use in fields.items()
+    }
 
 
 @cache
@@ -202,6 +213,14 @@ def _chosen(option: Option, value: Any) -> Scalar:
     return result
 
 
+def checked_json(option: Option, value: Given) -> str:
+    """Return the compact JSON of an option's value, whatever its fields are. BadInput for another value."""
+    try:
+        return _object(value)
+    except ValueError:
+        raise BadInput(f"{option.name}={_shown(value)} is not {_WANTED['json']}; correct it") from None
+
+
 def _items(option: Option, value: Given) -> list[Any]:
     """Return the values of a list option: a list, JSON, or words."""
     if isinstance(value, dict):
@@ -231,6 +250,8 @@ def _check_keys(option: Option, text: str) -> None:
     given = json.loads(text)
     for key in given if isinstance(given, dict) else ():
         if key not in option.keys:
+            if use := removed_fields().get(f"{option.name}.{key}"):
+                raise BadInput(str(Removed(f"{option.name}.{key}", use)))
             close = difflib.get_close_matches(key[:64], option.keys, 2, 0.6)
             raise BadInput(
                 f"{option.name} has no field {key[:60]!r}; "

@@ -55,7 +55,7 @@ def test_words_that_a_shell_split():
         ("vllm serve m --enable-lora=yes", "--enable-lora takes no value, and 'yes' is given; leave it out"),
         ("vllm serve m --tool-call-parser", "--tool-call-parser has no value"),
         ("vllm serve m --spec-method ngram --speculative-config '{}'", "vLLM takes one of them"),
-        ("vllm serve m -O.mode=3", "-O takes a level from 0 to 3; write the fields of a configuration"),
+        ("vllm serve m -O --dtype half", "-O takes a level from 0 to 3; give one"),
         ("docker run --gpus x=1 vllm/vllm-openai --model m", "--gpus x=1 is not read here"),
         ("vllm serve m\n  --dtype half", "--dtype stands on a line of its own, which the shell does not"),
         ("vllm serve m \\\n# two cards\n-tp 2", "-tp stands on a line of its own"),
@@ -238,6 +238,56 @@ def test_a_unit_of_systemd():
 def test_a_removed_switch_may_have_a_value():
     found = read_text("vllm serve a --multi-step-stream-outputs False --use-v2-block-manager m")
     assert found.faults == ["'m' stands alone; vLLM takes one model, a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "given", "removed"),
+    [
+        (
+            "--limit-mm-per-prompt image=5,video=1",
+            {"limit_mm_per_prompt": '{"image":5,"video":1}'},
+            ['--limit-mm-per-prompt image=5,video=1: vLLM 0.32.0 takes JSON; use \'{"image":5,"video":1}\''],
+        ),
+        (
+            "-O.cudagraph_mode=FULL -O.level 3",
+            {"compilation_config": '{"cudagraph_mode":"FULL"}'},
+            [
+                "-O with a configuration: vLLM 0.32.0 has it no longer; use -cc.cudagraph_mode",
+                "-O with a configuration: vLLM 0.32.0 has it no longer; use -cc.level",
+                "--compilation-config.level: vLLM 0.32.0 has it no longer; use mode",
+            ],
+        ),
+        (
+            "-O '{\"level\": 3}'",
+            {},
+            [
+                "-O with a configuration: vLLM 0.32.0 has it no longer; use -cc",
+                "--compilation-config.level: vLLM 0.32.0 has it no longer; use mode",
+            ],
+        ),
+        (
+            '-cc \'{"pass_config":{"enable_noop":true,"fuse_allreduce_rms":true}}\'',
+            {"compilation_config": '{"pass_config":{"fuse_allreduce_rms":true}}'},
+            [
+                "--compilation-config.pass_config.enable_noop: vLLM 0.32.0 has it no longer; use"
+                " pass_config.eliminate_noops"
+            ],
+        ),
+        (
+            '--kv-transfer-config \'{"kv_connector":"NixlConnector","kv_rank":0}\'',
+            {"kv_transfer_config": '{"kv_connector":"NixlConnector"}'},
+            [
+                "--kv-transfer-config.kv_rank: vLLM 0.32.0 has it no longer; leave it out: kv_role and the"
+                " connector's kv_connector_extra_config say it"
+            ],
+        ),
+        ("-cc '{}'", {"compilation_config": "{}"}, []),
+    ],
+    ids=["pairs", "dotted", "all gone", "nested", "transfer", "empty"],
+)
+def test_old_forms_of_a_value(text, given, removed):
+    found = read_text(f"vllm serve a {text}")
+    assert (found.options, found.removed, found.faults) == (given, removed, [])
 
 
 def test_only_versions_of_vllm_are_compared():
