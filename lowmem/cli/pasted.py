@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import yaml
 
 from lowmem.errors import BadInput
 from lowmem.files import check_writable, read_text, write_text
-from lowmem.inputs import pasted
+from lowmem.inputs import options, pasted
 from lowmem.inputs.command import Command
 from lowmem.inputs.devices import load_device
 from lowmem.inputs.model_cards import load_card
 from lowmem.inputs.profiles import load_profile
 from lowmem.inputs.shell import MOST_CHARACTERS
+from lowmem.plan.knobs import checked
 from lowmem.plan.pasted import profile_of
 from lowmem.schema import Profile
 from lowmem.text import visible
@@ -74,6 +76,13 @@ def report(command: Command) -> None:
 
 def check_flags(command: Command) -> None:
     """Print what this vLLM makes of the command's flags, without a model. Exit 1 if it would refuse one."""
+    for name, value in command.options.items():
+        with contextlib.suppress(BadInput):  # of its type, and named already
+            value = options.checked(name, value)
+            try:
+                checked(name, value)
+            except BadInput as error:
+                command.faults.append(str(error))
     report(command)
     for name, value in command.options.items():
         typer.echo(visible(f"{name}: {value}"))

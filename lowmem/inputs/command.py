@@ -251,6 +251,7 @@ def _fold(command: Command, dotted: Mapping[str, options.Given]) -> None:
             command.options |= options.folded({**both, name: value})
         except BadInput as error:
             command.faults.append(str(error))
+            command.options.pop(head, None)
 
 
 def _shorthands(command: Command) -> None:

@@ -255,8 +255,14 @@ def _check_keys(option: Option, text: str) -> None:
             close = difflib.get_close_matches(key[:64], option.keys, 2, 0.6)
             raise BadInput(
                 f"{option.name} has no field {key[:60]!r}; "
-                + (f"did you mean {' or '.join(close)}" if close else f"it has {', '.join(option.keys)}")
+                + (f"did you mean {' or '.join(close)}" if close else f"it has {_listed(option.keys)}")
             )
+
+
+def _listed(names: tuple[str, ...], most: int = 12) -> str:
+    """Return names in one line, the first of them if they are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def readable_int(value: Any) -> int:

@@ -7,7 +7,6 @@ container of a Kubernetes object, and the arguments alone.
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -335,7 +334,7 @@ def _of_unit(command: Command, unit: Mapping[str, list[str]]) -> list[list[Word]
         lines = [line.lstrip("-@:+!") if key == "execstart" else line for line in unit.get(key, ())]
         return [[word for part in commands(line, variables) for word in part] for line in lines]
 
-    image = unit.get("image", [""])[-1]
+    image = (unit.get("image") or [""])[-1]
     if not image:
         return [_unwrapped(command, words, 0) for words in words_of("execstart")]
     for line in unit.get("adddevice", ()):
@@ -351,7 +350,10 @@ def _of_unit(command: Command, unit: Mapping[str, list[str]]) -> list[list[Word]
 
 def _is_yaml(text: str) -> bool:
     """Tell whether a text is a compose file, a Kubernetes object or a part of one, and no shell command."""
-    keys = re.search(r"(?m)^[ \t]*(- )?(services|containers|apiVersion|command|args|image)\s*:(\s|$)", text)
+    keys = re.search(
+        r"(?m)^[ \t]*(- )?(services|containers|apiVersion|command|args|image|modelURL|modelSpec)\s*:(\s|$)",
+        text,
+    )
     return bool(keys) or bool(re.match(r"\s*(-\s+[\"']?-|\[\s*[\"'])", text))
 
 
@@ -373,22 +375,58 @@ def _of_yaml(command: Command, text: str) -> list[list[Word] | None]:
 
 
 def _containers(value: Any) -> list[dict[str, Any]]:
-    """Return the dictionaries of a YAML text that describe a container."""
+    """Return the dictionaries of a YAML text that describe a container, or a model of vLLM's Helm chart.
+
+    An extension of a compose file, `x-…`, describes none: services take their keys from it.
+    """
     found, level = [], [value]
     while level:
         one = level.pop()
         if isinstance(one, dict):
-            if "command" in one or "args" in one or "image" in one:
-                found.append(one)
+            if "modelURL" in one or "command" in one or "args" in one or "image" in one:
+                found.append(_with_image(one))
             else:
-                level += one.values()
+                level += [v for key, v in one.items() if not str(key).startswith("x-")]
         elif isinstance(one, list):
             level += one
     return found
 
 
+def _with_image(container: dict[str, Any]) -> dict[str, Any]:
+    """Return a container whose image is a text. Values of a chart name its parts and may hold the command."""
+    image = container.get("image")
+    if not isinstance(image, dict):
+        return container
+    named = f"{image.get('repository', '')}:{image.get('tag', '')}"
+    kept = {key: image[key] for key in ("command", "args") if key in image}
+    return {"resources": {}, **container, **kept, "image": named}
+
+
+def _of_model_spec(command: Command, spec: Mapping[str, Any]) -> list[Word]:
+    """Return the arguments that the Helm chart of vLLM's production stack makes of a `modelSpec`."""
+    _take_image(command, Word(f"{spec.get('repository', '')}:{spec.get('tag', '')}"))
+    count = str(spec.get("requestGPU", ""))
+    if count.isdecimal() and 0 < len(count) < 4:
+        command.set_cards(int(count), f"requestGPU: {count}")
+    settings_of = spec.get("vllmConfig")
+    words = _yaml_words([spec["modelURL"]], {})
+    for key, value in settings_of.items() if isinstance(settings_of, dict) else ():
+        flag = "--" + re.sub(r"[A-Z]", lambda m: "-" + m[0].lower(), str(key))
+        if key == "extraArgs":
+            words += _yaml_words(value, {})
+        elif value is True:
+            words.append(Word(flag))
+        elif value is False and flag.startswith("--enable"):
+            words.append(Word(flag.replace("--", "--no-", 1)))
+        elif value is not False and key not in ("v0", "v1"):  # of the chart, not of the engine
+            words += [Word(flag), *_yaml_words([value], {})]
+    return words
+
+
 def _of_container(command: Command, container: Mapping[str, Any]) -> list[Word] | None:
     """Return the arguments of the server of a compose service or a Kubernetes container."""
+    if "modelURL" in container:
+        return _of_model_spec(command, container)
     variables = dict(_yaml_environment(container))
     image = str(container.get("image") or "")
     kubernetes = "args" in container or "resources" in container or isinstance(container.get("env"), list)
@@ -397,6 +435,8 @@ def _of_container(command: Command, container: Mapping[str, Any]) -> list[Word] 
     first, words = _yaml_words(entry, variables), _yaml_words(rest, variables)
     if kubernetes and not words and first and first[0].text.startswith("-"):
         first, words = [], first
+    if container.get("env_file") or container.get("envFrom"):
+        command.notes.append("the container's file of variables is not read; name its VLLM_ variables here")
     for name, value in variables.items():
         command.set_variable(name, Word(f"{name}={value}"))
     _yaml_cards(command, container)
@@ -434,9 +474,9 @@ def _yaml_words(value: Any, variables: Mapping[str, str]) -> list[Word]:
         raise BadInput(f"a command of the YAML text is {str(value)[:40]!r}; write a list of words or a text")
     words = []
     for one in value:
-        if isinstance(one, dict):  # `- --flag: value` is a mapping, and people mean two words
-            text = json.dumps(one)
-            raise BadInput(f"a word of the YAML text is a mapping, {text[:60]}; write it in quotes")
+        if isinstance(one, dict | list):  # `- --flag: value` is a mapping, and people mean two words
+            kind = "mapping" if isinstance(one, dict) else "list"
+            raise BadInput(f"a word of the YAML text is a {kind}, {str(one)[:60]}; write it in quotes")
         text = str(one).lower() if isinstance(one, bool) else str(one)
         known = re.sub(r"\$[({]([A-Za-z_]\w*)[)}]", lambda m: variables.get(m[1], m[0]), text)
         default = re.sub(r"\$\{[A-Za-z_]\w*:?-([^{}]*)\}", r"\1", known).replace("$$", "$")
@@ -459,9 +499,12 @@ def _yaml_cards(command: Command, container: Mapping[str, Any]) -> None:
         count = str(wanted.get("nvidia.com/gpu", "")) if isinstance(wanted, dict) else ""
         if count.isdecimal() and 0 < len(count) < 4:
             command.set_cards(int(count), f"nvidia.com/gpu: {count}")
-    level: list[Any] = [container.get("deploy")]
+    gpus = container.get("gpus")
+    if isinstance(gpus, int) and 0 < gpus < 1000:
+        command.set_cards(gpus, f"gpus: {gpus}")
+    level: list[Any] = [one for one in (container.get("deploy"), gpus) if isinstance(one, dict | list)]
     for _ in range(5):  # deploy.resources.reservations.devices
-        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one or ())
+        level = [v for one in level for v in (one.values() if isinstance(one, dict) else one)
                  if isinstance(v, dict | list)]  # fmt: skip
         for one in level:
             if isinstance(one, dict) and ("device_ids" in one or "count" in one):

@@ -23,6 +23,7 @@ _ARRAY = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\[[@*]\]\}")
 _ARGUMENTS = re.compile(r"\{?[@*]\}?")  # of the script, which is pasted without any
 _QUOTED_ARGUMENTS = re.compile(r'"\$(\{[@*]\}|[@*])"')
 _BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|[0-9])(?::?[-=]([^{}]*)|:?\?[^{}]*)?\}")
+_OTHER = re.compile(r"\$(\{[A-Za-z_0-9#!][^{}\n]{0,200}\}|[0-9])")
 _CONTINUED = re.compile(r"(\\|[`^](?=[ \t]*\n))[ \t]*\n")
 _REDIRECTION = re.compile(r"&?(<<<|>>|>\||<>|[<>])(&[0-9-]?)?")
 _PROMPT = re.compile(
@@ -196,6 +197,11 @@ def _expansion(reader: _Reader, quoted: bool) -> None:
         end, name, default = braced.end(), braced[1], braced[2]
     elif plain := _NAME.match(text, at + 1):
         end, name = plain.end(), plain[0]
+    elif other := _OTHER.match(text, at):  # of arrays, or cut from a variable
+        end, name = other.end(), other[0]
+    elif not quoted and text[at + 1 : at + 2] in ("'", '"'):  # $'…'
+        reader.at += 1
+        return
     else:  # a dollar sign alone, as of a prompt
         reader.add("$")
         reader.at += 1

@@ -47,6 +47,9 @@ def test_words_that_a_shell_split():
         ("vllm serve m -tp $(nvidia-smi -L | wc -l)", "--tensor-parallel-size is $(nvidia-smi -L | wc -l)"),
         ("vllm serve m -tp `nproc`", "--tensor-parallel-size is `nproc`, which nothing here sets"),
         ("vllm serve ${MODEL}", "the model is MODEL, which nothing here sets"),
+        ("vllm serve ${M[0]}", "the model is ${M[0]}, which nothing here sets"),
+        ("M=a; vllm serve ${M//a/b}", "the model is ${M//a/b}, which nothing here sets"),
+        ("vllm serve $1", "the model is $1, which nothing here sets"),
         ("vllm serve 'a\nb'", "the model 'a\\nb' is not one line of printable characters"),
         ("vllm serve m n", "'n' stands alone; vLLM takes one model, m"),
         ("vllm serve m \u2014tensor-parallel-size 2", "begins with a typographic dash; write --"),
@@ -110,6 +113,8 @@ def test_notes_of_a_command(text, note):
         ("services: {a: {image: vllm/vllm-openai, command: [[", "the YAML text is not YAML"),
         ("services:\n  a: {image: redis}\n", "the text starts no `vllm serve`"),
         ("containers: [{image: vllm, args: [{a: 1}]}]", "a word of the YAML text is a mapping"),
+        ("containers: [{image: vllm, args: [[a]]}]", "a word of the YAML text is a list"),
+        ("[Container]\nImage=\nExec=a", "the text starts no `vllm serve`"),
     ],
 )
 def test_texts_that_start_no_server(text, error):
@@ -194,6 +199,19 @@ def test_hostile_arguments_are_read_at_once(text):
         ("[me@host dir]$ vllm serve a", "a", {}),
         ("PS C:\\Users\\me> vllm serve a `\n -tp 2", "a", {"tensor_parallel_size": 2}),
         ("!vllm serve a", "a", {}),
+        ("vllm serve a --hf-overrides $'{\"a\":1}'", "a", {"hf_overrides": '{"a":1}'}),
+        ("image: {repository: vllm/x, command: [vllm, serve, a, -pp, 2]}", "a", {"pipeline_parallel_size": 2}),
+        (
+            "x-base: &b {image: vllm/vllm-openai}\nservices:\n  a:\n    <<: *b\n    command: --model a",
+            "a",
+            {},
+        ),
+        (
+            "modelSpec:\n- modelURL: a\n  vllmConfig: {maxModelLen: 8192, enableChunkedPrefill: false,"
+            " dtype: half, v1: 1, extraArgs: [--seed, '1']}",
+            "a",
+            {"max_model_len": 8192, "enable_chunked_prefill": False, "dtype": "half", "seed": 1},
+        ),
         ("vllm serve a \\\n > out.log", "a", {}),
         ("vllm serve a --max-model-len 32_768", "a", {"max_model_len": 32768}),
     ],
@@ -215,6 +233,11 @@ def test_other_ways_to_start_it(text, model, given):
         ("CUDA_VISIBLE_DEVICES=0 python x.py\ndocker run --gpus 1 redis\nvllm serve a", None),
         ('[Service]\nEnvironment="CUDA_VISIBLE_DEVICES=0,1" X=1\nExecStart=-/bin/vllm serve a', 2),
         ("[Container]\nImage=vllm/vllm-openai\nAddDevice=nvidia.com/gpu=0\nExec=--model a", 1),
+        ("services: {a: {image: vllm/vllm-openai, command: --model a, gpus: 2}}", 2),
+        ("services: {a: {image: vllm/vllm-openai, command: --model a, gpus: [{count: 3}]}}", 3),
+        ("services: {a: {image: vllm/vllm-openai, command: --model a, gpus: all, deploy: 5}}", None),
+        ("image: {repository: vllm/x}\nargs: [--model, a]\nresources: {limits: {nvidia.com/gpu: 2}}", 2),
+        ("modelSpec: [{modelURL: a, requestGPU: 2}]", 2),
         ("[Container]\nImage=vllm/vllm-openai\nPodmanArgs=--gpus 2\nExec=--model a", 2),
     ],
 )

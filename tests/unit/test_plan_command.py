@@ -80,6 +80,11 @@ def test_flags_are_checked_without_a_model():
     assert (done.exit_code, done.stdout) == (1, "dtype: half\n")
     assert done.stderr.startswith("lowmem: removed: --rope-theta: vLLM 0.32.0 has it no longer")
     assert run("--check-flags", "--", "vllm", "serve", "nobody/nothing").exit_code == 0
+    done = run("--check-flags", "--", "vllm serve m -tp 0")
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "lowmem: fault: tensor_parallel_size=0 is below its least value 1; raise it\n",
+    )
 
 
 @pytest.mark.parametrize(
