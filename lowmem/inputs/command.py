@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lowmem.errors import BadInput
+from lowmem.files import YAML_LIMIT_BYTES, parse_yaml, read_text
 from lowmem.inputs import options
 from lowmem.inputs.shell import MOST_WORDS, Word
 from lowmem.schema import VLLM_VERSION
@@ -77,7 +79,7 @@ def read_arguments(command: Command, words: list[Word]) -> None:
     """Read the arguments of `vllm serve` into the command. Raises BadInput for too many words."""
     if len(words) > MOST_WORDS:
         raise BadInput(f"the command has {len(words):,} words; the limit is {MOST_WORDS:,}")
-    left = list(words)
+    left = _with_config(command, words)
     dotted: dict[str, options.Given] = {}
     while left:
         word = left.pop(0)
@@ -95,6 +97,60 @@ def read_arguments(command: Command, words: list[Word]) -> None:
         command.faults.append(f"the model {command.model[:60]!r} is not one line of printable characters")
     for lines in (command.faults, command.removed, command.notes):
         lines[:] = [" ".join(line.split()) for line in lines]
+
+
+def _with_config(command: Command, words: list[Word]) -> list[Word]:
+    """Put the options of the file of `--config` before the command's own, as vLLM does."""
+    place = next((n for n, w in enumerate(words) if re.match(r"--config(=|$)", w.text)), None)
+    if place is None:
+        return list(words)
+    sign, name = words[place].text.partition("=")[1:]
+    after = place + 1 if sign else place + 2
+    file = words[place] if sign else words[place + 1] if words[place + 1 :] else Word("")
+    name = name if sign else file.text
+    rest = [*words[:place], *words[after:]]
+    if file.unset or not _is_file(name):
+        command.notes.append(
+            f"--config {name[:60]} is no file here, so the plan is without its options; give its path, or"
+            " write them as flags"
+        )
+        return rest
+    try:
+        given = parse_yaml(read_text(Path(name), YAML_LIMIT_BYTES), name[:60])
+    except BadInput as error:
+        command.faults.append(str(error))
+        return rest
+    if not isinstance(given, dict):
+        command.faults.append(
+            f"--config {name[:60]} holds no options; write lines such as max-model-len: 4096"
+        )
+        return rest
+    first = rest[:1] if rest and not _is_flag(rest[0].text) else []
+    if first:  # the model of the command counts
+        given.pop("model", None)
+    return [*first, *_config_words(given), *rest[len(first) :]]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return bool(name) and Path(name).is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _config_words(given: Mapping[Any, Any]) -> list[Word]:
+    """Return the words that vLLM makes of a configuration file."""
+    words = []
+    for key, value in given.items():
+        off = f"--no-{key}".replace("_", "-")
+        if value is None or (value is False and off not in options.flags()) or value == []:
+            continue
+        words.append(Word(off if value is False else f"--{key}"))
+        if isinstance(value, dict):
+            words.append(Word(json.dumps(value, default=str)))
+        elif not isinstance(value, bool):
+            words += [Word(str(one)) for one in (value if isinstance(value, list) else [value])]
+    return words
 
 
 def _is_flag(text: str) -> bool:

@@ -82,7 +82,9 @@ def test_faults_of_a_command(text, fault):
         ("docker run vllm/vllm-openai:v0.9.1 --model m", "the image has vLLM 0.9.1; the plan is for 0.32.0"),
         ("vllm serve m --enable-lora false", "--enable-lora takes no value in vLLM 0.32.0; write --no-ena"),
         ("vllm serve m --dtype half --dtype float16", "--dtype is given twice; vLLM takes the last, float16"),
-        ("vllm serve m --config c.yaml", "--config c.yaml is the deployment's, not the plan's; use each o"),
+        (f"vllm serve m --config {'c' * 9_000}", f"--config {'c' * 60} is no file here, so the plan is wi"),
+        ("vllm serve m --config", "--config  is no file here"),
+        ("vllm serve m --config c.yaml", "--config c.yaml is no file here, so the plan is without its opt"),
     ],
 )  # fmt: skip
 def test_notes_of_a_command(text, note):
@@ -200,7 +202,7 @@ def test_hostile_arguments_are_read_at_once(text):
         ("PS C:\\Users\\me> vllm serve a `\n -tp 2", "a", {"tensor_parallel_size": 2}),
         ("!vllm serve a", "a", {}),
         ("vllm serve a --hf-overrides $'{\"a\":1}'", "a", {"hf_overrides": '{"a":1}'}),
-        ("image: {repository: vllm/x, command: [vllm, serve, a, -pp, 2]}", "a", {"pipeline_parallel_size": 2}),
+        ("image: {repository: vllm/x, command: [vllm, serve, a, --seed, 2]}", "a", {"seed": 2}),
         (
             "x-base: &b {image: vllm/vllm-openai}\nservices:\n  a:\n    <<: *b\n    command: --model a",
             "a",
@@ -311,6 +313,47 @@ def test_a_removed_switch_may_have_a_value():
 def test_old_forms_of_a_value(text, given, removed):
     found = read_text(f"vllm serve a {text}")
     assert (found.options, found.removed, found.faults) == (given, removed, [])
+
+
+CONFIG = """
+model: of-the-file
+tensor-parallel-size: 2
+max_model_len: 8k
+enable-prefix-caching: false
+trust-remote-code: true
+disable-log-stats: false
+cudagraph-capture-sizes: [1, 2]
+compilation-config: {mode: 3}
+swap-space: 4
+"""
+
+
+@pytest.mark.parametrize(("model", "form"), [("a", "--config {}"), ("a", "--config={}"), ("", "--config {}")])
+def test_the_file_of_config_is_read_before_the_flags(tmp_path, model, form):
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    found = read_text(f"vllm serve {model} --dtype half {form.format(tmp_path / 'c.yaml')} -tp 4")
+    assert (found.model, found.faults) == (model or "of-the-file", [])
+    assert found.options == {
+        "tensor_parallel_size": 4, "max_model_len": 8000, "enable_prefix_caching": False,
+        "trust_remote_code": True, "cudagraph_capture_sizes": "1 2", "compilation_config": '{"mode":3}',
+        "dtype": "half",
+    }  # fmt: skip
+    assert [line.partition(":")[0] for line in found.removed] == ["--swap-space"]
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"[1]", "holds no options; write lines such as max-model-len: 4096"),
+        (b"a: [", "is not YAML"),
+        (b"\xff", "is not UTF-8 at byte 0"),
+        (b"a: &a [*a]", "holds a node that contains itself"),
+        (b"frobnicate: 1", "--frobnicate is no flag of vLLM 0.32.0; leave it out"),
+    ],
+)
+def test_faults_of_the_file_of_config(tmp_path, content, fault):
+    (tmp_path / "c.yaml").write_bytes(content)
+    assert fault in read_text(f"vllm serve a --config {tmp_path / 'c.yaml'}").faults[0]
 
 
 def test_only_versions_of_vllm_are_compared():
