@@ -39,10 +39,17 @@ def command_of(words: list[str] | None, file: str | None) -> Command | None:
 
 
 def profile_of_command(
-    command: Command, profile: str, device: str | None, model: str | None, as_profile: str | None
+    command: Command,
+    profile: str,
+    device: str | None,
+    model: str | None,
+    as_profile: str | None,
+    hosts: int | None = None,
+    network: str | None = None,
 ) -> Profile:
     """Print what the command's flags are worth, and return the profile that it is planned by.
 
+    `hosts` share the cards that its parallel sizes need; `network` joins them.
     Raises typer.Exit(1) for faults, after all of them are printed. With `as_profile` the profile is written.
     """
     report(command)
@@ -50,7 +57,8 @@ def profile_of_command(
         raise typer.Exit(1)
     if as_profile is not None and not as_profile.endswith((".yml", ".yaml")):
         raise BadInput(f"--as-profile {as_profile} is no YAML file; name one that ends in .yml")
-    base = load_profile(profile)
+    spanned = hosts if hosts is not None and 1 <= hosts <= 64 else 1  # another number is refused later
+    base = load_profile(profile).model_copy(update={"hosts": spanned, "network": network})
     name = Path(as_profile).stem if as_profile else "command"
     wanted = device or base.device
     made = profile_of(command, base, load_device(wanted), model, name)

@@ -167,7 +167,7 @@ def plan(
         raise BadInput(f"--memory-limit: {e}") from None
     base = profile or DEFAULT_PROFILE
     request = PlanRequest(
-        profile_of_command(pasted, base, device, model, as_profile) if pasted else base,
+        profile_of_command(pasted, base, device, model, as_profile, hosts, network) if pasted else base,
         model,
         device,
         count,

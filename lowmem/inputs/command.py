@@ -109,6 +109,9 @@ def _with_config(command: Command, words: list[Word]) -> list[Word]:
     file = words[place] if sign else words[place + 1] if words[place + 1 :] else Word("")
     name = name if sign else file.text
     rest = [*words[:place], *words[after:]]
+    if not name:
+        command.faults.append("--config has no value; give one")
+        return rest
     if file.unset or not _is_file(name):
         command.notes.append(
             f"--config {name[:60]} is no file here, so the plan is without its options; give its path, or"
@@ -133,7 +136,7 @@ def _with_config(command: Command, words: list[Word]) -> list[Word]:
 
 def _is_file(name: str) -> bool:
     try:
-        return bool(name) and Path(name).is_file()
+        return Path(name).is_file()
     except OSError:  # a name that no file can have
         return False
 

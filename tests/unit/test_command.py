@@ -56,6 +56,7 @@ def test_words_that_a_shell_split():
         ("vllm serve m --kv-transfer-config {\"a\":1}", "is not JSON, such as {\"name\": 1}; correct it;"),
         ("vllm serve m --enable-lora yes", "'yes' stands alone"),
         ("vllm serve m --enable-lora=yes", "--enable-lora takes no value, and 'yes' is given; leave it out"),
+        ("vllm serve m --config", "--config has no value; give one"),
         ("vllm serve m --tool-call-parser", "--tool-call-parser has no value"),
         ("vllm serve m --spec-method ngram --speculative-config '{}'", "vLLM takes one of them"),
         ("vllm serve m -O --dtype half", "-O takes a level from 0 to 3; give one"),
@@ -83,7 +84,6 @@ def test_faults_of_a_command(text, fault):
         ("vllm serve m --enable-lora false", "--enable-lora takes no value in vLLM 0.32.0; write --no-ena"),
         ("vllm serve m --dtype half --dtype float16", "--dtype is given twice; vLLM takes the last, float16"),
         (f"vllm serve m --config {'c' * 9_000}", f"--config {'c' * 60} is no file here, so the plan is wi"),
-        ("vllm serve m --config", "--config  is no file here"),
         ("vllm serve m --config c.yaml", "--config c.yaml is no file here, so the plan is without its opt"),
     ],
 )  # fmt: skip

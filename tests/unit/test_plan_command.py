@@ -87,6 +87,23 @@ def test_flags_are_checked_without_a_model():
     )
 
 
+def test_hosts_share_the_cards_of_a_command(tmp_path):
+    pasted = f"docker run --gpus 8 vllm/vllm-openai --model {LLAMA} -tp 8 -pp 2"
+    options = ("--device", "a100-80g", "--json", "--as-profile", str(tmp_path / "p.yml"))
+    done = run(*options, "--hosts", "2", "--network", "infiniband", "--", pasted)
+    plan = json.loads(done.stdout)
+    assert (plan["device_count"], plan["hosts"]) == (8, 2)
+    again = run("--profile", str(tmp_path / "p.yml"), "--json")
+    assert json.loads(again.stdout) == plan
+    assert run("--", pasted).stderr == (
+        "lowmem: --gpus 8 leaves the engine 8 card(s), and its parallel sizes need 16; give as many cards or"
+        " lower a size, or give --hosts and --network for a server of several hosts\n"
+    )
+    assert run("--hosts", "0", "--", pasted.replace("-pp 2", "")).stderr == (
+        "lowmem: hosts=0 is not from 1 to 64; give the number of hosts that one server spans\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
