@@ -251,6 +251,10 @@ def _removed(command: Command, head: str) -> options.Removed | None:
         if str(found) not in command.removed:
             command.removed.append(str(found))
         return found
+    joined = re.fullmatch(r"(-[a-z]{2,4})(\d{1,6})", head)
+    if joined and joined[1] in options.flags():
+        command.faults.append(f"{head} is no flag of vLLM {VLLM_VERSION}; write {joined[1]} {joined[2]}")
+        return None
     close = options.close_to(head.lstrip("-"))
     meant = " or ".join("--" + name.replace("_", "-") for name in close)
     command.faults.append(

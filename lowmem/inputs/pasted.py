@@ -47,9 +47,8 @@ def read_text(text: str) -> Command:
         raise BadInput(
             f"the command has {len(text):,} characters; the limit is {MOST_CHARACTERS:,}: paste one command"
         )
-    if made := re.findall(r"(?m)^[ \t]*(?:ENTRYPOINT|CMD)[ \t]+(\[[^\n]*\])", text):  # of a Dockerfile
-        words = [word for one in made for word in _yaml_words(parse_yaml(one, "the Dockerfile"), {})]
-        read_arguments(command, _found([_in_container(command, "", [], words, 0)]))
+    if re.search(r"(?m)^[ \t]*(?:ENTRYPOINT|CMD)[ \t]+\S", text):
+        read_arguments(command, _found([_of_dockerfile(command, text)]))
     elif is_unit(text):
         read_arguments(command, _found(_of_unit(command, settings(text))))
     elif _is_yaml(text):
@@ -144,7 +143,7 @@ def _starter(command: Command, name: str, rest: list[Word], depth: int) -> list[
         image = next((w.text.partition("=")[2] for w in rest if w.text.startswith("--image=")), "")
         return _in_container(command, image, [], rest[[w.text for w in rest].index("--") + 1 :], depth)
     if name in ("docker", "podman", "nerdctl", "apptainer", "singularity"):
-        return _after_container(command, rest, depth)
+        return _after_container(command, rest, depth, "apptainer" if name[0] in "as" else "")
     return None
 
 
@@ -202,7 +201,7 @@ def _past_flags_until_module(words: list[Word]) -> list[Word]:
     return words
 
 
-def _after_container(command: Command, words: list[Word], depth: int) -> list[Word] | None:
+def _after_container(command: Command, words: list[Word], depth: int, kin: str) -> list[Word] | None:
     """Return the arguments of the server that `docker run` and its like start."""
     words = _past_flags(words, "-H --host -c --context --log-level --config")
     if words and words[0].text == "compose":
@@ -213,7 +212,7 @@ def _after_container(command: Command, words: list[Word], depth: int) -> list[Wo
         return None
     kind, words, entry = words[0].text, words[1:], ""
     while words and words[0].text.startswith("-") and len(words[0].text) > 1:
-        flag, value, words = _container_flag(words)
+        flag, value, words = _container_flag(words, kin)
         entry = _take_container_flag(command, flag, value) or entry
     if not words:
         raise BadInput("the container's image is missing; paste the whole command")
@@ -224,7 +223,7 @@ def _after_container(command: Command, words: list[Word], depth: int) -> list[Wo
     return _in_container(command, image.text, [Word(w) for w in entry.split()], rest, depth)
 
 
-def _container_flag(words: list[Word]) -> tuple[str, Word, list[Word]]:
+def _container_flag(words: list[Word], kin: str = "") -> tuple[str, Word, list[Word]]:
     """Return a flag of a container's command line, its value and the words after them.
 
     Raises BadInput for a flag that is not known, since the word after it may be its value or the image.
@@ -232,6 +231,9 @@ def _container_flag(words: list[Word]) -> tuple[str, Word, list[Word]]:
     text, unknown = words[0].text, words[0].unset
     table = load_yaml("commands.yml")["container"]
     taking, switches = table["values"].split(), table["switches"].split()
+    if kin:
+        switches = table[f"{kin}_switches"].split() + switches
+        taking = table[f"{kin}_values"].split() + [flag for flag in taking if flag not in switches]
     flag, sign, value = text.partition("=")
     if text.startswith("--"):
         if sign:
@@ -319,6 +321,23 @@ def _in_container(
     return None
 
 
+def _of_dockerfile(command: Command, text: str) -> list[Word] | None:
+    """Return the arguments of the server that ENTRYPOINT and CMD of a Dockerfile start."""
+    joined = re.sub(r"\\[ \t]*\r?\n", " ", text)
+    words: list[Word] = []
+    for keyword, rest in re.findall(r"(?m)^[ \t]*(ENV|ENTRYPOINT|CMD)[ \t]+([^\n]*)$", joined):
+        if keyword != "ENV" and rest.startswith("["):
+            words += _yaml_words(parse_yaml(rest, "the Dockerfile"), {})
+        elif keyword != "ENV":
+            words += [Word("sh"), Word("-c"), Word(rest)]
+        else:  # ENV A=1 B=2, or ENV A 1
+            given = rest if "=" in rest.split(" ", 1)[0] else rest.replace(" ", "=", 1)
+            for word in [word for part in commands(given) for word in part]:
+                if pair := assignment(word):
+                    command.set_variable(pair[0], word)
+    return _in_container(command, "", [], words, 0)
+
+
 def _of_unit(command: Command, unit: Mapping[str, list[str]]) -> list[list[Word] | None]:
     """Return the arguments of each server that a unit of systemd or of podman's Quadlet starts."""
     variables: dict[str, str] = {}
@@ -354,7 +373,7 @@ def _is_yaml(text: str) -> bool:
         r"(?m)^[ \t]*(- )?(services|containers|apiVersion|command|args|image|modelURL|modelSpec)\s*:(\s|$)",
         text,
     )
-    return bool(keys) or bool(re.match(r"\s*(-\s+[\"']?-|\[\s*[\"'])", text))
+    return bool(keys) or bool(re.match(r"\s*(-\s+[\"']?-|\[\s*[\"']|\{\s*\")", text))
 
 
 def _of_yaml(command: Command, text: str) -> list[list[Word] | None]:

@@ -18,7 +18,7 @@ MOST_CHARACTERS = 65_536
 MOST_WORDS = 2_000
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=")
 _ARRAY = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\[[@*]\]\}")
 _ARGUMENTS = re.compile(r"\{?[@*]\}?")  # of the script, which is pasted without any
 _QUOTED_ARGUMENTS = re.compile(r'"\$(\{[@*]\}|[@*])"')
@@ -139,7 +139,7 @@ def _step(reader: _Reader) -> bool:
     elif char in "<>" or text.startswith("&>", at):
         _redirection(reader)
     elif char == "(" and (name := _ASSIGNMENT.fullmatch("".join(reader.parts))):
-        _array(reader, name[1])
+        _array(reader, name[1], bool(name[2]))
     elif end := next((e for e in _ENDS if text.startswith(e, at)), ""):
         reader.at += len(end)
         return True
@@ -223,18 +223,20 @@ def _expansion(reader: _Reader, quoted: bool) -> None:
         _split(reader, value)
 
 
-def _array(reader: _Reader, name: str) -> None:
-    """Keep the words of `NAME=(…)`."""
+def _array(reader: _Reader, name: str, added: bool) -> None:
+    """Keep the words of `NAME=(…)`, or add those of `NAME+=(…)`."""
     end = _closing(reader.text, reader.at)
     inner = reader.text[reader.at + 1 : end - 1]
     if "=(" in inner:
         raise BadInput(f"the array {name[:60]} holds another; write its words")
-    reader.arrays[name] = [w for part in commands(inner.replace("\n", " "), reader.variables) for w in part]
+    words = [w for part in commands(inner.replace("\n", " "), reader.variables) for w in part]
+    reader.arrays[name] = [*(reader.arrays.get(name, []) if added else []), *words]
     reader.parts, reader.started, reader.at = [], False, end
 
 
 def _add_array(reader: _Reader, words: list[Word]) -> None:
     """Add the words of an array, each a word of its own."""
+    reader.started = bool(words) or any(reader.parts)  # of no words is none made
     reader.expanded += sum(len(word.text) + 1 for word in words)
     for n, word in enumerate(words):
         if n:
@@ -287,4 +289,5 @@ def _remember(words: list[Word], variables: dict[str, str]) -> None:
     if all(pairs) or rest is not words:
         for word, pair in zip(rest, pairs, strict=True):
             if pair and not word.unset:
-                variables[pair[0]] = pair[1]
+                added = word.text.startswith(f"{pair[0]}+=")
+                variables[pair[0]] = variables.get(pair[0], "") + pair[1] if added else pair[1]
