@@ -132,6 +132,10 @@ def test_hosts_share_the_cards_of_a_command(tmp_path):
             ],
         ),
         (
+            ["--", f"vllm serve {LLAMA} -dp 0"],
+            ["lowmem: data_parallel_size=0 is below its least value 1; raise it"],
+        ),
+        (
             ["--", "vllm serve"],
             ["lowmem: the command names no model; name it in the command, or give --model"],
         ),
@@ -149,7 +153,7 @@ def test_hosts_share_the_cards_of_a_command(tmp_path):
         ),
         (["--command", "/nowhere"], ["lowmem: /nowhere: No such file or directory"]),
     ],
-    ids=["model", "faults", "cards", "no model", "no command", "no YAML", "two", "no file"],
+    ids=["model", "faults", "cards", "no replica", "no model", "no command", "no YAML", "two", "no file"],
 )
 def test_what_cannot_be_planned(arguments, lines):
     done = run(*arguments)
