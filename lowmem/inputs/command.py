@@ -56,6 +56,8 @@ class Command:
         elif name.startswith(_ENGINE_VARIABLES) and not _SECRET.search(name):
             if word.unset:
                 self.faults.append(unset_fault(name, word))
+            elif not value.isprintable():
+                self.faults.append(f"{name} is not one line of printable characters; correct it")
             else:
                 self.environment[name] = value
         else:

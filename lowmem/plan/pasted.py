@@ -15,7 +15,8 @@ WHY = "of the pasted command"
 def profile_of(command: Command, base: Profile, device: Device, model: str | None, name: str) -> Profile:
     """Return a profile that asks vLLM for what the command asks for, and for nothing else.
 
-    Load, latency limits and hosts are those of `base`. The memory limit is the whole card, since a command has none.
+    Load, latency limits and hosts are those of `base`. The memory limit is the whole card:
+    a command has none.
     Raises BadInput if the command names no model, or more cards than it leaves the engine.
     """
     wanted = model or command.model

@@ -49,6 +49,7 @@ def test_words_that_a_shell_split():
         ("vllm serve ${MODEL}", "the model is MODEL, which nothing here sets"),
         ("vllm serve ${M[0]}", "the model is ${M[0]}, which nothing here sets"),
         ("M=a; vllm serve ${M//a/b}", "the model is ${M//a/b}, which nothing here sets"),
+        ("VLLM_X='a\nb' vllm serve m", "VLLM_X is not one line of printable characters; correct it"),
         ("vllm serve m -tp2", "-tp2 is no flag of vLLM 0.32.0; write -tp 2"),
         ("vllm serve $1", "the model is $1, which nothing here sets"),
         ("vllm serve 'a\nb'", "the model 'a\\nb' is not one line of printable characters"),
