@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import yaml
 
 from lowmem.errors import BadInput
 from lowmem.files import check_writable, read_text, write_text
-from lowmem.inputs import pasted
+from lowmem.inputs import options, pasted
 from lowmem.inputs.command import Command
 from lowmem.inputs.devices import load_device
 from lowmem.inputs.model_cards import load_card
 from lowmem.inputs.profiles import load_profile
 from lowmem.inputs.shell import MOST_CHARACTERS
+from lowmem.plan.knobs import checked
 from lowmem.plan.pasted import profile_of
 from lowmem.schema import Profile
 from lowmem.text import visible
@@ -37,10 +39,17 @@ def read_command(words: list[str] | None, file: str | None) -> Command | None:
 
 
 def profile_of_command(
-    command: Command, profile: str, device: str | None, model: str | None, as_profile: str | None
+    command: Command,
+    profile: str,
+    device: str | None,
+    model: str | None,
+    as_profile: str | None,
+    hosts: int | None = None,
+    network: str | None = None,
 ) -> Profile:
     """Print what the command's flags are worth, and return the profile that it is planned by.
 
+    `hosts` share the cards that its parallel sizes need; `network` joins them.
     Raises typer.Exit(1) for faults, after all of them are printed. With `as_profile` the profile is written.
     """
     report(command)
@@ -48,7 +57,8 @@ def profile_of_command(
         raise typer.Exit(1)
     if as_profile is not None and not as_profile.endswith((".yml", ".yaml")):
         raise BadInput(f"--as-profile {as_profile} is no YAML file; name one that ends in .yml")
-    base = load_profile(profile)
+    spanned = hosts if hosts is not None and 1 <= hosts <= 64 else 1  # another number is refused later
+    base = load_profile(profile).model_copy(update={"hosts": spanned, "network": network})
     name = Path(as_profile).stem if as_profile else "command"
     wanted = device or base.device
     made = profile_of(command, base, load_device(wanted), model, name)
@@ -74,6 +84,13 @@ def report(command: Command) -> None:
 
 def check_flags(command: Command) -> None:
     """Print what this vLLM makes of the command's flags, without a model. Exit 1 if it would refuse one."""
+    for name, value in command.options.items():
+        with contextlib.suppress(BadInput):  # of its type, and named already
+            value = options.checked(name, value)
+            try:
+                checked(name, value)
+            except BadInput as error:
+                command.faults.append(str(error))
     report(command)
     for name, value in command.options.items():
         typer.echo(visible(f"{name}: {value}"))

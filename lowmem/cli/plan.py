@@ -164,7 +164,7 @@ def plan(
         )
     base = profile or DEFAULT_PROFILE
     request = PlanRequest(
-        profile_of_command(pasted, base, device, model, as_profile) if pasted else base,
+        profile_of_command(pasted, base, device, model, as_profile, hosts, network) if pasted else base,
         model,
         device,
         count,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from lowmem.errors import BadInput
+from lowmem.files import YAML_LIMIT_BYTES, parse_yaml, read_text
 from lowmem.inputs import options
 from lowmem.inputs.shell import MOST_WORDS, Word
 from lowmem.schema import VLLM_VERSION
@@ -52,6 +56,8 @@ class Command:
         elif name.startswith(_ENGINE_VARIABLES) and not _SECRET.search(name):
             if word.unset:
                 self.faults.append(unset_fault(name, word))
+            elif not value.isprintable():
+                self.faults.append(f"{name} is not one line of printable characters; correct it")
             else:
                 self.environment[name] = value
         else:
@@ -75,7 +81,7 @@ def read_arguments(command: Command, words: list[Word]) -> None:
     """Read the arguments of `vllm serve` into the command. Raises BadInput for too many words."""
     if len(words) > MOST_WORDS:
         raise BadInput(f"the command has {len(words):,} words; the limit is {MOST_WORDS:,}")
-    left = list(words)
+    left = _with_config(command, words)
     dotted: dict[str, options.Given] = {}
     while left:
         word = left.pop(0)
@@ -93,6 +99,63 @@ def read_arguments(command: Command, words: list[Word]) -> None:
         command.faults.append(f"the model {command.model[:60]!r} is not one line of printable characters")
     for lines in (command.faults, command.removed, command.notes):
         lines[:] = [" ".join(line.split()) for line in lines]
+
+
+def _with_config(command: Command, words: list[Word]) -> list[Word]:
+    """Put the options of the file of `--config` before the command's own, as vLLM does."""
+    place = next((n for n, w in enumerate(words) if re.match(r"--config(=|$)", w.text)), None)
+    if place is None:
+        return list(words)
+    sign, name = words[place].text.partition("=")[1:]
+    after = place + 1 if sign else place + 2
+    file = words[place] if sign else words[place + 1] if words[place + 1 :] else Word("")
+    name = name if sign else file.text
+    rest = [*words[:place], *words[after:]]
+    if not name:
+        command.faults.append("--config has no value; give one")
+        return rest
+    if file.unset or not _is_file(name):
+        command.notes.append(
+            f"--config {name[:60]} is no file here, so the plan is without its options; give its path, or"
+            " write them as flags"
+        )
+        return rest
+    try:
+        given = parse_yaml(read_text(Path(name), YAML_LIMIT_BYTES), name[:60])
+    except BadInput as error:
+        command.faults.append(str(error))
+        return rest
+    if not isinstance(given, dict):
+        command.faults.append(
+            f"--config {name[:60]} holds no options; write lines such as max-model-len: 4096"
+        )
+        return rest
+    first = rest[:1] if rest and not _is_flag(rest[0].text) else []
+    if first:  # the model of the command counts
+        given.pop("model", None)
+    return [*first, *_config_words(given), *rest[len(first) :]]
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _config_words(given: Mapping[Any, Any]) -> list[Word]:
+    """Return the words that vLLM makes of a configuration file."""
+    words = []
+    for key, value in given.items():
+        off = f"--no-{key}".replace("_", "-")
+        if value is None or (value is False and off not in options.flags()) or value == []:
+            continue
+        words.append(Word(off if value is False else f"--{key}"))
+        if isinstance(value, dict):
+            words.append(Word(json.dumps(value, default=str)))
+        elif not isinstance(value, bool):
+            words += [Word(str(one)) for one in (value if isinstance(value, list) else [value])]
+    return words
 
 
 def _is_flag(text: str) -> bool:
@@ -124,11 +187,14 @@ def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, opti
         return
     if text == "-O" and left and re.fullmatch(r"\w+", left[0].text):
         text = "--optimization-level"
-    elif text == "-O" or text.startswith(("-O.", "-O=", "-O{")):
-        command.faults.append(
-            "-O takes a level from 0 to 3; write the fields of a configuration with -cc, as -cc.mode 3"
+    elif text.startswith(("-O.", "-O=", "-O{")) or (text == "-O" and left and left[0].text[:1] == "{"):
+        now = f"-cc{'=' * text.startswith('-O{')}{text[2:]}"
+        command.removed.append(
+            f"-O with a configuration: vLLM {VLLM_VERSION} has it no longer; use {now.partition('=')[0][:60]}"
         )
-        _values(left, 0 if "=" in text else 1)
+        text = now
+    elif text == "-O":
+        command.faults.append("-O takes a level from 0 to 3; give one")
         return
     head, sign, value = text.partition("=")
     head, dot, path = head.partition(".")
@@ -142,7 +208,7 @@ def _flag(command: Command, word: Word, left: list[Word], dotted: dict[str, opti
     found = _option(command, head)
     if found is None:
         known = _removed(command, head)
-        if not sign and not (known and known.switch):
+        if not sign and (not (known and known.switch) or _says_boolean(left)):
             _values(left, 1)
         return
     option, on = found
@@ -187,6 +253,10 @@ def _removed(command: Command, head: str) -> options.Removed | None:
         if str(found) not in command.removed:
             command.removed.append(str(found))
         return found
+    joined = re.fullmatch(r"(-[a-z]{2,4})(\d{1,6})", head)
+    if joined and joined[1] in options.flags():
+        command.faults.append(f"{head} is no flag of vLLM {VLLM_VERSION}; write {joined[1]} {joined[2]}")
+        return None
     close = options.close_to(head.lstrip("-"))
     meant = " or ".join("--" + name.replace("_", "-") for name in close)
     command.faults.append(
@@ -246,6 +316,7 @@ def _fold(command: Command, dotted: Mapping[str, options.Given]) -> None:
             command.options |= options.folded({**both, name: value})
         except BadInput as error:
             command.faults.append(str(error))
+            command.options.pop(head, None)
 
 
 def _shorthands(command: Command) -> None:
@@ -270,7 +341,38 @@ def _settle(command: Command) -> None:
             del command.options[name]
             continue
         try:
-            command.options[name] = options.checked(name, value)
+            value = command.options[name] = _of_today(command, options.options()[name], value)
+            if value == {}:  # it had nothing but fields that are gone
+                del command.options[name]
+            else:
+                command.options[name] = options.checked(name, value)
         except BadInput as error:
-            hint = "; put JSON in single quotes" if str(value).startswith("{") else ""
+            hint = "; put JSON in single quotes" if "is not JSON" in str(error) else ""
             command.faults.append(f"{error}{hint}")
+
+
+def _of_today(command: Command, option: options.Option, value: options.Given) -> options.Given:
+    """Return a JSON option's value as this vLLM takes it, without the fields that it no longer has."""
+    if not option.type.startswith("json"):
+        return value
+    flag = option.flags[0]
+    if isinstance(value, str) and re.fullmatch(r"\w{1,40}=\d{1,9}(,\w{1,40}=\d{1,9}){0,20}", value):
+        pairs = [pair.split("=") for pair in value.split(",")]
+        today = json.dumps({name: int(number) for name, number in pairs}, separators=(",", ":"))
+        command.removed.append(f"{flag} {value[:60]}: vLLM {VLLM_VERSION} takes JSON; use '{today[:120]}'")
+        return today
+    gone = {path: use for path, use in options.removed_fields().items() if path.startswith(f"{option.name}.")}
+    if not gone or (isinstance(value, str) and not value.lstrip().startswith("{")):
+        return value
+    fields: dict[str, Any] | list[Any] = json.loads(options.checked_json(option, value))
+    if not fields:
+        return value
+    for path, use in gone.items():
+        *parents, last = path.split(".")[1:]
+        level: Any = fields
+        for key in parents:
+            level = level.get(key) if isinstance(level, dict) else None
+        if isinstance(level, dict) and last in level:
+            del level[last]
+            command.removed.append(str(options.Removed(f"{option.name}.{'.'.join([*parents, last])}", use)))
+    return fields

@@ -71,7 +71,8 @@ class Removed:
         since = f" since {self.gone} at the latest" if self.gone else ""
         had = "no vLLM version has it" if self.never else f"vLLM {VLLM_VERSION} has it no longer{since}"
         use = f"use {self.use}".replace("use nothing", "leave it out", 1)
-        return f"--{self.name.replace('_', '-')}: {had}; {use}"
+        head, dot, fields = self.name.partition(".")
+        return f"--{head.replace('_', '-')}{dot}{fields}: {had}; {use}"
 
 
 @cache
@@ -105,6 +106,16 @@ def removed_flag(flag: str) -> Removed | None:
     """Return the removed option of a flag, or of its `no` form."""
     name = flag.lstrip("-").replace("-", "_")
     return removed().get(name) or removed().get(name.removeprefix("no_"))
+
+
+@cache
+def removed_fields() -> Mapping[str, str]:
+    """Return the fields that a JSON option no longer has, as `option.field`, each with what to use."""
+    return {
+        f"{option}.{path}": str(use)
+        for option, fields in load_yaml("options.yml")["removed_fields"].items()
+        for path, use in fields.items()
+    }
 
 
 @cache
@@ -201,6 +212,14 @@ def _chosen(option: Option, value: Any) -> Scalar:
     return result
 
 
+def checked_json(option: Option, value: Given) -> str:
+    """Return the compact JSON of an option's value, whatever its fields are. BadInput for another value."""
+    try:
+        return _object(value)
+    except ValueError:
+        raise BadInput(f"{option.name}={_shown(value)} is not {_WANTED['json']}; correct it") from None
+
+
 def _items(option: Option, value: Given) -> list[Any]:
     """Return the values of a list option: a list, JSON, or words."""
     if isinstance(value, dict):
@@ -230,18 +249,26 @@ def _check_keys(option: Option, text: str) -> None:
     given = json.loads(text)
     for key in given if isinstance(given, dict) else ():
         if key not in option.keys:
+            if use := removed_fields().get(f"{option.name}.{key}"):
+                raise BadInput(str(Removed(f"{option.name}.{key}", use)))
             close = difflib.get_close_matches(key[:64], option.keys, 2, 0.6)
             raise BadInput(
                 f"{option.name} has no field {key[:60]!r}; "
-                + (f"did you mean {' or '.join(close)}" if close else f"it has {', '.join(option.keys)}")
+                + (f"did you mean {' or '.join(close)}" if close else f"it has {_listed(option.keys)}")
             )
+
+
+def _listed(names: tuple[str, ...], most: int = 12) -> str:
+    """Return names in one line, the first of them if they are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def readable_int(value: Any) -> int:
     """Convert `32k` (32,000), `32K` (32,768), `1.5m` or plain digits, as vLLM does. Raises ValueError."""
     if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise ValueError(value)
-    text = str(int(value) if isinstance(value, float) else value).strip()
+    text = _plain_digits(str(int(value) if isinstance(value, float) else value))
     match = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,9})?([kmgtKMGT]?)", text)
     if match is None:
         if re.fullmatch(r"-[0-9]{1,15}", text):
@@ -254,6 +281,12 @@ def readable_int(value: Any) -> int:
     return _bounded(int(number * SUFFIX[suffix]))
 
 
+def _plain_digits(text: str) -> str:
+    """Return the text of a number without the underscores between its digits, which Python's int takes."""
+    text = text.strip()
+    return text.replace("_", "") if re.fullmatch(r"-?[0-9]+(_[0-9]+)*", text) else text
+
+
 def _bounded(number: int) -> int:
     if abs(number) > _MOST_WHOLE:
         raise ValueError(number)
@@ -261,7 +294,7 @@ def _bounded(number: int) -> int:
 
 
 def _whole(value: Any) -> int:
-    text = str(value).strip()
+    text = _plain_digits(str(value))
     if isinstance(value, float) and value.is_integer():
         text = str(int(value))
     if isinstance(value, bool) or not re.fullmatch(r"-?[0-9]{1,16}", text):

@@ -18,13 +18,31 @@ MOST_CHARACTERS = 65_536
 MOST_WORDS = 2_000
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(\+?)=")
 _ARRAY = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\[[@*]\]\}")
 _ARGUMENTS = re.compile(r"\{?[@*]\}?")  # of the script, which is pasted without any
 _QUOTED_ARGUMENTS = re.compile(r'"\$(\{[@*]\}|[@*])"')
 _BRACED = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*|[0-9])(?::?[-=]([^{}]*)|:?\?[^{}]*)?\}")
+_OTHER = re.compile(r"\$(\{[A-Za-z_0-9#!][^{}\n]{0,200}\}|[0-9])")
 _CONTINUED = re.compile(r"(\\|[`^](?=[ \t]*\n))[ \t]*\n")
 _REDIRECTION = re.compile(r"&?(<<<|>>|>\||<>|[<>])(&[0-9-]?)?")
+_PROMPT = re.compile(
+    r"""(?mx)^[ \t]*(?:
+      (?:\([\w.-]{1,40}\)[ \t]*)?  # of a Python environment
+      (?:[\w.-]{1,40}@[\w.-]{1,60}[^\s$\#%]{0,80}(?:[ \t][^\s$\#%]{1,80})?[ \t]?[$\#%]
+        |\[[^\]\n]{1,100}\][ \t]?[$\#]|[$%])[ \t]+
+      |PS[ \t][^>\n]{0,120}>[ \t]*|[A-Za-z]:\\[^>\n]{0,120}>[ \t]*  # of Windows
+      |>+[ \t]+(?=-|vllm\b|python|docker\b)  # of a line that goes on
+      |!(?=[A-Za-z])  # of a notebook
+    )"""
+)
+_SETTING = re.compile(
+    r"""(?mx)(?:^|(?<=;)|(?<=&))[ \t]*(?:
+      \$[Ee][Nn][Vv]:(\w+)[ \t]*=[ \t]*  # PowerShell
+      |(?:setenv|set[ \t]+-\w*x\w*)[ \t]+(\w+)[ \t]+  # csh, fish
+      |[Ss][Ee][Tt][ \t]+(?=\w+=)  # cmd.exe
+    )"""
+)
 _TYPOGRAPHIC = "\u201c\u201d\u2018\u2019"
 _ENDS = ("&&", "||", ";;", "|&", ";", "|", "\n", "(", ")", "&")
 
@@ -92,7 +110,13 @@ def _cleaned(text: str) -> str:
     if "\0" in text:
         raise BadInput("the command holds a NUL character; paste text")
     lines = [line for line in text.split("\n") if not line.lstrip().startswith("```")]
-    return "\n".join(lines) + "\n"
+    return _SETTING.sub(_exported, _PROMPT.sub("", "\n".join(lines))) + "\n"
+
+
+def _exported(setting: re.Match[str]) -> str:
+    """Return what a POSIX shell writes for the setting of a variable in another shell."""
+    name = setting[1] or setting[2]
+    return f"export {name}=" if name else "export "
 
 
 def _step(reader: _Reader) -> bool:
@@ -115,7 +139,7 @@ def _step(reader: _Reader) -> bool:
     elif char in "<>" or text.startswith("&>", at):
         _redirection(reader)
     elif char == "(" and (name := _ASSIGNMENT.fullmatch("".join(reader.parts))):
-        _array(reader, name[1])
+        _array(reader, name[1], bool(name[2]))
     elif end := next((e for e in _ENDS if text.startswith(e, at)), ""):
         reader.at += len(end)
         return True
@@ -173,6 +197,11 @@ def _expansion(reader: _Reader, quoted: bool) -> None:
         end, name, default = braced.end(), braced[1], braced[2]
     elif plain := _NAME.match(text, at + 1):
         end, name = plain.end(), plain[0]
+    elif other := _OTHER.match(text, at):  # of arrays, or cut from a variable
+        end, name = other.end(), other[0]
+    elif not quoted and text[at + 1 : at + 2] in ("'", '"'):  # $'…'
+        reader.at += 1
+        return
     else:  # a dollar sign alone, as of a prompt
         reader.add("$")
         reader.at += 1
@@ -194,18 +223,20 @@ def _expansion(reader: _Reader, quoted: bool) -> None:
         _split(reader, value)
 
 
-def _array(reader: _Reader, name: str) -> None:
-    """Keep the words of `NAME=(…)`."""
+def _array(reader: _Reader, name: str, added: bool) -> None:
+    """Keep the words of `NAME=(…)`, or add those of `NAME+=(…)`."""
     end = _closing(reader.text, reader.at)
     inner = reader.text[reader.at + 1 : end - 1]
     if "=(" in inner:
         raise BadInput(f"the array {name[:60]} holds another; write its words")
-    reader.arrays[name] = [w for part in commands(inner.replace("\n", " "), reader.variables) for w in part]
+    words = [w for part in commands(inner.replace("\n", " "), reader.variables) for w in part]
+    reader.arrays[name] = [*(reader.arrays.get(name, []) if added else []), *words]
     reader.parts, reader.started, reader.at = [], False, end
 
 
 def _add_array(reader: _Reader, words: list[Word]) -> None:
     """Add the words of an array, each a word of its own."""
+    reader.started = bool(words) or any(reader.parts)  # of no words is none made
     reader.expanded += sum(len(word.text) + 1 for word in words)
     for n, word in enumerate(words):
         if n:
@@ -258,4 +289,5 @@ def _remember(words: list[Word], variables: dict[str, str]) -> None:
     if all(pairs) or rest is not words:
         for word, pair in zip(rest, pairs, strict=True):
             if pair and not word.unset:
-                variables[pair[0]] = pair[1]
+                added = word.text.startswith(f"{pair[0]}+=")
+                variables[pair[0]] = variables.get(pair[0], "") + pair[1] if added else pair[1]

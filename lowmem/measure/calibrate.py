@@ -336,6 +336,10 @@ def _model_of(name: str, model: str) -> str:
     )
 
 
+_NOT_KNOBS = ("attention_backend", "load_format", "served_model_name")
+"""Arguments that say nothing about memory or time."""
+
+
 def knobs_of(argv: Sequence[str]) -> dict[str, Scalar]:
     """Return the knobs among the arguments of a server; the last one of a name counts.
 
@@ -357,4 +361,4 @@ def knobs_of(argv: Sequence[str]) -> dict[str, Scalar]:
             found[name] = words[n + 1]
     if "kv_cache_memory_bytes" in found:
         found.pop("gpu_memory_utilization", None)
-    return {name: value for name, value in found.items() if name not in ("load_format", "attention_backend")}
+    return {name: value for name, value in found.items() if name not in _NOT_KNOBS}

@@ -52,6 +52,7 @@ from lowmem.schema import (
     EnvironmentVariable,
     KvCache,
     KvCacheGroup,
+    Latency,
     Limits,
     Load,
     Node,
@@ -164,6 +165,21 @@ def fullest(stages: Sequence[tuple[Part, CardMemory]]) -> tuple[Part, CardMemory
     return max(stages, key=lambda s: s[1].peak)
 
 
+def paced(admission: AdmissionLimits, speed: Latency, load: Load) -> AdmissionLimits:
+    """Add the seconds that a token of a prompt is expected to take.
+
+    Two digits: a constant that moves by a percent is no new release.
+    """
+    token_s = float(f"{speed.prefill_expected / load.input_tokens / 1000:.2g}")
+    return admission.model_copy(update={"prompt_token_s": token_s})
+
+
+def other_notes(inputs: Inputs, engine: EngineConfig, memory: CardMemory) -> list[str]:
+    """Say what a start needs, what replicas share, and which options are not counted."""
+    start = start_notes(inputs.card, engine, inputs.device, memory, inputs.limits)
+    return [*start, *replica_notes(engine, inputs.card), *option_notes(inputs.knobs)]
+
+
 def compute(inputs: Inputs) -> Plan:
     """Compute the plan without a search for alternatives.
 
@@ -179,18 +195,14 @@ def compute(inputs: Inputs) -> Plan:
     part, memory = fullest(stages)
     steps = StepModel(card, engine, device, stages, share, inputs.link)
     speed = latency(steps)
-    # two digits: a constant that moves by a percent is no new release
-    token_s = float(f"{speed.prefill_expected / load.input_tokens / 1000:.2g}")
-    admission = admission.model_copy(update={"prompt_token_s": token_s})
+    admission = paced(admission, speed, load)
     requests = memory.kv.requests_of(engine.held_tokens(load))
     pipeline, drafts = pipeline_of(steps, limits), speculation_of(steps, limits)
     checkpoint, refused = checkpoint_of(inputs, engine)
     blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
     slow = slow_reasons(engine, speed, share, limits, requests)
     notes = [*fit_notes(engine, card, memory, limits, requests, share), *pipeline_notes(pipeline, speed)]
-    beside = [*inputs.remarks, *speculation_notes(drafts, limits)]
-    beside += start_notes(card, engine, device, memory, limits)
-    beside += [*replica_notes(engine, card), *option_notes(inputs.knobs)]
+    beside = [*inputs.remarks, *speculation_notes(drafts, limits), *other_notes(inputs, engine, memory)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     host = host_ram(part.card, engine, device, memory, admission.memory_bytes)
     service = service_limits(engine, device, host, card, load, limits)

@@ -16,7 +16,8 @@ WHY = "of the pasted command"
 def profile_of(command: Command, base: Profile, device: Device, model: str | None, name: str) -> Profile:
     """Return a profile that asks vLLM for what the command asks for, and for nothing else.
 
-    Load and latency limits are those of `base`. The memory limit is the whole card, since a command has none.
+    Load, latency limits and hosts are those of `base`. The memory limit is the whole card:
+    a command has none.
     Raises BadInput if the command names no model, or more cards than it leaves the engine.
     """
     wanted = model or command.model
@@ -30,7 +31,9 @@ def profile_of(command: Command, base: Profile, device: Device, model: str | Non
         name=name,
         summary="what a pasted command asks for",
         device=device.name,
-        device_count=_cards(command, knobs),
+        device_count=_cards(command, knobs, base.hosts),
+        hosts=base.hosts,
+        network=base.network,
         model=wanted,
         quantization=Quantization(),
         limits=base.limits.model_copy(update={"memory_bytes": device.nvml_total_mib * MIB}),
@@ -40,14 +43,17 @@ def profile_of(command: Command, base: Profile, device: Device, model: str | Non
     )
 
 
-def _cards(command: Command, knobs: dict[str, Knob]) -> int:
-    """Return the cards of the host: as many as the command leaves the engine, or else as many as it needs."""
+def _cards(command: Command, knobs: dict[str, Knob], hosts: int) -> int:
+    """Return the cards of a host: as many as the command leaves the engine, or else as many as it needs."""
     need = 1
     for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
         need *= int(knobs[name].value) if name in knobs else 1
+    split = hosts == 1 and "pipeline_parallel_size" in knobs
+    need = -(-need // hosts)
     if command.cards is not None and command.cards < need:
         raise BadInput(
             f"{command.cards_by} leaves the engine {command.cards} card(s), and its parallel sizes need"
             f" {need}; give as many cards or lower a size"
+            + (", or give --hosts and --network for a server of several hosts" if split else "")
         )
     return command.cards or max(1, min(need, 64))

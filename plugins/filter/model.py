@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lowmem.inputs.model_choice import chosen
-from lowmem.inputs.model_figures import difference
-
 DOCUMENTATION = r"""
 name: chosen_model
 short_description: What a model's name means, with its source, its name and whether the host quantizes it
@@ -25,12 +22,19 @@ options:
 
 def chosen_model(model: Any, profile: Any) -> dict[str, Any]:
     """Return what `lowmem_model` means with this profile. A value of a wrong type is told elsewhere."""
+    # a filter is loaded for every play, and the packages of these are needed for few tasks
+    from lowmem.inputs.model_choice import chosen
+
     return chosen(*(value if isinstance(value, str) else "" for value in (model, profile)))
 
 
 def model_difference(found: Mapping[str, Any], planned: Mapping[str, Any]) -> str:
     """Return how a checkpoint's JSON files differ from the planned figures; empty if they do not."""
-    return difference(planned, found) if found.get("config") and planned else ""
+    if not (found.get("config") and planned):
+        return ""
+    from lowmem.inputs.model_figures import difference
+
+    return difference(planned, found)
 
 
 class FilterModule:

@@ -174,7 +174,7 @@ def test_each_host_is_given_its_own_arguments(rendered: list[Path]) -> None:
         node = plan(0)["nodes"][rank]
         lines = (folder / "low_mem.sh").read_text().split("arguments=(\n")[1].split("\n)\n")[0].splitlines()
         assert (
-            " ".join(line.strip() for line in lines if not line.strip().startswith("#")).split()
+            shlex.split(" ".join(line.strip() for line in lines if not line.strip().startswith("#")))
             == node["argv"]
         )
         settings = (folder / "engine.env").read_text().splitlines()

@@ -317,7 +317,7 @@ def test_it_reads_its_own_host_without_a_report(tmp_path):
     assert done.exit_code in (0, 2), done.output
     first, *found = done.stdout.splitlines()
     assert first == f"read from this host, plan {tmp_path}/etc/plan.json (there is none)"
-    assert any(line.split()[1] == "RAM" for line in found)
+    assert any("RAM" in line.split() for line in found)
     assert re.fullmatch(r"verdict: (ok|warn|bad)", found[-1])
 
 

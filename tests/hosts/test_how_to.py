@@ -51,6 +51,7 @@ def wanted(variables: dict[str, Any]) -> dict[str, Any]:
             name: given[f"lowmem_{name}"] for name in ("profile", "model", "device", "overrides", "arguments")
         },
         **{name: given[f"lowmem_{name}"] for name in ("memory_limit", "latency_limits", "load")},
+        "calibration": given["lowmem_calibration"],
         "count": given["lowmem_device_count"],
         "quantize": variables.get("lowmem_quantize", choice.quantize),
         "checkpoint": {},
@@ -72,7 +73,7 @@ def test_an_inventory_is_planned_as_it_stands(kind: str, text: str, monkeypatch:
         config = MISTRAL | AWQ if kind == "model=awq" else SMALL
         card = card_from_config(config, "name", variables["lowmem_model"])
         monkeypatch.setattr(planner, "read_model", lambda _: card)
-    plan, fetched = planner.compute(wanted(variables))
+    plan, fetched, _ = planner.compute(wanted(variables))
     assert plan.verdict != "impossible", plan.reasons
     assert fetched["weights"] == ("awq 4-bit, groups of 128" if kind == "model=awq" else "not quantized")
     for option, value in variables.get("lowmem_arguments", {}).items():

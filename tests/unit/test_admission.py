@@ -1030,7 +1030,7 @@ def test_the_demos_limits(limits: AdmissionLimits) -> None:
         "places": 8,
         "kept_places": 2,
         "prompt_at_once": 128,
-        "prompt_token_s": 0.005388413,
+        "prompt_token_s": 0.0054,
         "max_model_len": 2048,
         "body_bytes": 196_608,
         "held_bytes": 2_796_202,

@@ -36,6 +36,15 @@ def test_no_removed_option_exists_and_each_replacement_does():
         assert meant.replace("-", "_").removeprefix("no_") in options.options(), name
 
 
+def test_no_removed_field_exists_and_each_replacement_does():
+    for path, use in options.removed_fields().items():
+        option, _, field = path.partition(".")
+        keys = options.options()[option].keys
+        assert field not in keys, path
+        named = use.split()[0].rstrip(":,;").split(".")[0]
+        assert named == "nothing" or named in keys or (option == "speculative_config" and not keys), path
+
+
 def engine_python() -> Path | None:
     """The Python of a vLLM environment: $LOWMEM_ENGINE_PYTHON, or the one that the demo built."""
     if named := os.environ.get("LOWMEM_ENGINE_PYTHON"):

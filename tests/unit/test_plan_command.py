@@ -19,7 +19,7 @@ PASTED = (
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    def no_hub(repo, revision=None):
+    def no_hub(repo, *_):
         raise model_cards.BadInput(f"model {repo!r} has no config.json here")
 
     monkeypatch.setattr(model_cards, "card_from_hub", no_hub)
@@ -80,6 +80,28 @@ def test_flags_are_checked_without_a_model():
     assert (done.exit_code, done.stdout) == (1, "dtype: half\n")
     assert done.stderr.startswith("lowmem: removed: --rope-theta: vLLM 0.32.0 has it no longer")
     assert run("--check-flags", "--", "vllm", "serve", "nobody/nothing").exit_code == 0
+    done = run("--check-flags", "--", "vllm serve m -tp 0")
+    assert (done.exit_code, done.stderr) == (
+        1,
+        "lowmem: fault: tensor_parallel_size=0 is below its least value 1; raise it\n",
+    )
+
+
+def test_hosts_share_the_cards_of_a_command(tmp_path):
+    pasted = f"docker run --gpus 8 vllm/vllm-openai --model {LLAMA} -tp 8 -pp 2"
+    options = ("--device", "a100-80g", "--json", "--as-profile", str(tmp_path / "p.yml"))
+    done = run(*options, "--hosts", "2", "--network", "infiniband", "--", pasted)
+    plan = json.loads(done.stdout)
+    assert (plan["device_count"], plan["hosts"]) == (8, 2)
+    again = run("--profile", str(tmp_path / "p.yml"), "--json")
+    assert json.loads(again.stdout) == plan
+    assert run("--", pasted).stderr == (
+        "lowmem: --gpus 8 leaves the engine 8 card(s), and its parallel sizes need 16; give as many cards or"
+        " lower a size, or give --hosts and --network for a server of several hosts\n"
+    )
+    assert run("--hosts", "0", "--", pasted.replace("-pp 2", "")).stderr == (
+        "lowmem: hosts=0 is not from 1 to 64; give the number of hosts that one server spans\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,6 +132,10 @@ def test_flags_are_checked_without_a_model():
             ],
         ),
         (
+            ["--", f"vllm serve {LLAMA} -dp 0"],
+            ["lowmem: data_parallel_size=0 is below its least value 1; raise it"],
+        ),
+        (
             ["--", "vllm serve"],
             ["lowmem: the command names no model; name it in the command, or give --model"],
         ),
@@ -127,7 +153,7 @@ def test_flags_are_checked_without_a_model():
         ),
         (["--command", "/nowhere"], ["lowmem: /nowhere: No such file or directory"]),
     ],
-    ids=["model", "faults", "cards", "no model", "no command", "no YAML", "two", "no file"],
+    ids=["model", "faults", "cards", "no replica", "no model", "no command", "no YAML", "two", "no file"],
 )
 def test_what_cannot_be_planned(arguments, lines):
     done = run(*arguments)

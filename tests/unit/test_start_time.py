@@ -15,7 +15,7 @@ PROGRAM = """
 import sys
 from lowmem.cli.main import app
 try:
-    app(["plan", "--model", "llama-2-7b", "--device", "a100-80g", "--json"])
+    app(["plan", "--profile", "low_mem", "--model", "llama-2-7b", "--device", "a100-80g", "--json"])
 except SystemExit:
     pass
 sys.stderr.write(" ".join(sys.modules))
