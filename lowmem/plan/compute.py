@@ -187,7 +187,10 @@ def compute(inputs: Inputs) -> Plan:
     checkpoint, refused = checkpoint_of(inputs, engine)
     blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
     slow = slow_reasons(engine, speed, share, limits, requests)
-    notes = [*fit_notes(engine, card, memory, limits, requests, share), *pipeline_notes(pipeline, speed)]
+    notes = [
+        *fit_notes(engine, card, memory, ceiling(device, limits), requests, share),
+        *pipeline_notes(pipeline, speed),
+    ]
     beside = [*inputs.remarks, *speculation_notes(drafts, limits)]
     beside += start_notes(card, engine, device, memory, limits)
     beside += [*replica_notes(engine, card), *option_notes(inputs.knobs)]
