@@ -10,8 +10,9 @@ from lowmem.cli.main import app
 from lowmem.plan.capacity import further
 
 LLAMA = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256,
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+    "intermediate_size": 14336, "vocab_size": 128256,
     "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
 }  # fmt: skip
 
@@ -61,7 +62,7 @@ def lowmem(tmp_path):
         ({"quant_method": "hqq"}, "vLLM 0.32.0 has no quantization method 'hqq'; it takes auto-round, awq"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "no quantization method 'bitsandbytes'"),
         ({"quant_method": "gguf"}, "vLLM 0.32.0 has no quantization method 'gguf'"),
-        ({"quant_method": "fbgemm_fp8"}, "vLLM 0.32.0 refuses quantization method 'fbgemm_fp8': it is deprecated"),
+        ({"quant_method": "fbgemm_fp8"}, "refuses quantization method 'fbgemm_fp8': it is deprecated"),
         ({"quant_method": "torchao"}, "its locked environment has no torchao"),
         ({"quant_method": "quark"}, "the export key should be included"),
         ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "ModelOpt currently only supports FP8"),
@@ -69,7 +70,7 @@ def lowmem(tmp_path):
     ],
 )  # fmt: skip
 def test_a_recipe_that_the_engine_refuses_is_impossible_with_its_reason(lowmem, recipe, reason):
-    """Plain Llama checkpoints said `is not one of none, awq, …`, exit 1, even for methods that are planned."""
+    """A plain Llama said `is not one of none, awq, …` and exit 1, even for methods that are planned."""
     done = lowmem({**LLAMA, "quantization_config": recipe}, "plan", *A100, "--json")
     assert done.exit_code == 2
     found = json.loads(done.stdout)
@@ -82,11 +83,11 @@ def test_a_recipe_that_the_engine_refuses_is_impossible_with_its_reason(lowmem, 
     [
         (("--accepted-tokens", 0), "lowmem: accepted_tokens=0 is not from 1 to 65; correct it"),
         (("--accepted-tokens", -1), "lowmem: accepted_tokens=-1 is not from 1 to 65; correct it"),
-        (("--hosts", 0), "lowmem: hosts=0 is not from 1 to 64; give the number of hosts that one server spans"),
-        (("--hosts", -1), "lowmem: hosts=-1 is not from 1 to 64; give the number of hosts that one server spans"),
+        (("--hosts", 0), "lowmem: hosts=0 is not from 1 to 64; give the number of hosts"),
+        (("--hosts", -1), "lowmem: hosts=-1 is not from 1 to 64; give the number of hosts"),
         (
             ("--input-tokens", 131072),
-            "lowmem: input_tokens=131072 and output_tokens=256 are together more than the 131072 positions of",
+            "lowmem: input_tokens=131072 and output_tokens=256 are together more than the 131072 positions",
         ),
     ],
 )  # fmt: skip
