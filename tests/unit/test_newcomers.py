@@ -170,6 +170,46 @@ def test_the_longest_context_with_weights_in_ram_is_searched(lowmem):
     assert whole > 1280
 
 
+QUARK = {
+    "quant_method": "quark", "export": {"pack_method": "reorder", "kv_cache_group": []},
+    "layer_quant_config": {}, "layer_type_quant_config": {}, "exclude": ["lm_head"],
+    "global_quant_config": {
+        "weight": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False},
+        "input_tensors": {"dtype": "fp8_e4m3", "qscheme": "per_tensor", "is_dynamic": False},
+    },
+}  # fmt: skip
+
+W8A8 = {
+    "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+    "config_groups": {"group_0": {
+        "targets": ["Linear"],
+        "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
+        "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True,
+                              "symmetric": True},
+    }},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device", "reason"),
+    [
+        (QUARK, "a100-80g", "8-bit quark weights need compute capability 8.9 and NVIDIA A100 80 GB SXM4 has"),
+        (QUARK, "l40s", ""),
+        (QUARK, "h100", ""),
+        (W8A8, "a100-80g", ""),
+        (W8A8, "h100", ""),
+        (W8A8, "b200", "the int8 kernel needs compute capability below 10.0 and NVIDIA B200"),
+        (W8A8, "rtx-pro-6000", "the int8 kernel needs compute capability below 10.0"),
+    ],
+)  # fmt: skip
+def test_a_format_that_the_card_has_no_kernel_for_is_impossible(lowmem, recipe, device, reason):
+    """vLLM raises for Quark FP8 below 8.9, and for int8 by int8 on Blackwell; both plans fitted."""
+    done = lowmem({**LLAMA, "quantization_config": recipe}, "plan", "--device", device, "--json")
+    found = json.loads(done.stdout)
+    assert found["verdict"] == ("impossible" if reason else "fits")
+    assert found["reasons"][0].startswith(reason)
+
+
 CARD = "nvml_total_mib: 24576\nhbm_gb_per_s: 936\nfp16_tflops: 71\n"
 
 
