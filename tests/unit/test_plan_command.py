@@ -19,7 +19,7 @@ PASTED = (
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    def no_hub(repo):
+    def no_hub(repo, revision=None):
         raise model_cards.BadInput(f"model {repo!r} has no config.json here")
 
     monkeypatch.setattr(model_cards, "card_from_hub", no_hub)
