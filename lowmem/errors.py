@@ -21,6 +21,12 @@ class EngineRefuses(BadInput):
 
 
 def first_problem(error: ValidationError, whole: str) -> str:
-    """Say the first problem as `field: reason`; `whole` stands for a problem of no single field."""
+    """Say the first problem as `field: reason`, with the value of a number.
+
+    `whole` stands for a problem of no single field.
+    """
     first = error.errors()[0]
-    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}"
+    value = first["input"]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    said = f", and is {value:g}" if number and first["type"] != "extra_forbidden" else ""
+    return f"{'.'.join(map(str, first['loc'])) or whole}: {first['msg']}{said}"

@@ -30,6 +30,12 @@ SHORT = {
 """Names of the KV types in the table's head; the line above it has the whole names."""
 
 
+SHORT_REQUEST = 1024
+"""Tokens of the request that settings are searched for where no profile has them."""
+
+COUNTED = ("max_model_len", "max_num_seqs")
+"""Knobs that the table goes through, so that nobody can set them."""
+
 LINES = {
     "auto": ("weights", "-", "o"),
     "fp8": ("kv_cache", "-", "s"),
@@ -81,12 +87,19 @@ def capacity(
     """
     if out is not None:
         check_picture(out)
+    overrides = parse_assignments(set_ or [])
+    for name in COUNTED:
+        if name in overrides:
+            raise BadInput(
+                f"--set {name}={overrides[name]}: the table goes through its values; leave it out, or plan"
+                " one with `lowmem plan`"
+            )
     request = PlanRequest(
         profile or DEFAULT_PROFILE,
         model,
         device,
         count,
-        parse_assignments(set_ or []),
+        overrides,
         memory_limit_bytes=limit_bytes(memory_limit),
         vllm_version=vllm_version,
         weights=weights,
@@ -112,7 +125,9 @@ def inputs_of(request: PlanRequest, searched: bool) -> Inputs:
     if not searched:
         return gather(request)
     goal = goal_of(request, searched=True)
-    load = goal.load.model_copy(update={"clients": 1, "input_tokens": 768, "output_tokens": 256})
+    whole = min(SHORT_REQUEST, goal.card.max_position_embeddings)
+    sizes = {"clients": 1, "input_tokens": whole - whole // 4, "output_tokens": whole // 4}
+    load = goal.load.model_copy(update=sizes)
     return find(goal.with_load(load)).choice.inputs
 
 

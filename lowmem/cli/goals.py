@@ -45,7 +45,7 @@ def _find(goal: Goal, as_json: bool, calibration: Calibration | None) -> int:
     """Print the plan that meets the goal, or the nearest one, with the runners-up."""
     found = find(goal)
     plan = explained(found.choice.plan, found.choice.inputs, calibration)
-    enough = "" if plan.verdict == "fits" else would_do(found.choice.inputs)
+    enough = "" if plan.verdict == "fits" else would_do(found.choice.inputs, goal)
     plan = plan.model_copy(update={"reasons": (*plan.reasons, *found.why, *([enough] if enough else []))})
     _show(plan, as_json, "runners-up:", found.others[:SHOWN], goal)
     return EXIT[plan.verdict]
@@ -96,7 +96,7 @@ def _say_nothing_fits(goal: Goal) -> None:
     out = terminal()
     out.print(f"no setting of {goal.card.name} on {goal.count} x {goal.device.name} meets {wanted(goal)}")
     nearest = find(goal)
-    for line in (*nearest.choice.plan.reasons[:1], *nearest.why, would_do(nearest.choice.inputs)):
+    for line in (*nearest.choice.plan.reasons[:1], *nearest.why, would_do(nearest.choice.inputs, goal)):
         if line:
             out.print(f"  {line}", markup=False)
 

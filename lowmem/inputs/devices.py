@@ -183,6 +183,8 @@ def device_file(path: Path) -> Device:
     return completed(entry, str(entry.pop("name", path.stem)), str(path))
 
 
+_CAPABILITY = re.compile(r"1?[0-9]\.[0-9]")
+
 _PCIE = re.compile(r"([1-8])x(1|2|4|8|16|32)")
 
 
@@ -220,11 +222,18 @@ def completed(entry: Mapping[str, Any], name: str, origin: str) -> Device:
 
 def _refuse_gaps(fields: dict[str, Any], origin: str) -> None:
     """Raise BadInput for a figure that is missing or no number. A capability that YAML read is a text."""
-    if isinstance(fields.get("capability"), float):
-        fields["capability"] = str(fields["capability"])
+    kind, capability = fields.get("kind", "cuda"), fields.get("capability", "")
+    if kind not in ("cuda", "cpu"):
+        raise BadInput(f"{origin}: kind is {str(kind)[:40]!r}; it must be cuda or cpu")
+    if isinstance(capability, float):
+        fields["capability"] = capability = str(capability)
+    if capability not in ("", None) and not _CAPABILITY.fullmatch(str(capability)):
+        raise BadInput(
+            f"{origin}: capability is {str(capability)[:40]!r}; write it with its minor number, such as 8.6"
+        )
     cuda = fields.get("kind", "cuda") == "cuda"
     needed = ("nvml_total_mib", "hbm_gb_per_s", "fp16_tflops", *(("capability",) if cuda else ()))
-    missing = [k for k in needed if fields.get(k) is None]
+    missing = [k for k in needed if fields.get(k) in (None, "")]
     if missing:
         raise BadInput(
             f"{origin}: {missing[0]} is missing; a device needs {', '.join(needed)}, as in"

@@ -19,7 +19,7 @@ from lowmem.checkpoint.inventory import Inventory, inventory_of, known_architect
 from lowmem.checkpoint.patterns import matches
 from lowmem.checkpoint.storage import Scheme
 from lowmem.data import load_yaml
-from lowmem.errors import BadInput
+from lowmem.errors import BadInput, EngineRefuses
 from lowmem.schema import ModelCard, Published, Quantization, WeightGroup
 from lowmem.text import did_you_mean
 
@@ -194,6 +194,19 @@ def _groups(c: Mapping[str, Any], q: Quantization) -> tuple[WeightGroup, ...]:
     return tuple(found)
 
 
+def _refused_card(published: Published, name: str, source: str, refusal: BadInput) -> ModelCard:
+    """Return a card whose plan says why the engine refuses it.
+
+    Raises what the engine says of a recipe that no card can hold.
+    """
+    try:
+        return _named_card(published, name, source)
+    except BadInput:
+        if isinstance(refusal, EngineRefuses):
+            raise refusal from None
+        raise
+
+
 def card_from_config(
     config: Mapping[str, Any],
     name: str,
@@ -216,10 +229,10 @@ def card_from_config(
     plain = not named or (isinstance(named, list) and named[0] == _CLASSES.get(str(kind)))
     try:
         inventory = inventory_of(config, 1, "auto", hf_quant_config, header)
-    except BadInput:
+    except BadInput as refusal:
         if kind not in MODEL_TYPES or not plain:
             raise
-        return _named_card(published, name, source)  # the plan says why the engine refuses it
+        return _refused_card(published, name, source, refusal)
     published.inventories[1, inventory.dtype, ""] = inventory
     if kind not in MODEL_TYPES or not plain:
         return _counted_card(published, inventory, name, source)

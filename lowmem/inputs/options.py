@@ -174,8 +174,13 @@ def close_to(name: str, most: int = 3) -> list[str]:
 
 def refuse(name: str) -> None:
     """Raise BadInput for an option that the deployment sets itself."""
-    if name in options() and (found := standing(name)).kind == "refused":
-        raise BadInput(f"{name} is not for a profile or an override; use {found.text}")
+    if is_refused(name):
+        raise BadInput(f"{name} is not for a profile or an override; use {standing(name).text}")
+
+
+def is_refused(name: str) -> bool:
+    """Tell whether the deployment sets an option itself."""
+    return name in options() and standing(name).kind == "refused"
 
 
 def checked(name: str, value: Given) -> Scalar:

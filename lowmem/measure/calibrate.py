@@ -16,7 +16,7 @@ from pathlib import Path
 from lowmem.artefacts import read
 from lowmem.data import load_yaml
 from lowmem.errors import BadInput
-from lowmem.inputs import devices, model_cards, profiles
+from lowmem.inputs import devices, model_cards, options, profiles
 from lowmem.plan.calibration import calibrated, constant
 from lowmem.plan.compute import compute, engine_of
 from lowmem.plan.engine_config import EngineConfig
@@ -336,14 +336,11 @@ def _model_of(name: str, model: str) -> str:
     )
 
 
-_NOT_KNOBS = ("attention_backend", "load_format", "served_model_name")
-"""Arguments that say nothing about memory or time."""
-
-
 def knobs_of(argv: Sequence[str]) -> dict[str, Scalar]:
     """Return the knobs among the arguments of a server; the last one of a name counts.
 
-    The share of the card counts only where no size of the pool is given, as in the engine.
+    What the deployment sets itself, such as served_model_name, is none of them. The share of the card
+    counts only where no size of the pool is given, as in the engine.
     """
     table = load_yaml("knobs.yml")
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
@@ -361,4 +358,5 @@ def knobs_of(argv: Sequence[str]) -> dict[str, Scalar]:
             found[name] = words[n + 1]
     if "kv_cache_memory_bytes" in found:
         found.pop("gpu_memory_utilization", None)
-    return {name: value for name, value in found.items() if name not in _NOT_KNOBS}
+    own = {"load_format", "attention_backend", *(n for n in found if options.is_refused(n))}
+    return {name: value for name, value in found.items() if name not in own}

@@ -49,12 +49,22 @@ def custom_all_reduce(device: Device, cards: int) -> bool:
     return cards in rule["cards"] and near and device.peer_access
 
 
+def _is_quark_fp8(recipe: object) -> bool:
+    """Tell whether a Quark recipe has FP8 weights for all layers."""
+    whole = recipe.get("global_quant_config") if isinstance(recipe, Mapping) else None
+    weight = whole.get("weight") if isinstance(whole, Mapping) else None
+    weight = weight[0] if isinstance(weight, list) and weight else weight
+    return isinstance(weight, Mapping) and str(weight.get("dtype")).startswith("fp8")
+
+
 def _format(card: ModelCard) -> str:
     """Return the number format of quantized weights, as the rules name it; empty for integers."""
     q = card.quantization
     if q.method == "fp8" or (q.method == "modelopt" and q.bits == 8):
         return "fp8"
     recipe = card.config.get("quantization_config")
+    if q.method == "quark":
+        return "fp8" if q.bits == 8 and _is_quark_fp8(recipe) else ""
     groups = recipe.get("config_groups") if isinstance(recipe, Mapping) else None
     listed = groups.values() if isinstance(groups, Mapping) else ()
     weights = [group.get("weights") for group in listed if isinstance(group, Mapping)]
@@ -82,7 +92,8 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
         )
     q = card.quantization
     methods = _rules("methods")
-    rule = methods.get(q.method) or methods.get(f"{q.method}-{q.bits}")
+    own = [f"{q.method}-{_format(card)}", q.method, f"{q.method}-{q.bits}"]
+    rule = next((methods[name] for name in own if name in methods), None)
     if rule and not _allows(rule, device):
         reasons.append(
             f"{q.bits}-bit {q.method} weights need compute capability {rule['least']} and {has}; use weights"
@@ -93,6 +104,15 @@ def refusals(engine: EngineConfig, card: ModelCard, device: Device) -> list[str]
         reasons.append(
             f"the {engine.kernel} kernel needs compute capability {kernel['least']} and {has}; use weights of"
             " 16 bits"
+        )
+    if (
+        kernel
+        and "below" in kernel
+        and capability_tuple(device.capability) >= capability_tuple(kernel["below"])
+    ):
+        reasons.append(
+            f"the {engine.kernel} kernel needs compute capability below {kernel['below']} and {has}: vLLM"
+            ' stops with "Int8 not supported"; use fp8 weights, or weights of 16 bits'
         )
     return reasons + _dtype_refusals(engine, card, device)
 

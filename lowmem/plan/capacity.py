@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from lowmem.errors import BadInput
 from lowmem.plan.compute import compute
-from lowmem.plan.goals import Choice, Goal, Search, kv_types_of
+from lowmem.plan.goals import Choice, Goal, Search, find, fulfilled, kv_types_of
 from lowmem.plan.request import NO_LIMIT_MS, Inputs
 from lowmem.plan.verdict import ceiling
-from lowmem.schema import Knob, Limits, Load, Plan
+from lowmem.schema import Knob, Limits, Load, Plan, Scalar
 from lowmem.units import MIB
 
 CONTEXT_GRAIN = 16
@@ -68,42 +68,68 @@ def fewer(inputs: Inputs, clients: int) -> Inputs:
     return _with(inputs, {"max_num_seqs": clients}, load=load)
 
 
-def would_do(inputs: Inputs) -> str:
+def further(known: int | None, does: Callable[[int], bool], low: int, high: int) -> int | None:
+    """Return the largest number from `low` to `high` that does, where `known` is the largest of fewer means.
+
+    Where the next number does not, that one question is enough.
+    """
+    good = low - 1 if known is None else known
+    if good >= high or not does(good + 1):
+        return known
+    return largest(lambda n: n == good + 1 or does(n), good + 1, high)
+
+
+def would_do(inputs: Inputs, goal: Goal | None = None) -> str:
     """Name the longest request, the most clients and the least limit that a refused plan would fit with.
 
-    Each is alone, with all else as asked. The sentence is empty if none of them is enough.
+    Each is alone, with all else as asked; a `goal` is searched again for each, so that other settings count.
+    The sentence is empty if none of them is enough.
     """
     load, found = inputs.load, list[str]()
     whole = load.input_tokens + load.output_tokens
-    first = -(-(load.output_tokens + 1) // CONTEXT_GRAIN)
-    blocks = largest(lambda n: _fits(shorter(inputs, n * CONTEXT_GRAIN)), first, (whole - 1) // CONTEXT_GRAIN)
+    first, last = -(-(load.output_tokens + 1) // CONTEXT_GRAIN), (whole - 1) // CONTEXT_GRAIN
+    blocks = largest(lambda n: _fits(shorter(inputs, n * CONTEXT_GRAIN)), first, last)
+    clients = largest(lambda n: _fits(fewer(inputs, n)), 1, load.clients - 1)
+    if goal is not None:
+        asked = goal
+
+        def at(amount: int, aim: str) -> bool:
+            return fulfilled(asked.with_load(loaded(asked.load, amount, aim)))
+
+        blocks = further(blocks, lambda n: at(n * CONTEXT_GRAIN, "context"), first, last)
+        clients = further(clients, lambda n: at(n, "requests"), 1, load.clients - 1)
     if blocks is not None:
         tokens = blocks * CONTEXT_GRAIN
         found.append(
             f"requests of {tokens:,} tokens ({tokens - load.output_tokens:,} + {load.output_tokens:,})"
         )
-    clients = largest(lambda n: _fits(fewer(inputs, n)), 1, load.clients - 1)
     if clients is not None:
         found.append(f"{clients:,} client{'s' if clients > 1 else ''}")
-    limit = least_limit(inputs)
+    limit = least_limit(inputs, goal)
     if limit is not None:
         found.append(f"a limit of {limit // MIB:,} MiB a card")
     return f"would do, each alone: {'; '.join(found)}" if found else ""
 
 
-def least_limit(inputs: Inputs) -> int | None:
-    """Return the least memory limit that the plan fits with, in bytes, above the one that was asked for."""
+def least_limit(inputs: Inputs, goal: Goal | None = None) -> int | None:
+    """Return the least memory limit that the plan fits with, in bytes, above the one that was asked for.
+
+    A `goal` is searched again for it, so that other settings count.
+    """
     now = ceiling(inputs.device, inputs.limits)
     most = ceiling(inputs.device, Limits(memory_bytes=2**60, tpot_p99_ms=1, ttft_p99_ms=1))
     if now >= most:
         return None
 
-    def misses(steps: int) -> bool:
+    def within(steps: int) -> Limits:
         bytes_ = min(most, now + (top - steps) * LIMIT_GRAIN)
-        return _fits(replace(inputs, limits=inputs.limits.model_copy(update={"memory_bytes": bytes_})))
+        return inputs.limits.model_copy(update={"memory_bytes": bytes_})
 
     top = -(-(most - now) // LIMIT_GRAIN)
-    spared = largest(misses, 0, top - 1)
+    spared = largest(lambda n: _fits(replace(inputs, limits=within(n))), 0, top - 1)
+    if goal is not None:
+        asked = goal
+        spared = further(spared, lambda n: fulfilled(replace(asked, limits=within(n))), 0, top - 1)
     return None if spared is None else min(most, now + (top - spared) * LIMIT_GRAIN)
 
 
@@ -136,15 +162,28 @@ def maximized(goal: Goal, aim: str) -> list[Extreme]:
                 extreme = _extreme(search, weights, cards, kv_type, aim)
                 if extreme is not None and (extreme.choice.bits >= 4 or len(goal.formats) == 1):
                     found.append(extreme)
-    return sorted(found, key=lambda e: (-e.amount, e.choice.rank))
+    return sorted(found or _in_ram(search, aim), key=lambda e: (-e.amount, e.choice.rank))
 
 
-def _extreme(search: Search, weights: str, cards: int, kv_type: str, aim: str) -> Extreme | None:
+def _in_ram(search: Search, aim: str) -> list[Extreme]:
+    """Return the largest load of the settings that keep a part of the weights in RAM, if a goal needs one."""
+    choice = find(search.goal).choice
+    if not choice.fits or not choice.offloaded:
+        return []
+    share = {"cpu_offload_gb": choice.knobs["cpu_offload_gb"]} if "cpu_offload_gb" in choice.knobs else {}
+    cards = choice.plan.tensor_parallel_size
+    extreme = _extreme(search, choice.weights, cards, choice.kv_type, aim, share)
+    return [] if extreme is None else [extreme]
+
+
+def _extreme(
+    search: Search, weights: str, cards: int, kv_type: str, aim: str, more: Mapping[str, Scalar] | None = None
+) -> Extreme | None:
     goal, made = search.goal, dict[int, Choice]()
 
     def at(amount: int) -> bool:
         load = loaded(goal.load, amount, aim)
-        knobs = search.knobs(cards, kv_type, goal.steps[0], load)
+        knobs = {**search.knobs(cards, kv_type, goal.steps[0], load), **(more or {})}
         choice = search.tried(weights, knobs, None, load)
         if choice is not None and choice.fits:
             made[amount] = choice

@@ -201,7 +201,7 @@ def compute(inputs: Inputs) -> Plan:
     checkpoint, refused = checkpoint_of(inputs, engine)
     blocked = blocking_reasons(inputs, steps, pipeline, requests) or refused
     slow = slow_reasons(engine, speed, share, limits, requests)
-    notes = [*fit_notes(engine, card, memory, limits, requests, share), *pipeline_notes(pipeline, speed)]
+    notes = [*fit_notes(engine, card, memory, most, requests, share), *pipeline_notes(pipeline, speed)]
     beside = [*inputs.remarks, *speculation_notes(drafts, limits), *other_notes(inputs, engine, memory)]
     verdict: Verdict = "impossible" if blocked else "slow" if slow else "fits"
     host = host_ram(part.card, engine, device, memory, admission.memory_bytes)

@@ -25,6 +25,7 @@ from lowmem.plan.request import (
     count_of,
     fitting_group,
     gather,
+    hosts_of,
     limits_of,
     load_of,
     refuse_requantizing,
@@ -198,6 +199,15 @@ DEFAULT_LIMITS = Limits(memory_bytes=1, tpot_p99_ms=200, ttft_p99_ms=NO_LIMIT_MS
 """Latency limits of a goal that names none: a token each 200 ms is as fast as people read."""
 
 
+def usual_load(longest: int) -> Load:
+    """Return the load of a goal that names none, within the positions of the model."""
+    usual = Load()
+    if usual.input_tokens + usual.output_tokens <= longest or longest < 2:
+        return usual
+    answer = max(1, longest // 4)
+    return Load(input_tokens=longest - answer, output_tokens=answer)
+
+
 def goal_of(request: PlanRequest, searched: bool) -> Goal:
     """Turn a request into a goal.
 
@@ -211,21 +221,30 @@ def goal_of(request: PlanRequest, searched: bool) -> Goal:
     card = model_cards.load_card(model) if isinstance(model, str) else model
     how = wanted_weights(request, card)
     refuse_requantizing(card, how)
-    if (request.hosts or 1) > 1 or (searched and request.network):
+    if (request.hosts is not None and hosts_of(request, profile) > 1) or (searched and request.network):
         raise BadInput("a search plans one host: give --profile two_hosts, or leave --hosts out")
     if searched and request.weights == "profile":
         raise BadInput("--weights profile needs --profile, which says the format; name a format or `stored`")
+    longest = card.max_position_embeddings
     if searched:
         memory = found.torch_total_mib * MIB
         limits = DEFAULT_LIMITS.model_copy(update={"memory_bytes": memory})
         count = 1 if request.device else profile.device_count
-        profile = profile.model_copy(update={"limits": limits, "load": Load(), "device_count": count})
+        profile = profile.model_copy(
+            update={"limits": limits, "load": usual_load(longest), "device_count": count}
+        )
+    load = load_of(request, profile)
+    if load.input_tokens + load.output_tokens > longest:
+        raise BadInput(
+            f"input_tokens={load.input_tokens} and output_tokens={load.output_tokens} are together more than"
+            f" the {longest} positions of {card.name} (max_position_embeddings); lower one of them"
+        )
     return Goal(
         card=card,
         device=found,
         count=count_of(request, profile, found),
         limits=limits_of(request, profile),
-        load=load_of(request, profile),
+        load=load,
         vllm_version=request.vllm_version,
         model=model if isinstance(model, str) else card.name,
         place=device if isinstance(device, str) else "",
@@ -440,6 +459,11 @@ def families(goal: Goal) -> Iterator[tuple[str, int, list[Choice]]]:
         for cards in goal.splits:
             if tried := search.family(weights, cards):
                 yield weights, cards, tried
+
+
+def fulfilled(goal: Goal) -> bool:
+    """Tell whether some settings meet a goal."""
+    return any(choices[-1].fits for _, _, choices in families(goal))
 
 
 def find(goal: Goal) -> Found:

@@ -224,6 +224,7 @@ def load_of(request: PlanRequest, profile: Profile) -> Load:
     changed: dict[str, object] = _shortened(request, profile)
     changed |= {k: v for k, v in asked.items() if v is not None}
     if request.accepted_tokens is not None:
+        _refuse_odd_acceptance(request.accepted_tokens)
         changed |= {"accepted_tokens": request.accepted_tokens, "accepted_source": "given by the operator"}
     return profile.load.model_copy(update=changed)
 
@@ -247,12 +248,17 @@ def fitting_tokens(load: Load, most: object) -> dict[str, object]:
     return {"input_tokens": most - answer, "output_tokens": answer}
 
 
-def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> None:
+def _refuse_odd_acceptance(accepted: float) -> None:
     """Raise BadInput for an acceptance that no step can give."""
-    if accepted is None:
-        return
     if not 1 <= accepted <= MOST_DRAFTS + 1:
         raise BadInput(f"accepted_tokens={accepted:g} is not from 1 to {MOST_DRAFTS + 1}; correct it")
+
+
+def _refuse_acceptance(accepted: float | None, given: Mapping[str, Knob]) -> None:
+    """Raise BadInput for an acceptance that no step can give, or that no drafts are there for."""
+    if accepted is None:
+        return
+    _refuse_odd_acceptance(accepted)
     if KNOB not in given:
         raise BadInput(
             f"accepted_tokens={accepted:g} without {KNOB}: a step gives a request one token; set {KNOB} or"
@@ -279,11 +285,17 @@ def limits_of(request: PlanRequest, profile: Profile) -> Limits:
     return profile.limits.model_copy(update={k: v for k, v in asked.items() if v is not None})
 
 
-def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
-    """Return the number of hosts that one server spans, and the link between them; None for one host."""
+def hosts_of(request: PlanRequest, profile: Profile) -> int:
+    """Return the number of hosts that one server spans."""
     hosts = profile.hosts if request.hosts is None else request.hosts
     if not 1 <= hosts <= 64:
         raise BadInput(f"hosts={hosts} is not from 1 to 64; give the number of hosts that one server spans")
+    return hosts
+
+
+def _hosts(request: PlanRequest, profile: Profile) -> tuple[int, Link | None]:
+    """Return the number of hosts that one server spans, and the link between them; None for one host."""
+    hosts = hosts_of(request, profile)
     if hosts == 1:
         return hosts, None
     joined = request.network or profile.network

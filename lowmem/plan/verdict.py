@@ -271,12 +271,12 @@ def slow_reasons(
 
 
 def fit_notes(
-    engine: EngineConfig, card: ModelCard, memory: CardMemory, limits: Limits, requests: int, load: Load
+    engine: EngineConfig, card: ModelCard, memory: CardMemory, limit_bytes: int, requests: int, load: Load
 ) -> list[str]:
     """Describe a plan that fits: its room below the limit, and its KV pool."""
-    room = limits.memory_bytes - memory.peak
+    room = limit_bytes - memory.peak
     notes = [
-        f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limits.memory_bytes)}; "
+        f"{mib(memory.peak)} under load, {mib(room)} below the limit of {mib(limit_bytes)}; "
         f"the KV pool holds {requests} requests of {load.input_tokens + load.output_tokens} tokens"
     ]
     useful = engine.max_num_seqs * memory.kv.layout.blocks_per_request + 1

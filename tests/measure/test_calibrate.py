@@ -14,6 +14,7 @@ from lowmem.artefacts import read
 from lowmem.cli.main import app
 from lowmem.errors import BadInput
 from lowmem.measure import calibrate
+from lowmem.measure.calibrate import knobs_of
 from lowmem.plan.calibration import calibrated, constant, read_calibration
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
@@ -190,6 +191,12 @@ def test_arguments_of_a_server_are_read_as_knobs():
         "tensor_parallel_size": "2", "max_num_seqs": "8", "enable_prefix_caching": False,
         "enforce_eager": True, "kv_cache_memory_bytes": "1",
     }  # fmt: skip
+
+
+def test_what_the_deployment_sets_is_no_knob_of_a_receipt():
+    """Each receipt of a deployed service has --served-model-name, for which all of them were refused."""
+    argv = ["vllm", "serve", "/m", "--served-model-name", "chat", "--port", "8000", "--max-num-seqs", "8"]
+    assert knobs_of(argv) == {"max_num_seqs": "8"}
 
 
 def test_without_receipts_this_host_is_measured(tmp_path, monkeypatch):

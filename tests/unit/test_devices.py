@@ -201,7 +201,7 @@ def test_a_device_file_has_the_fields_of_the_table(tmp_path):
         (CARD.replace("24576", "true"), "nvml_total_mib is 'True'; it must be a number"),
         (CARD.replace("936", "fast"), "hbm_gb_per_s is 'fast'; it must be a number"),
         (CARD.replace("936", ".inf"), "which is not a finite number"),
-        (CARD.replace("8.6", "Ampere"), "capability: String should match"),
+        (CARD.replace("8.6", "Ampere"), "capability is 'Ampere'; write it with its minor number"),
         (CARD + "torch_total_mib: 30000\n", "torch_total_mib is 30000, more than nvml_total_mib=24576"),
         (CARD + "name: '$(reboot)'\n", "name: String should match"),
         (CARD + "title: \"a\\nb\"\n", "title: String should match"),
