@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowmem.cli.options import check_picture, complete_device, complete_model, complete_profile, limit_bytes
+from lowmem.errors import BadInput
 from lowmem.plan.capacity import Capacity, capacity_of
 from lowmem.plan.goals import DEFAULT_PROFILE, find, goal_of
 from lowmem.plan.knobs import parse_assignments
