@@ -147,7 +147,7 @@ def test_headers_refine_what_is_quantized(tmp_path):
         ({**LLAMA, "num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({**LLAMA, "torch_dtype": "int8"}, "torch_dtype 'int8'"),
         ({**LLAMA, "quantization_config": {"quant_method": "aqlm"}}, "quantization method 'aqlm'"),
-        ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 5}}, "bits is 5"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq", "bits": 5}}, "bits=5, sym=True"),
         ({**LLAMA, "quantization_config": "awq"}, "not an object"),
     ],
 )
