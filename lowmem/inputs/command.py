@@ -333,11 +333,21 @@ def _shorthands(command: Command) -> None:
     command.options["speculative_config"] = given
 
 
+NEVER = {
+    "trust_remote_code": "no code of a checkpoint is run on a host; a model type that vLLM knows needs none",
+}
+"""Options that many commands have, and that a deployment never has."""
+
+
 def _settle(command: Command) -> None:
     """Check each option's value, and leave out what the deployment sets itself."""
     for name, value in list(command.options.items()):
         if options.standing(name).kind == "refused":
             _deployment(command, options.options()[name], [])
+            del command.options[name]
+            continue
+        if name in NEVER and value is not False:
+            command.notes.append(f"{options.options()[name].flags[0]} is left out: {NEVER[name]}")
             del command.options[name]
             continue
         try:

@@ -174,7 +174,7 @@ def argument_problems(arguments: Mapping[str, Any], overrides: Mapping[str, Any]
         if head == "trust_remote_code":
             found.append(
                 f"lowmem_arguments.{given} is {one_line(value)}: it runs the checkpoint's Python on the host;"
-                " name it in a profile of your own, with the reason."
+                " use a model type that vLLM knows by itself."
             )
             continue
         try:

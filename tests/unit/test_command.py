@@ -338,6 +338,15 @@ swap-space: 4
 """
 
 
+def test_code_of_a_checkpoint_is_left_out_and_said():
+    found = read_text("vllm serve a --trust-remote-code -tp 2")
+    assert (found.options, found.faults) == ({"tensor_parallel_size": 2}, [])
+    assert found.notes == [
+        "--trust-remote-code is left out: no code of a checkpoint is run on a host; a model type that vLLM"
+        " knows needs none"
+    ]
+
+
 @pytest.mark.parametrize(("model", "form"), [("a", "--config {}"), ("a", "--config={}"), ("", "--config {}")])
 def test_the_file_of_config_is_read_before_the_flags(tmp_path, model, form):
     (tmp_path / "c.yaml").write_text(CONFIG)
@@ -345,7 +354,7 @@ def test_the_file_of_config_is_read_before_the_flags(tmp_path, model, form):
     assert (found.model, found.faults) == (model or "of-the-file", [])
     assert found.options == {
         "tensor_parallel_size": 4, "max_model_len": 8000, "enable_prefix_caching": False,
-        "trust_remote_code": True, "cudagraph_capture_sizes": "1 2", "compilation_config": '{"mode":3}',
+        "cudagraph_capture_sizes": "1 2", "compilation_config": '{"mode":3}',
         "dtype": "half",
     }  # fmt: skip
     assert [line.partition(":")[0] for line in found.removed] == ["--swap-space"]
