@@ -163,7 +163,7 @@ def from_peer(peer: dict[str, str], token: str, recipe: str, folder: Path) -> di
                 part.unlink()
                 raise SourceError(f"{entry['path']} from {peer['url']} is not as its manifest has it")
             part.replace(folder / entry["path"])
-    return dict(theirs["source"])
+    return dict(theirs.get("source") or {})
 
 
 def is_file(path: Path, entry: dict[str, Any]) -> bool:
@@ -181,7 +181,8 @@ def bring(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dict(spec["source"])
     if peer := spec.get("peer"):
         try:
-            return from_peer(peer, peer_token, spec["recipe_sha256"], folder)
+            # a manifest of an older run does not name its source
+            return from_peer(peer, peer_token, spec["recipe_sha256"], folder) or dict(spec["source"])
         except (OSError, ValueError, KeyError, SourceError) as error:
             say(f"the peer failed ({' '.join(str(error).split())}): going to the source")
             for part in folder.rglob("*.part"):
