@@ -13,8 +13,8 @@ from typing import Any
 
 from lowmem.artefacts import read
 from lowmem.inputs import profiles
-from lowmem.inputs.devices import by_nvml_name
 from lowmem.inputs.model_cards import card_from_config, names
+from lowmem.measure.calibrate import request_of
 from lowmem.plan.planner import make_plan
 from lowmem.plan.request import PlanRequest
 from lowmem.schema import ModelCard, Plan, Receipt, Scalar
@@ -232,15 +232,6 @@ def load_session(path: Path) -> list[Session]:
     return found
 
 
-_PLACE = ("host", "port", "middleware", "shutdown_timeout", "allowed_media_domains")
-"""Arguments that say nothing about memory or time: address, keys and stop."""
-
-_PLAYED = (
-    *_PLACE, "gpu_memory_utilization", "attention_config.flash_attn_version", "attention_backend",
-)  # fmt: skip
-"""These, and what playing a smaller card takes."""
-
-
 @dataclass(frozen=True)
 class Received:
     """Receipt of a run on a real card, beside today's plan for that card with the same arguments."""
@@ -276,35 +267,10 @@ def received(name: str, receipt: Receipt, card: ModelCard | None = None) -> Rece
 
     `card` is the model where it is no built-in one; it is planned as it is stored.
     """
-    words = list(receipt.argv[receipt.argv.index("serve") + 2 :])
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    knobs = knobs_of(shlex.join(words))
-    played = _PLAYED if "kv_cache_memory_bytes" in knobs else _PLACE
-    knobs = {k: v for k, v in knobs.items() if k not in played}
-    kept = ("NCCL_MAX_NCHANNELS", "VLLM_ALLREDUCE_USE_SYMM_MEM", "PYTORCH_CUDA_ALLOC_CONF")
-    old = receipt.plan
-    load = receipt.loads[0].load if receipt.loads else old.load
-    empty = profiles.load_profile("low_mem").model_copy(
-        update={"name": name, "quantization": old.quantization, "knobs": {}, "environment": {}}
-    )
-    plan = make_plan(
-        PlanRequest(
-            empty,
-            card or (old.model if old.model in names() else "llama-2-70b"),
-            by_nvml_name(receipt.hardware["gpu"], int(receipt.hardware["gpu_total_mib"])),
-            old.device_count,
-            knobs,
-            clients=load.clients,
-            input_tokens=load.input_tokens,
-            output_tokens=load.output_tokens,
-            environment={n: receipt.environment[n] for n in kept if n in receipt.environment},
-            vllm_version=old.vllm_version,
-            memory_limit_bytes=143771 * MIB,
-            weights="stored" if card else None,
-            search=False,
-        )
-    )
-    return Received(name, receipt, plan, knobs)
+    old = receipt.plan.model
+    model = card or (old if old in names() else "llama-2-70b")
+    request = request_of(name, receipt, receipt.loads[0].load, model, "stored" if card else "profile")
+    return Received(name, receipt, make_plan(request), request.overrides)
 
 
 @cache

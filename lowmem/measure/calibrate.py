@@ -21,7 +21,7 @@ from lowmem.plan.calibration import calibrated, constant
 from lowmem.plan.compute import compute, engine_of
 from lowmem.plan.engine_config import EngineConfig
 from lowmem.plan.request import Inputs, PlanRequest, gather
-from lowmem.schema import Calibration, Load, Plan, Receipt, Scalar, SiteConstant
+from lowmem.schema import Calibration, Load, ModelCard, Plan, Receipt, Scalar, SiteConstant
 from lowmem.units import MIB
 
 MOST_RECEIPTS = 200
@@ -281,7 +281,7 @@ def runs_of(name: str, receipt: Receipt, model: str | None = None) -> list[Run]:
     idle = max(a - b for a, b in zip(receipt.memory_idle_bytes, before, strict=True)) / MIB
     runs = []
     for n, result in enumerate(receipt.loads):
-        inputs = gather(_request(name, receipt, result.load, model))
+        inputs = gather(request_of(name, receipt, result.load, model))
         prompt = result.itl_ms.p99 if result.itl_ms.p99 > PROMPT_STEP * result.itl_ms.p50 else None
         runs.append(
             Run(
@@ -297,7 +297,14 @@ def runs_of(name: str, receipt: Receipt, model: str | None = None) -> list[Run]:
     return runs
 
 
-def _request(name: str, receipt: Receipt, load: Load, model: str | None) -> PlanRequest:
+def request_of(
+    name: str, receipt: Receipt, load: Load, model: str | ModelCard | None = None, weights: str = "profile"
+) -> PlanRequest:
+    """Return the request that plans a receipt's card, arguments, environment and model again, for a load.
+
+    `model` is what the receipt's model is planned by, where its name is no built-in card or folder. Raises
+    BadInput for a receipt that does not tell its model or card.
+    """
     plan, hardware = receipt.plan, receipt.hardware
     total = hardware.get("gpu_total_mib", "")
     if not total.isdecimal():
@@ -320,7 +327,7 @@ def _request(name: str, receipt: Receipt, load: Load, model: str | None) -> Plan
         environment={n: receipt.environment[n] for n in _ENVIRONMENT if n in receipt.environment},
         vllm_version=plan.vllm_version,
         search=False,
-        weights="profile",
+        weights=weights,
     )
 
 
