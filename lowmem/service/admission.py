@@ -19,7 +19,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Container, Iterator, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry, Gauge
@@ -89,45 +89,42 @@ class Metrics:
         )
 
 
+def _too_many(said: str) -> Refusal:
+    return Refusal(said, status=429, code="too_many_requests")
+
+
+@contextlib.contextmanager
+def _one_of(counted: Counter[str], key: str, most: int, said: str) -> Iterator[None]:
+    """Count one more of a key inside the block. Raises Refusal, which says `said`, if it has `most`."""
+    if counted[key] >= most:
+        raise _too_many(said)
+    counted[key] += 1
+    try:
+        yield
+    finally:
+        counted[key] -= 1
+
+
 @dataclass
 class Held:
     """Bodies that are held, in bytes, and open requests, both by key."""
 
     limits: AdmissionLimits
-    bytes: Counter[str]
-    requests: Counter[str]
-    arriving: Counter[str]
+    bytes: Counter[str] = field(default_factory=Counter)
+    requests: Counter[str] = field(default_factory=Counter)
+    arriving: Counter[str] = field(default_factory=Counter)
 
-    @contextlib.contextmanager
-    def one_arriving(self, key: str) -> Iterator[None]:
+    def one_arriving(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Count a request while its body arrives: slow bodies leave half of a key's requests to others."""
         most = max(1, self.limits.open_requests // 2)
-        if self.arriving[key] >= most:
-            raise Refusal(
-                f"the bodies of {most} requests of this key are arriving, the limit; send them faster",
-                status=429,
-                code="too_many_requests",
-            )
-        self.arriving[key] += 1
-        try:
-            yield
-        finally:
-            self.arriving[key] -= 1
+        said = f"the bodies of {most} requests of this key are arriving, the limit; send them faster"
+        return _one_of(self.arriving, key, most, said)
 
-    @contextlib.contextmanager
-    def one_more(self, key: str) -> Iterator[None]:
+    def one_more(self, key: str) -> contextlib.AbstractContextManager[None]:
         """Count a request while it is open. Raises Refusal if its key has too many."""
-        if self.requests[key] >= self.limits.open_requests:
-            raise Refusal(
-                f"this key has {self.requests[key]} open requests, the limit; wait for their answers",
-                status=429,
-                code="too_many_requests",
-            )
-        self.requests[key] += 1
-        try:
-            yield
-        finally:
-            self.requests[key] -= 1
+        most = self.limits.open_requests
+        said = f"this key has {self.requests[key]} open requests, the limit; wait for their answers"
+        return _one_of(self.requests, key, most, said)
 
     def take(self, key: str, size: int) -> None:
         """Hold more bytes. Raises Refusal if that is too much for the key or the server."""
@@ -136,11 +133,9 @@ class Held:
             ours > max(self.limits.held_bytes // 2, self.limits.body_bytes)
             or all_bytes > self.limits.held_bytes
         ):
-            raise Refusal(
+            raise _too_many(
                 f"open requests hold {all_bytes} bytes, {ours} of this key, more than the limit of"
-                f" {self.limits.held_bytes} (half of it for one key); wait for their answers",
-                status=429,
-                code="too_many_requests",
+                f" {self.limits.held_bytes} (half of it for one key); wait for their answers"
             )
         self.bytes[key] = ours
 
@@ -158,7 +153,7 @@ class Admission:
         self.limits = limits or read_limits()
         self.queue = FairQueue(self.limits)
         self.pace = Pace()
-        self.held = Held(self.limits, Counter(), Counter(), Counter())
+        self.held = Held(self.limits)
         self.parser = ThreadPoolExecutor(max_workers=1, thread_name_prefix="admission")
         self.metrics = Metrics(registry)
         self.metrics.waiting.set_function(lambda: self.queue.waiting)
