@@ -316,7 +316,8 @@ def _number(value: Any) -> float:
     return number
 
 
-def _boolean(value: Any) -> bool:
+def readable_bool(value: Any) -> bool:
+    """Read a boolean as people write it; nothing means true, as a bare flag does. Raises ValueError."""
     text = str(value).lower()
     if text in ("true", "1", "yes", "on", ""):
         return True
@@ -350,7 +351,7 @@ def _object(value: Any) -> str:
 
 
 _READ: dict[str, Any] = {
-    "bool": _boolean,
+    "bool": readable_bool,
     "int": _whole,
     "size": readable_int,
     "size_or_auto": lambda v: "auto" if str(v).strip().lower() in ("auto", "-1") else readable_int(v),

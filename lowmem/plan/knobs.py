@@ -109,12 +109,7 @@ def checked_all(values: Mapping[str, options.Given]) -> dict[str, Scalar]:
 
 def _typed(kind: str, value: Scalar) -> Scalar:
     if kind == "bool":
-        text = str(value).lower()
-        if text in ("true", "1", "yes", "on", ""):
-            return True
-        if text in ("false", "0", "no", "off"):
-            return False
-        raise ValueError(text)
+        return options.readable_bool(value)
     if kind == "int":
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             raise ValueError(value)
