@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowmem.cli.options import check_picture, complete_device, complete_model, complete_profile, limit_bytes
+from lowmem.cli.options import ModelName, SearchedProfile, check_picture, complete_device, limit_bytes
 from lowmem.errors import BadInput
 from lowmem.plan.capacity import Capacity, capacity_of
 from lowmem.plan.goals import DEFAULT_PROFILE, find, goal_of
@@ -47,21 +47,8 @@ LINES = {
 
 
 def capacity(
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            help="name in profiles/, or a YAML file; default: low_mem without --model, else the settings are"
-            " searched",
-            autocompletion=complete_profile,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="built-in name, checkpoint directory or Hugging Face id; default: the profile's",
-            autocompletion=complete_model,
-        ),
-    ] = None,
+    profile: SearchedProfile = None,
+    model: ModelName = None,
     weights: Annotated[str | None, typer.Option(help="stored, or a format such as awq-4bit")] = None,
     device: Annotated[
         str | None,

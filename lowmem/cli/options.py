@@ -1,9 +1,12 @@
-"""Completes and reads the values that options of several commands take."""
+"""Completes, defines and reads the options that several commands take."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from lowmem.errors import BadInput
 from lowmem.inputs import devices, model_cards, profiles
@@ -27,6 +30,26 @@ def complete_device(incomplete: str) -> list[str]:
 def complete_model(incomplete: str) -> list[str]:
     """List the built-in models that begin so."""
     return _begun(incomplete, model_cards.names())
+
+
+SearchedProfile = Annotated[
+    str | None,
+    typer.Option(
+        help="name in profiles/, or a YAML file; default: low_mem without --model, else the settings are"
+        " searched",
+        autocompletion=complete_profile,
+    ),
+]
+"""Option --profile of the commands that search for the settings where it is left out."""
+
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        help="built-in name, checkpoint directory or Hugging Face id; default: the profile's",
+        autocompletion=complete_model,
+    ),
+]
+"""Option --model of these commands."""
 
 
 def limit_bytes(memory_limit: str | None) -> int | None:

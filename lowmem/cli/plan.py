@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from lowmem.cli.options import complete_device, complete_model, complete_profile, limit_bytes
+from lowmem.cli.options import ModelName, SearchedProfile, complete_device, limit_bytes
 from lowmem.cli.pasted import check_flags, profile_of_command, read_command
 from lowmem.errors import BadInput, EngineRefuses
 from lowmem.inputs.links import load_link
@@ -42,21 +42,8 @@ def plan(
     only_flags: Annotated[
         bool, typer.Option("--check-flags", help="check the flags of the command; needs no model")
     ] = False,
-    profile: Annotated[
-        str | None,
-        typer.Option(
-            help="name in profiles/, or a YAML file; default: low_mem without --model, else the settings are"
-            " searched",
-            autocompletion=complete_profile,
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="built-in name, checkpoint directory or Hugging Face id; default: the profile's",
-            autocompletion=complete_model,
-        ),
-    ] = None,
+    profile: SearchedProfile = None,
+    model: ModelName = None,
     weights: Annotated[
         str | None,
         typer.Option(
